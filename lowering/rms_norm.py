@@ -1,0 +1,61 @@
+"""The RMSNorm that takes a folded LayerNorm's place, as one pure tensor function."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def rms_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    input_dtype: torch.dtype | None = None,
+    output_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """RMSNorm with bias: what LayerNorm is on an input whose mean is zero.
+
+    .. math:: y = γ ⊙ x / \\sqrt{mean(x²) + ε} + β
+
+    With ``Cx`` for ``x`` this is LayerNorm, since ``var(x) = mean((Cx)²)`` (arXiv 2605.14521). Unlike
+    ``torch.nn.functional.rms_norm`` it takes a bias, and ``eps`` is always the LayerNorm's own, inside the root.
+
+    The arithmetic follows ATen's ``layer_norm``: everything in float32 (float64 for float64 input), one rounding at
+    the end. It is spelled in plain ``torch`` functions, which Inductor fuses into a single kernel with one reduction,
+    together with the residual add before it.
+
+    Args:
+        input: ``[..., *normalized_shape]``, floating point, zero mean over the trailing ``len(normalized_shape)`` axes.
+        normalized_shape: sizes of the normalised trailing axes.
+        weight: γ of shape ``normalized_shape``, or None for 1.
+        bias: β of shape ``normalized_shape``, or None for 0.
+        eps: ε, added to the mean of squares.
+        input_dtype: dtype of ``input``; given by callers that trace this function with FX proxies, which know no dtype.
+        output_dtype: dtype of the result; by default that of ``input``.
+
+    Returns:
+        A tensor of ``input``'s shape and of ``output_dtype``.
+
+    Example:
+        >>> x = torch.randn(4, 8); x = x - x.mean(-1, keepdim=True)
+        >>> torch.allclose(rms_norm(x, (8,)), torch.nn.functional.layer_norm(x, (8,)), atol=1e-6)
+        True
+    """
+    input_dtype = input_dtype or input.dtype
+    compute_dtype = torch.float64 if input_dtype == torch.float64 else torch.float32
+    output_dtype = output_dtype or input_dtype
+    value = input if input_dtype == compute_dtype else input.to(compute_dtype)
+    axes = [-i for i in range(len(normalized_shape), 0, -1)]
+    mean_square = torch.mean(torch.mul(value, value), axes, True)
+    output = torch.mul(value, torch.rsqrt(torch.add(mean_square, eps)))
+    if weight is not None:
+        output = torch.mul(output, weight)
+    if bias is not None:
+        output = torch.add(output, bias)
+    # Always emitted: a weight of a wider dtype promotes, and `.to` of the same dtype costs nothing once compiled.
+    return output.to(output_dtype)

@@ -1,1 +1,20 @@
-"""lncompile."""
+"""lncompile: ``torch.compile(model, backend="lnfold")`` folds LayerNorms' mean-centering into upstream weights."""
+
+from lncompile.explain import explain, refresh, reports
+from lncompile.options import OptionError, Options
+from lncompile.passes.decisions import Reason, Site
+from lncompile.report import FoldReport
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FoldReport",
+    "OptionError",
+    "Options",
+    "Reason",
+    "Site",
+    "__version__",
+    "explain",
+    "refresh",
+    "reports",
+]

@@ -1,5 +1,8 @@
 """What a folded LayerNorm becomes, how the graph is handed to Inductor, and what Inductor made of it."""
 
+from lncompile.lowering import torch_private
+from lncompile.lowering.emit import emit
+from lncompile.lowering.norms import NormCall, lower_to_aten, lower_to_rms_norm
 from lncompile.lowering.rms_norm import rms_norm
 
-__all__ = ["rms_norm"]
+__all__ = ["NormCall", "emit", "lower_to_aten", "lower_to_rms_norm", "rms_norm", "torch_private"]

@@ -1,0 +1,17 @@
+"""The rule table: importing this package fills it. One function an operation, its identity in the docstring."""
+
+from lncompile.passes.rules import blockers, pointwise, products, shapes, sinks
+from lncompile.passes.rules.base import INVARIANCES, RULES, ZERO_MEANS, AxisMap, Linear
+
+__all__ = [
+    "INVARIANCES",
+    "RULES",
+    "ZERO_MEANS",
+    "AxisMap",
+    "Linear",
+    "blockers",
+    "pointwise",
+    "products",
+    "shapes",
+    "sinks",
+]

@@ -1,0 +1,78 @@
+"""From Dynamo's graph to a decision on every site, without touching a weight or the graph handed in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from lncompile.options import Options
+from lncompile.passes.copying import copy_graph_module
+from lncompile.passes.decisions import Reason, Site
+from lncompile.passes.expand import expand_opaque_layers, find_opaque_layers
+from lncompile.passes.graph_facts import GraphFacts
+from lncompile.passes.placement import Placement, place
+from lncompile.passes.sites import NormSite, find_sites
+from lncompile.passes.streams import Variable, VariableKey, build_streams
+from lncompile.passes.verdicts import judge, left_alone
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """A copy of the graph with the decisions made for it. ``placement`` is None where the graph is to stay untouched."""
+
+    graph_module: fx.GraphModule
+    sites: tuple[NormSite, ...]
+    verdicts: tuple[Site, ...]
+    variables: dict[VariableKey, Variable]
+    placement: Placement | None
+
+
+def analyse(graph_module: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Analysis:
+    """Decide for every LayerNorm site of a graph.
+
+    Args:
+        graph_module: the graph as Dynamo hands it to a backend, parameters as placeholders. Not changed.
+        example_inputs: the value of each placeholder, real Parameters among them.
+        options: our options.
+
+    Returns:
+        The decisions, on a copy of the graph.
+    """
+    opaque = {node.name for node in find_opaque_layers(graph_module.graph)}
+    while True:
+        analysis = _analyse_expanded(graph_module, example_inputs, options, opaque)
+        needed = {name for name in opaque if _uses(analysis, name)}
+        if needed == opaque:
+            return analysis
+        # An opaque layer in which nothing folds goes to Inductor as it was; leaving it closed may change the rest.
+        opaque = needed
+
+
+def _uses(analysis: Analysis, layer: str) -> bool:
+    """Whether a site that was written out of this opaque layer folds."""
+    folded = analysis.placement.folded if analysis.placement else ()
+    return any(site.node.name.startswith(f"{layer}_") for site in folded)
+
+
+def _analyse_expanded(
+    graph_module: fx.GraphModule, example_inputs: Sequence[Any], options: Options, opaque: set[str]
+) -> Analysis:
+    copy = copy_graph_module(graph_module)
+    expand_opaque_layers(copy.graph, opaque)
+    sites = tuple(find_sites(copy.graph))
+    facts = GraphFacts(copy.graph, example_inputs)
+    trained = facts.trained_parameter() if torch.is_grad_enabled() else None
+    if trained is not None:
+        detail = (
+            f"the graph was compiled with gradients enabled and '{trained}' requires one; call the model under "
+            "torch.no_grad() or torch.inference_mode() to fold its norms"
+        )
+        return Analysis(copy, sites, left_alone(sites, Reason.TRAINING, detail), {}, None)
+    variables = build_streams(sites, facts)
+    placement = place(sites, variables, options.assist)
+    verdicts = judge(sites, placement, variables)
+    return Analysis(copy, sites, verdicts, variables, placement if placement.folded else None)

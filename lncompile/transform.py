@@ -1,0 +1,65 @@
+"""From a decision to a graph for Inductor: the second half of the pipeline, a pass a line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from lncompile.analysis import Analysis
+from lncompile.lowering import NormCall, lower_to_aten, lower_to_rms_norm
+from lncompile.options import Options
+from lncompile.passes.canonical import tensor_of
+from lncompile.passes.materialize import Expression, hoist
+from lncompile.passes.rewrite import rewrite
+from lncompile.passes.sites import NormSite
+
+
+@dataclass(frozen=True)
+class Transformed:
+    """The rewritten graph module, and the parameter expressions that its new placeholders stand for."""
+
+    graph_module: fx.GraphModule
+    expressions: tuple[Expression, ...]
+
+
+def transform(analysis: Analysis, options: Options) -> Transformed:
+    """Carry the decisions of an analysis out, on the analysis's own copy of the graph.
+
+    Args:
+        analysis: its graph is changed in place.
+        options: our options.
+    """
+    graph_module = analysis.graph_module
+    graph = graph_module.graph
+    folded = set() if analysis.placement is None else {site.node for site in analysis.placement.folded}
+    expressions: Sequence[Expression] = ()
+    if analysis.placement is not None:
+        rewritten = rewrite(graph, analysis.placement, analysis.variables)
+        expressions, _ = hoist(graph, rewritten.weights)
+        lower_to_rms_norm(graph, [_call(site) for site in analysis.sites if site.node in folded])
+    if options.nonfoldable == "eager":
+        lower_to_aten(graph, [_call(site) for site in analysis.sites if site.node not in folded])
+    graph.lint()
+    graph_module.recompile()
+    return Transformed(graph_module, tuple(expressions))
+
+
+def _call(site: NormSite) -> NormCall:
+    # Read from the node, not from the site: the rewrite may have exchanged the input.
+    key = ("input", None)
+    source = next(node for k, node in site.current().operands() if k == key)
+    tensor = tensor_of(site.input)
+    assert tensor is not None  # what find_sites requires of a site
+    return NormCall(
+        site.node,
+        source,
+        site.normalized_shape,
+        site.weight,
+        site.bias,
+        site.eps,
+        tensor.dtype,
+        site.output_dtype,
+        returns_statistics=site.operation.name == "native_layer_norm",
+    )

@@ -1,0 +1,380 @@
+"""One name and one argument list for each operation, however it is spelled.
+
+A graph says ``x + y`` as ``operator.add``, ``torch.add``, ``x.add(y)``, ``x += y``, ``x.add_(y)`` or
+``aten.add.Tensor``. The stubs below give each operation its name and its parameters; the decorator lists its
+spellings. Rules are looked up by the name and read the parameters by their names, so a new spelling is one more entry
+here and no change anywhere else.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional
+
+from lncompile.lowering import torch_private
+
+aten: Any = torch.ops.aten
+bindings = torch_private.NN_BINDINGS
+
+# Where an operand stands: the parameter's name, and its index where the parameter is a list of tensors.
+Key = tuple[str, int | None]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """The canonical form of one FX node: the operation's name and its arguments by parameter name."""
+
+    node: fx.Node
+    name: str
+    arguments: Mapping[str, Any]
+    # Where each argument stands in the node: ("args", 2), ("kwargs", "dim"), or ("rest", 1) for args[1:].
+    places: Mapping[str, tuple[str, Any]]
+    in_place: bool = False
+
+    def __getitem__(self, parameter: str) -> Any:
+        return self.arguments[parameter]
+
+    def operands(self) -> Iterator[tuple[Key, fx.Node]]:
+        """Every node among the arguments, with where it stands."""
+        for name, value in self.arguments.items():
+            if isinstance(value, fx.Node):
+                yield (name, None), value
+            elif isinstance(value, list | tuple):
+                for index, item in enumerate(value):
+                    if isinstance(item, fx.Node):
+                        yield (name, index), item
+
+    def replace(self, replacements: Mapping[Key, Any]) -> None:
+        """Replace arguments of the node in place, at the given keys."""
+        if not replacements:
+            return
+        args = list(self.node.args)
+        kwargs = dict(self.node.kwargs)
+        changed: dict[str, Any] = {}
+        for (name, index), value in replacements.items():
+            if index is None:
+                changed[name] = value
+            else:
+                items = list(changed.get(name, self._current(name)))
+                items[index] = value
+                changed[name] = items
+        for name, value in changed.items():
+            kind, place = self.places[name]
+            if kind == "args":
+                original = args[place]
+                args[place] = tuple(value) if isinstance(original, tuple) else value
+            elif kind == "rest":
+                args[place:] = list(value)
+            else:
+                kwargs[place] = value
+        self.node.args = tuple(args)
+        self.node.kwargs = kwargs
+
+
+    def _current(self, name: str) -> Any:
+        """The argument as it stands in the node now: the node may have changed since it was read."""
+        kind, place = self.places[name]
+        if kind == "rest":
+            return self.node.args[place:]
+        return self.node.args[place] if kind == "args" else self.node.kwargs[place]
+
+
+@dataclass(frozen=True)
+class _Spelling:
+    name: str
+    signature: inspect.Signature
+    in_place: bool
+
+
+_FUNCTIONS: dict[Any, _Spelling] = {}
+_METHODS: dict[str, _Spelling] = {}
+
+# Keyword names that differ between a method, a torch function and an ATen overload of one operation.
+_KEYWORD_ALIASES = {
+    "self": "input",
+    "size": "shape",
+    "dims": "dim",
+    "axis": "dim",
+    "axis0": "dim0",
+    "axis1": "dim1",
+    "x": "input",
+    "keepdims": "keepdim",
+    "p": "probability",
+    "train": "training",
+    "sizes": "shape",
+    "repeats": "repeats",
+    "input1": "input",
+}
+
+
+def spelled(*targets: Any, methods: str = "", in_place: tuple[Any, ...] = ()) -> Callable[[Callable[..., None]], None]:
+    """Register the spellings of the operation that the decorated stub declares.
+
+    Args:
+        targets: functions and operator overloads. Entries that are None (absent from this torch) are left out.
+        methods: names of tensor methods, separated by blanks; a trailing underscore marks an in-place one.
+        in_place: functions that write into their first argument.
+    """
+
+    def register(stub: Callable[..., None]) -> None:
+        signature = inspect.signature(stub)
+        name = stub.__name__.rstrip("_")
+        for target in targets:
+            if target is not None:
+                _FUNCTIONS[target] = _Spelling(name, signature, False)
+        for target in in_place:
+            if target is not None:
+                _FUNCTIONS[target] = _Spelling(name, signature, True)
+        for method in methods.split():
+            _METHODS[method] = _Spelling(name, signature, method.endswith("_") and not method.endswith("__"))
+
+    return register
+
+
+# --- linear and the same on every element of A ---
+
+
+@spelled(operator.add, torch.add, aten.add.Tensor, aten.add.Scalar, methods="add add_ __add__ __radd__",
+         in_place=(operator.iadd, aten.add_.Tensor, aten.add_.Scalar))  # fmt: skip
+def add(input: Any, other: Any, *, alpha: Any = 1) -> None: ...
+@spelled(operator.sub, torch.sub, torch.subtract, aten.sub.Tensor, aten.sub.Scalar, methods="sub sub_ subtract",
+         in_place=(operator.isub, aten.sub_.Tensor))  # fmt: skip
+def sub(input: Any, other: Any, *, alpha: Any = 1) -> None: ...
+@spelled(torch.rsub, aten.rsub.Scalar, aten.rsub.Tensor, methods="__rsub__")
+def rsub(input: Any, other: Any, alpha: Any = 1) -> None: ...
+@spelled(operator.neg, torch.neg, aten.neg.default, methods="neg neg_ negative")
+def neg(input: Any) -> None: ...
+@spelled(operator.pos, torch.positive, methods="positive")
+def identity(input: Any) -> None: ...
+@spelled(operator.mul, torch.mul, torch.multiply, aten.mul.Tensor, aten.mul.Scalar, methods="mul mul_ multiply __rmul__",
+         in_place=(operator.imul, aten.mul_.Tensor))  # fmt: skip
+def mul(input: Any, other: Any) -> None: ...
+@spelled(operator.truediv, torch.div, torch.divide, torch.true_divide, aten.div.Tensor, aten.div.Scalar,
+         methods="div div_ divide true_divide", in_place=(operator.itruediv, aten.div_.Tensor))  # fmt: skip
+def div(input: Any, other: Any, *, rounding_mode: Any = None) -> None: ...
+
+
+# --- casts and copies ---
+
+
+@spelled(torch.ops.prims.convert_element_type.default, aten._to_copy.default, methods="to type")
+def to(input: Any, *rest: Any, dtype: Any = None, **keywords: Any) -> None: ...
+@spelled(methods="float half bfloat16 double contiguous clone detach cpu cuda", *(torch.clone, torch.detach,
+         aten.clone.default, aten.detach.default, aten.alias.default, aten.contiguous.default))  # fmt: skip
+def cast(input: Any, **keywords: Any) -> None: ...
+@spelled(methods="type_as")
+def type_as(input: Any, other: Any) -> None: ...
+@spelled(functional.dropout, torch.dropout, functional.dropout1d, functional.dropout2d, functional.dropout3d,
+         functional.alpha_dropout, functional.feature_dropout if hasattr(functional, "feature_dropout") else None,
+         aten.dropout.default, in_place=(torch.dropout_,))  # fmt: skip
+def dropout(input: Any, probability: Any = 0.5, training: Any = True, inplace: Any = False) -> None: ...
+
+
+# --- views ---
+
+
+@spelled(aten.view.default, aten._unsafe_view.default, methods="view")
+def view(input: Any, *shape: Any) -> None: ...
+@spelled(torch.reshape, aten.reshape.default, methods="reshape")
+def reshape(input: Any, *shape: Any) -> None: ...
+@spelled(methods="view_as reshape_as")
+def view_as(input: Any, other: Any) -> None: ...
+@spelled(torch.flatten, aten.flatten.using_ints, methods="flatten")
+def flatten(input: Any, start_dim: Any = 0, end_dim: Any = -1) -> None: ...
+@spelled(torch.unflatten, aten.unflatten.int, methods="unflatten")
+def unflatten(input: Any, dim: Any, shape: Any) -> None: ...
+@spelled(torch.squeeze, aten.squeeze.dim, aten.squeeze.default, aten.squeeze.dims, methods="squeeze")
+def squeeze(input: Any, dim: Any = None) -> None: ...
+@spelled(torch.unsqueeze, aten.unsqueeze.default, methods="unsqueeze")
+def unsqueeze(input: Any, dim: Any) -> None: ...
+@spelled(torch.permute, aten.permute.default, methods="permute")
+def permute(input: Any, *dim: Any) -> None: ...
+@spelled(torch.transpose, torch.swapaxes, torch.swapdims, aten.transpose.int, methods="transpose swapaxes swapdims")
+def transpose(input: Any, dim0: Any, dim1: Any) -> None: ...
+@spelled(torch.t, aten.t.default, methods="t")
+def t(input: Any) -> None: ...
+@spelled(torch.movedim, torch.moveaxis, aten.movedim.int, aten.movedim.intlist, methods="movedim moveaxis")
+def movedim(input: Any, source: Any, destination: Any) -> None: ...
+@spelled(aten.expand.default, methods="expand")
+def expand(input: Any, *shape: Any) -> None: ...
+@spelled(methods="expand_as", *(aten.expand_as.default,))
+def expand_as(input: Any, other: Any) -> None: ...
+@spelled(aten.repeat.default, torch.tile, methods="repeat tile")
+def repeat(input: Any, *repeats: Any) -> None: ...
+
+
+# --- along other axes ---
+
+
+@spelled(torch.cat, torch.concat, torch.concatenate, aten.cat.default)
+def cat(tensors: Any, dim: Any = 0) -> None: ...
+@spelled(torch.stack, aten.stack.default)
+def stack(tensors: Any, dim: Any = 0) -> None: ...
+@spelled(torch.split, torch.functional.split, aten.split.Tensor, aten.split_with_sizes.default,
+         methods="split split_with_sizes")  # fmt: skip
+def split(input: Any, split_size: Any, dim: Any = 0) -> None: ...
+@spelled(torch.chunk, aten.chunk.default, methods="chunk")
+def chunk(input: Any, chunks: Any, dim: Any = 0) -> None: ...
+@spelled(torch.unbind, aten.unbind.int, methods="unbind")
+def unbind(input: Any, dim: Any = 0) -> None: ...
+@spelled(operator.getitem)
+def getitem(input: Any, index: Any) -> None: ...
+@spelled(torch.narrow, aten.narrow.default, methods="narrow")
+def narrow(input: Any, dim: Any, start: Any, length: Any) -> None: ...
+@spelled(aten.slice.Tensor)
+def slice_(input: Any, dim: Any = 0, start: Any = None, end: Any = None, step: Any = 1) -> None: ...
+@spelled(torch.select, aten.select.int, methods="select")
+def select(input: Any, dim: Any, index: Any) -> None: ...
+@spelled(torch.index_select, aten.index_select.default, methods="index_select")
+def index_select(input: Any, dim: Any, index: Any) -> None: ...
+@spelled(torch.roll, aten.roll.default, methods="roll")
+def roll(input: Any, shifts: Any, dim: Any = None) -> None: ...
+@spelled(torch.flip, aten.flip.default, methods="flip")
+def flip(input: Any, *dim: Any) -> None: ...
+@spelled(torch.mean, aten.mean.dim, aten.mean.default, methods="mean")
+def mean(input: Any, dim: Any = None, keepdim: Any = False, *, dtype: Any = None) -> None: ...
+@spelled(torch.sum, aten.sum.dim_IntList, aten.sum.default, methods="sum")
+def sum_(input: Any, dim: Any = None, keepdim: Any = False, *, dtype: Any = None) -> None: ...
+@spelled(torch.where, aten.where.self)
+def where(condition: Any, input: Any, other: Any) -> None: ...
+@spelled(torch.masked_fill, aten.masked_fill.Scalar, methods="masked_fill masked_fill_")
+def masked_fill(input: Any, mask: Any, value: Any) -> None: ...
+
+
+# --- linear maps with parameters ---
+
+
+@spelled(functional.linear, bindings.linear, aten.linear.default)
+def linear(input: Any, weight: Any, bias: Any = None) -> None: ...
+@spelled(torch.addmm, aten.addmm.default, methods="addmm")
+def addmm(input: Any, mat1: Any, mat2: Any, *, beta: Any = 1, alpha: Any = 1) -> None: ...
+@spelled(torch.baddbmm, aten.baddbmm.default, methods="baddbmm")
+def baddbmm(input: Any, mat1: Any, mat2: Any, *, beta: Any = 1, alpha: Any = 1) -> None: ...
+@spelled(operator.matmul, torch.matmul, torch.mm, torch.bmm, aten.mm.default, aten.bmm.default, aten.matmul.default,
+         methods="matmul mm bmm __matmul__")  # fmt: skip
+def matmul(input: Any, other: Any) -> None: ...
+@spelled(functional.embedding, torch.embedding)
+def embedding(
+    input: Any, weight: Any, padding_idx: Any = None, max_norm: Any = None, norm_type: Any = 2.0,
+    scale_grad_by_freq: Any = False, sparse: Any = False
+) -> None: ...  # fmt: skip
+@spelled(functional.conv1d, functional.conv2d, functional.conv3d, torch.conv1d, torch.conv2d, torch.conv3d,
+         aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)  # fmt: skip
+def convolution(
+    input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: Any = 1
+) -> None: ...
+
+
+# --- norms and other shift-invariant operations ---
+
+
+@spelled(functional.layer_norm, torch.layer_norm, aten.layer_norm.default)
+def layer_norm(
+    input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: Any = 1e-5, cudnn_enable: Any = True
+) -> None: ...
+@spelled(torch.native_layer_norm, aten.native_layer_norm.default)
+def native_layer_norm(input: Any, normalized_shape: Any, weight: Any, bias: Any, eps: Any) -> None: ...
+@spelled(functional.softmax, torch.softmax, aten.softmax.int, aten._softmax.default, methods="softmax")
+def softmax(input: Any, dim: Any = None, *rest: Any, **keywords: Any) -> None: ...
+@spelled(functional.log_softmax, torch.log_softmax, aten.log_softmax.int, aten._log_softmax.default,
+         methods="log_softmax")  # fmt: skip
+def log_softmax(input: Any, dim: Any = None, *rest: Any, **keywords: Any) -> None: ...
+
+
+# --- reads of shape, dtype and device only ---
+
+
+@spelled(torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like, torch.rand_like, torch.randn_like,
+         torch.numel, torch.is_tensor, torch.is_floating_point, torch.result_type,
+         methods="size dim ndimension numel new_zeros new_ones new_full new_empty new_tensor is_floating_point "
+                 "get_device element_size")  # fmt: skip
+def metadata(input: Any, *rest: Any, **keywords: Any) -> None: ...
+
+
+_METADATA_ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim", "is_cuda", "layout", "requires_grad", "itemsize"})
+
+
+def canonicalise(node: fx.Node) -> Operation | None:
+    """Return the canonical form of a node, or None for an operation the tables do not know.
+
+    Args:
+        node: any node of a Dynamo graph.
+
+    Returns:
+        The operation, or None: placeholders, outputs, unknown functions, and calls that do not bind to the stub.
+    """
+    if node.op == "call_function" and node.target is getattr:
+        return _attribute(node)
+    if node.op == "call_function":
+        spelling = _FUNCTIONS.get(node.target)
+    elif node.op == "call_method":
+        spelling = _METHODS.get(str(node.target))
+    else:
+        return None
+    return None if spelling is None else _bind(node, spelling)
+
+
+def _attribute(node: fx.Node) -> Operation | None:
+    name = node.args[1]
+    if name in _METADATA_ATTRIBUTES:
+        return Operation(node, "metadata", {"input": node.args[0]}, {"input": ("args", 0)})
+    if name in ("T", "mT"):
+        return Operation(node, "t" if name == "T" else "mT", {"input": node.args[0]}, {"input": ("args", 0)})
+    return None
+
+
+def _bind(node: fx.Node, spelling: _Spelling) -> Operation | None:
+    parameters = spelling.signature.parameters
+    arguments: dict[str, Any] = {}
+    places: dict[str, tuple[str, Any]] = {}
+    positional = [p for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    rest = next((p for p in parameters.values() if p.kind is p.VAR_POSITIONAL), None)
+    keyword_only = [p for p in parameters.values() if p.kind is p.KEYWORD_ONLY]
+    # Functions of old signature take keyword-only parameters by position too (torch.sub(x, y, alpha) does not).
+    for index, value in enumerate(node.args):
+        if index < len(positional):
+            arguments[positional[index].name] = value
+            places[positional[index].name] = ("args", index)
+        elif rest is not None:
+            values = node.args[index:]
+            if len(values) == 1 and isinstance(values[0], list | tuple):
+                arguments[rest.name], places[rest.name] = values[0], ("args", index)
+            else:
+                arguments[rest.name], places[rest.name] = tuple(values), ("rest", index)
+            break
+        else:
+            return None
+    accepts_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for key, value in node.kwargs.items():
+        name = key if key in parameters else _KEYWORD_ALIASES.get(key, key)
+        if name not in parameters and not accepts_any:
+            return None
+        arguments[name] = value
+        places[name] = ("kwargs", key)
+    for parameter in (*positional, *keyword_only):
+        if parameter.name not in arguments:
+            if parameter.default is parameter.empty:
+                return None
+            arguments[parameter.name] = parameter.default
+    if rest is not None and rest.name not in arguments:
+        arguments[rest.name] = ()
+    in_place = spelling.in_place or bool(arguments.get("inplace", False))
+    return Operation(node, spelling.name, arguments, places, in_place)
+
+
+def value_of(node: fx.Node) -> Any:
+    """Return the (fake) value Dynamo computed for a node: a tensor, a tuple of tensors, a number, or None."""
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+def tensor_of(node: fx.Node) -> Tensor | None:
+    """Return the (fake) tensor of a node, or None if its value is not one tensor."""
+    value = value_of(node)
+    return value if isinstance(value, Tensor) else None

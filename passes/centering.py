@@ -1,0 +1,94 @@
+"""The centering operator ``C``, as pure tensor functions: for weights (once, exact) and for activations (per call)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lncompile.passes.axes import Axes, Factor
+
+
+def _subtract_mean(value: Tensor, axes: Axes) -> Tensor:
+    if axes.whole:
+        return torch.sub(value, torch.mean(value, list(axes.normalised_dimensions), True))
+    # Dimensions normalised in part are unfolded into their factors: [tokens, 12·64] → [tokens, 12, 64]. Read from the
+    # right, so that positions to the left stay valid.
+    unfolded = value
+    for dimension in reversed(range(axes.rank)):
+        factors = axes.dimensions[dimension]
+        if len(factors) > 1:
+            unfolded = unfolded.unflatten(dimension, [int(factor.size) for factor in factors])
+    flags: list[bool] = []
+    for factors in axes.dimensions:
+        flags += [factor.normalised for factor in factors or (Factor(1, False),)]
+    mean = torch.mean(unfolded, [index for index, normalised in enumerate(flags) if normalised], True)
+    centered = torch.sub(unfolded, mean)
+    for dimension in range(axes.rank):
+        if len(axes.dimensions[dimension]) > 1:
+            centered = centered.flatten(dimension, dimension + len(axes.dimensions[dimension]) - 1)
+    return centered
+
+
+def center_weight(weight: Tensor, axes: Axes, dtype: torch.dtype | None = None) -> Tensor:
+    """Center a weight: column-based weight centering (CBWC) of arXiv 2605.14521.
+
+    .. math:: W ← CW = W - \\frac{1}{d} 1 1ᵀ W
+
+    so that ``(CW)h + Cb = C(Wh + b)`` has zero mean for every ``h``. Computed in float64 and rounded once to the
+    weight's dtype: doing it twice changes nothing but the last bit.
+
+    Args:
+        weight: a parameter of any floating dtype.
+        axes: which of its elements are centered together, ``A`` seen on this parameter.
+        dtype: dtype of ``weight``; given by callers that trace this function with FX proxies, which know no dtype.
+
+    Returns:
+        A new tensor of the same shape, dtype and device.
+
+    Example:
+        >>> weight = torch.randn(768, 3072)                       # [out, in] of a Linear
+        >>> center_weight(weight, Axes.of(weight.shape, [0])).mean(0).abs().max() < 1e-7
+        tensor(True)
+    """
+    return _subtract_mean(weight.to(torch.float64), axes).to(dtype or weight.dtype)
+
+
+def center_scaled_weight(
+    weight: Tensor, scale: Tensor, dimension: int, axes: Axes, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Compose a scale into a weight, then center it: ``W ← C diag(s) W`` (LayerScale).
+
+    Args:
+        weight: a parameter of any floating dtype.
+        scale: ``s``, with as many elements as ``weight`` has along ``dimension``.
+        dimension: the dimension of ``weight`` that ``s`` multiplies.
+        axes: which elements of the weight are centered together.
+        dtype: dtype of ``weight``, as in :func:`center_weight`.
+
+    Returns:
+        A new tensor of the weight's shape and dtype, rounded once.
+    """
+    sizes = [1] * axes.rank
+    sizes[dimension] = -1
+    scaled = torch.mul(weight.to(torch.float64), scale.to(torch.float64).reshape(sizes))
+    return _subtract_mean(scaled, axes).to(dtype or weight.dtype)
+
+
+def center_activation(
+    value: Tensor, axes: Axes, input_dtype: torch.dtype | None = None, output_dtype: torch.dtype | None = None
+) -> Tensor:
+    """Center an activation at run time: ``u - mean_A(u)``, in float32 (float64 for float64), rounded once.
+
+    Args:
+        value: the tensor, of any floating dtype.
+        axes: which of its elements are centered together.
+        input_dtype: dtype of ``value``; given by callers that trace this function with FX proxies.
+        output_dtype: dtype of the result; by default that of ``value``.
+
+    Returns:
+        A new tensor of the same shape.
+    """
+    input_dtype = input_dtype or value.dtype
+    compute_dtype = torch.float64 if input_dtype == torch.float64 else torch.float32
+    wide = value if input_dtype == compute_dtype else value.to(compute_dtype)
+    return _subtract_mean(wide, axes).to(output_dtype or input_dtype)

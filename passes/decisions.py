@@ -1,0 +1,98 @@
+"""The words of every decision: why a site was folded or left, as an enum for programs and a sentence for people."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from torch import fx
+
+
+class Reason(enum.Enum):
+    """Why a LayerNorm site stays a LayerNorm."""
+
+    #: The centering would have to pass an operation that does not commute with it (an activation, max-pooling, ...).
+    NON_COMMUTING = "non_commuting"
+    #: A scale or gate that varies along the normalised axes stands on the path.
+    VARYING_SCALE = "varying_scale"
+    #: The stream starts from a normalisation's output: γ and β put the mean back.
+    NORM_OUTPUT = "norm_output"
+    #: The stream starts from a tensor the caller passes in.
+    USER_TENSOR = "user_tensor"
+    #: The tensor is returned to the caller, who would see it centered.
+    GRAPH_OUTPUT = "graph_output"
+    #: Another consumer of the stream would see that its mean is gone.
+    VISIBLE = "visible"
+    #: The features are cut, joined, or normalised in other groups on the way: the means are not the same.
+    DIFFERENT_AXES = "different_axes"
+    #: Storage of the stream or of a weight is written to in place, and other names see it.
+    MUTATION = "mutation"
+    #: The weights cannot be rewritten (quantized, sharded, an inference tensor, ...).
+    UNSUPPORTED_WEIGHT = "unsupported_weight"
+    #: An operation that has no rule.
+    UNKNOWN_OPERATION = "unknown_operation"
+    #: Centering at run time is possible but costs as much as it saves, or more.
+    NOT_WORTH_IT = "not_worth_it"
+    #: Gradients of the weights are wanted.
+    TRAINING = "training"
+    #: Our own passes failed; the graph was compiled untouched.
+    INTERNAL_ERROR = "internal_error"
+
+
+@dataclass(frozen=True)
+class Blocker:
+    """What stands in the way at one place of the graph: the reason, and a sentence naming the operation."""
+
+    reason: Reason
+    sentence: str
+    node: fx.Node | None = None
+
+
+class Blocked(Exception):
+    """Raised by a rule that cannot let the centering through; carries the reason and the sentence."""
+
+    def __init__(self, reason: Reason, sentence: str) -> None:
+        super().__init__(sentence)
+        self.reason = reason
+        self.sentence = sentence
+
+
+@dataclass(frozen=True)
+class Site:
+    """One LayerNorm call of a graph and what became of it.
+
+    Attributes:
+        name: module path, ``"transformer.h.0.ln_1"``; the graph's own name for a call outside any LayerNorm module.
+        location: ``"file.py:line"`` of the call in the model's source, or ``""``.
+        folded: whether its centering was moved out of it.
+        lowering: ``"rms_norm"`` or ``"layer_norm"``.
+        reason: None for a folded site, else why not.
+        detail: the reason in words, naming the blocking operation and where it stands; for a folded site how.
+        centered_by: names of the parameters that absorb the centering, nearest first.
+    """
+
+    name: str
+    location: str
+    folded: bool
+    lowering: str
+    reason: Reason | None
+    detail: str
+    centered_by: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class WeightRewrite:
+    """One parameter expression that is centered: the parameter's name, its size in bytes, and how it is stored."""
+
+    name: str
+    bytes: int
+    storage: str
+
+
+@dataclass(frozen=True)
+class RuntimeCentering:
+    """One centering that happens at each call, where it stands and why it pays."""
+
+    after: str
+    location: str
+    detail: str

@@ -1,0 +1,205 @@
+"""What must be known of a graph before anything is decided: whose values are parameters, and what is written to.
+
+Everything here errs on the side of "not a parameter" and "written to": a site then stays a LayerNorm.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional
+
+from lncompile.lowering import torch_private
+from lncompile.passes.canonical import canonicalise, tensor_of
+from lncompile.passes.provenance import parameter_name
+
+# Operations that may stand in a parameter expression: pure, deterministic, untouched by autocast, and no larger in
+# memory than what they read (an expanded parameter is better centered before the expansion).
+_EXPRESSION_OPERATIONS = frozenset(
+    "add sub rsub neg mul div cast to type_as view reshape view_as flatten unflatten squeeze unsqueeze permute "
+    "transpose t mT movedim narrow slice select getitem split chunk unbind".split()
+)
+
+
+class GraphFacts:
+    """Facts about one graph, computed once.
+
+    Attributes:
+        examples: the real tensor of each placeholder.
+        parametric: nodes whose value is a function of parameters and buffers only.
+        unsupported: parameters that cannot be rewritten, with why.
+        written: why a node's storage is written to so that the order of reads matters, by node.
+    """
+
+    def __init__(self, graph: fx.Graph, example_inputs: Sequence[Any]) -> None:
+        self.position = {node: index for index, node in enumerate(graph.nodes)}
+        placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+        self.examples: dict[fx.Node, Any] = dict(zip(placeholders, example_inputs, strict=True))
+        self.unsupported: dict[fx.Node, str] = {}
+        self.parametric: set[fx.Node] = set()
+        self.written: dict[fx.Node, str] = {}
+        self._find_writes(graph)
+        self._find_parameters(graph)
+
+    # --- writes ---
+
+    def _storages(self, graph: fx.Graph) -> dict[fx.Node, object]:
+        """Storage of each node; placeholders of one real storage (two Parameters on one tensor) count as one."""
+        identity: dict[fx.Node, object] = {}
+        real: dict[int, object] = {}
+        for node in graph.nodes:
+            tensor = tensor_of(node)
+            storage = None if tensor is None else torch_private.storage_identity(tensor)
+            if storage is None:
+                continue
+            identity[node] = storage
+            example = self.examples.get(node)
+            if isinstance(example, Tensor) and (real_storage := torch_private.storage_identity(example)) is not None:
+                canonical = real.setdefault(real_storage, storage)
+                if canonical != storage:
+                    for other in [n for n, s in identity.items() if s == storage]:
+                        identity[other] = canonical
+        return identity
+
+    def _find_writes(self, graph: fx.Graph) -> None:
+        storages = self._storages(graph)
+        aliases: dict[object, list[fx.Node]] = defaultdict(list)
+        for node, storage in storages.items():
+            aliases[storage].append(node)
+        for node in graph.nodes:
+            for target in written_arguments(node):
+                storage = storages.get(target)
+                group = [target] if storage is None else aliases[storage]
+                if self._is_plain_update(node, target, group):
+                    continue
+                for alias in group:
+                    self.written.setdefault(alias, f"{node.name} writes into its storage")
+
+    def _is_plain_update(self, node: fx.Node, target: fx.Node, group: Sequence[fx.Node]) -> bool:
+        """Whether ``x += y`` can be read as ``x' = x + y``: nothing that saw the old x is read again under its name."""
+        operation = canonicalise(node)
+        if operation is None or not operation.in_place or operation.name not in ("add", "sub", "mul", "div"):
+            return False
+        if operation["input"] is not target:
+            return False
+        here = self.position[node]
+        for alias in group:
+            if alias.op in ("placeholder", "get_attr"):
+                return False
+            if self.position[alias] < here and any(self.position[user] > here for user in alias.users):
+                return False
+        return True
+
+    # --- parameters ---
+
+    def _find_parameters(self, graph: fx.Graph) -> None:
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                example = self.examples[node]
+                is_parameter = isinstance(example, torch.nn.Parameter) or torch_private.is_static_input(node)
+                if not (isinstance(example, Tensor) and is_parameter):
+                    continue
+                problem = self._problem_with(node, example)
+                if problem:
+                    self.unsupported[node] = problem
+                else:
+                    self.parametric.add(node)
+            elif node.op in ("call_function", "call_method"):
+                operation = canonicalise(node)
+                if operation is None or operation.name not in _EXPRESSION_OPERATIONS or operation.in_place:
+                    continue
+                inputs = node.all_input_nodes
+                if inputs and all(source in self.parametric for source in inputs) and node not in self.written:
+                    self.parametric.add(node)
+
+    def _problem_with(self, node: fx.Node, example: Tensor) -> str | None:
+        name = parameter_name(node)
+        if node in self.written:
+            return f"parameter '{name}' is written to in the graph: {self.written[node]}"
+        if torch_private.is_tensor_subclass(example):
+            return f"parameter '{name}' is a {type(example).__name__}, whose values cannot be centered"
+        if not example.is_floating_point():
+            return f"parameter '{name}' has dtype {example.dtype}, whose values cannot be centered"
+        if example.is_inference():
+            return (
+                f"parameter '{name}' was made under torch.inference_mode(), where changes of its value cannot be seen; "
+                "make or load the model outside of it"
+            )
+        if example.layout is not torch.strided or example.device.type == "meta":
+            return f"parameter '{name}' has no plain dense values ({example.layout}, {example.device})"
+        return None
+
+    def trained_parameter(self) -> str | None:
+        """Name of a parameter of the graph whose gradient is wanted, or None."""
+        for node, example in self.examples.items():
+            if isinstance(example, Tensor) and example.requires_grad and (
+                isinstance(example, torch.nn.Parameter) or torch_private.is_static_input(node)
+            ):  # fmt: skip
+                return parameter_name(node)
+        return None
+
+
+_IN_PLACE_OPERATORS = frozenset(
+    "iadd iand iconcat ifloordiv ilshift imod imul imatmul ior ipow irshift isub itruediv ixor setitem delitem".split()
+)
+_TORCH_MODULES = ("torch", "_operator", "operator", "builtins", "math", "_VariableFunctions")
+
+
+def written_arguments(node: fx.Node) -> list[fx.Node]:
+    """Return the arguments that a node writes into. What is not known to be pure is taken to write into everything."""
+    first = [node.args[0]] if node.args and isinstance(node.args[0], fx.Node) else []
+    if node.op == "call_method":
+        name = str(node.target)
+        in_place = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or name.startswith("__i")
+        return first if in_place and name not in ("__invert__", "__index__", "__int__") else _out(node)
+    if node.op != "call_function":
+        return list(node.all_input_nodes) if node.op == "call_module" else []
+    target: Any = node.target
+    if isinstance(target, torch_private.OpOverload):
+        return _written_by_schema(node, torch_private.schema_of(target))
+    name = getattr(target, "__name__", "")
+    module = getattr(target, "__module__", None) or ""
+    if module in ("_operator", "operator"):
+        return first if name in _IN_PLACE_OPERATORS else []
+    if isinstance(target, torch_private.HigherOrderOperator | torch_private.OpOverloadPacket) or not (
+        module.split(".")[0] in _TORCH_MODULES or module == ""
+    ):
+        return list(node.all_input_nodes)
+    if name.endswith("_") and not name.endswith("__"):
+        return first
+    if target is functional.batch_norm and (node.kwargs.get("training") or (len(node.args) > 5 and node.args[5])):
+        return [a for a in (*node.args[1:3], node.kwargs.get("running_mean"), node.kwargs.get("running_var"))
+                if isinstance(a, fx.Node)]  # fmt: skip
+    if target is functional.embedding and (node.kwargs.get("max_norm") or (len(node.args) > 3 and node.args[3])):
+        return [a for a in node.args[1:2] if isinstance(a, fx.Node)]
+    return (first if _asks_in_place(node, target) else []) + _out(node)
+
+
+def _out(node: fx.Node) -> list[fx.Node]:
+    out = node.kwargs.get("out")
+    items = out if isinstance(out, tuple | list) else [out]
+    return [item for item in items if isinstance(item, fx.Node)]
+
+
+def _asks_in_place(node: fx.Node, target: Any) -> bool:
+    if node.kwargs.get("inplace"):
+        return True
+    if not inspect.isfunction(target):
+        return False
+    names = list(inspect.signature(target).parameters)
+    return "inplace" in names and names.index("inplace") < len(node.args) and bool(node.args[names.index("inplace")])
+
+
+def _written_by_schema(node: fx.Node, schema: Any) -> list[fx.Node]:
+    written: list[fx.Node] = []
+    for index, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
+            items = value if isinstance(value, tuple | list) else [value]
+            written += [item for item in items if isinstance(item, fx.Node)]
+    return written

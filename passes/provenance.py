@@ -1,0 +1,70 @@
+"""Where a node comes from, in the user's words: module paths, parameter names, source lines."""
+
+from __future__ import annotations
+
+import re
+
+from torch import fx
+
+from lncompile.lowering import torch_private
+
+_ROOT = re.compile(r"^(L|G)\[(['\"])(\w+)\2\]\.?")
+_CONTAINER = re.compile(r"\._(?:modules|parameters|buffers)\[(['\"])(.*?)\1\]")
+_ITEM = re.compile(r"\[(['\"]?)([^\]'\"]+)\1\]")
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+
+
+def dotted(source: str) -> str:
+    """Turn Dynamo's source expression into the dotted name of ``named_parameters()``.
+
+    Example:
+        >>> dotted("L['self']._modules['h']._modules['0']._parameters['weight']")
+        'h.0.weight'
+    """
+    name = _CONTAINER.sub(r".\2", source)
+    root = _ROOT.match(name)
+    if root:
+        # A module compiled as such is `self`; anything else keeps its variable's name.
+        rest = name[root.end() :]
+        name = rest if root.group(3) == "self" and rest else f"{root.group(3)}{'.' if rest else ''}{rest}"
+    name = _ITEM.sub(r".\2", name)
+    return name.replace("..", ".").strip(".")
+
+
+def module_path(node: fx.Node) -> str:
+    """Return the dotted path of the innermost module whose forward made the node, or ``""``."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path, _ = list(stack.values())[-1]
+    path = re.sub(r"@\d+$", "", str(path))
+    name = dotted(path)
+    return "" if name == "self" else name
+
+
+def parameter_name(placeholder: fx.Node) -> str:
+    """Return the dotted name of a parameter's placeholder."""
+    source = torch_private.source_name(placeholder)
+    return dotted(source) if source else placeholder.name
+
+
+def location(node: fx.Node) -> str:
+    """Return ``file.py:line`` of the source line of the model that made the node.
+
+    Lines inside torch itself (``nn/modules/linear.py``) say nothing: the innermost line outside it is given.
+    """
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    if not frames:
+        return ""
+    outside = [frame for frame in frames if "/torch/nn/" not in frame[0] and "/torch/_" not in frame[0]]
+    path, line = (outside or frames)[-1]
+    return f"{path.rsplit('/', 1)[-1]}:{line}"
+
+
+def describe(node: fx.Node) -> str:
+    """Return a short description of an operation for messages: ``gelu (h.0.mlp.act, modeling_gpt2.py:231)``."""
+    if node.op == "placeholder":
+        return f"input '{parameter_name(node)}'"
+    target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    places = [place for place in (module_path(node), location(node)) if place]
+    return f"{target} ({', '.join(places)})" if places else str(target)

@@ -1,0 +1,156 @@
+"""Carrying a placement out: centered weights and activations go into the graph, every site's input is exchanged.
+
+Before (GPT-2's last block, in short)::
+
+    x      = addmm(b, h, W)
+    stream = stream_before + x
+    y      = layer_norm(stream, (768,), γ, β, ε)
+
+After::
+
+    W_centered = sub(W, mean(W, [1]))          # in float64; materialised once, see materialize.py
+    b_centered = sub(b, mean(b, [0]))
+    x      = addmm(b_centered, h, W_centered)
+    stream = stream_before + x                 # now its mean is zero
+    y      = layer_norm(stream, (768,), γ, β, ε)   # still right, and ready to be lowered to an RMSNorm
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from lncompile.lowering import emit
+from lncompile.passes.axes import Axes
+from lncompile.passes.canonical import tensor_of
+from lncompile.passes.centering import center_activation, center_scaled_weight, center_weight
+from lncompile.passes.placement import Placement
+from lncompile.passes.streams import Variable, VariableKey
+
+
+class ConflictingPlacement(Exception):
+    """One tensor would have to be centered in place along two different sets of axes. A bug, if it ever happens."""
+
+
+@dataclass
+class Rewrite:
+    """What a rewrite put into the graph.
+
+    Attributes:
+        weights: nodes that compute a centered parameter expression.
+        activations: nodes that center an activation at run time, by the node they center.
+        centered: the node that carries each centered value.
+        dead: products that disappeared into their weights.
+    """
+
+    weights: list[fx.Node] = field(default_factory=list)
+    activations: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    centered: dict[VariableKey, fx.Node] = field(default_factory=dict)
+    dead: list[fx.Node] = field(default_factory=list)
+
+
+def rewrite(graph: fx.Graph, placement: Placement, variables: Mapping[VariableKey, Variable]) -> Rewrite:
+    """Rewrite the graph so that every stream of the placement is computed centered.
+
+    Args:
+        graph: changed in place.
+        placement: what to do.
+        variables: the streams the placement was made from.
+
+    Returns:
+        What was put in; ``centered[(site.input, site.axes)]`` is the input of each folded site.
+
+    Raises:
+        ConflictingPlacement: if a tensor has two sets of axes.
+    """
+    done = Rewrite()
+    in_place: dict[fx.Node, Axes] = {}
+    for node, axes in placement.streams:
+        if in_place.setdefault(node, axes) != axes:
+            raise ConflictingPlacement(f"{node.name}: {in_place[node]} and {axes}")
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    for key in sorted(placement.centered, key=lambda key: (order[key[0]], str(key[1]))):
+        _make_centered(graph, key, key in placement.streams, variables[key], done)
+    for key in sorted(placement.streams, key=lambda key: order[key[0]]):
+        _exchange_operands(graph, variables[key], done)
+    for site in placement.folded:
+        source = done.centered[(site.input, site.axes)]
+        if source is not site.input:
+            site.operation.replace({("input", None): source})
+    for node in done.dead:
+        graph.erase_node(node)
+    return done
+
+
+def _make_centered(graph: fx.Graph, key: VariableKey, is_stream: bool, variable: Variable, done: Rewrite) -> None:
+    node, axes = key
+    if is_stream or variable.is_zero_mean:
+        done.centered[key] = node
+        return
+    tensor = tensor_of(node)
+    assert tensor is not None  # variables without a single tensor have no centering cost, so are never chosen
+    with graph.inserting_before(_after_definition(node)):
+        if variable.is_parameter:
+            centered = emit(graph, f"{node.name}_centered", center_weight, node, axes, tensor.dtype)
+            done.weights.append(centered)
+        else:
+            centered = emit(graph, f"{node.name}_centered", center_activation, node, axes, tensor.dtype)
+            done.activations[node] = centered
+    done.centered[key] = centered
+
+
+def _after_definition(node: fx.Node) -> fx.Node:
+    """The node before which something computed from ``node`` can stand; never among the placeholders."""
+    following = node.next
+    while following.op == "placeholder":
+        following = following.next
+    return following
+
+
+def _exchange_operands(graph: fx.Graph, variable: Variable, done: Rewrite) -> None:
+    if variable.scaled_source is not None:
+        _compose_scale(graph, variable, done)
+        return
+    operation = variable.operation
+    assert operation is not None  # streams come out of operations with rules
+    replacements: dict[tuple[str, int | None], object] = {}
+    for key, operand in operation.operands():
+        if operand in variable.needs and key not in variable.zeros:
+            centered = done.centered[(operand, variable.needs[operand])]
+            if centered is not operand:
+                replacements[key] = centered
+    for name, index in variable.zeros:
+        argument = operation[name] if index is None else operation[name][index]
+        if isinstance(argument, fx.Node):
+            with graph.inserting_before(operation.node):
+                name_ = f"{argument.name}_centered"
+                replacements[(name, index)] = graph.create_node(
+                    "call_function", torch.zeros_like, (argument,), name=name_
+                )
+        else:
+            replacements[(name, index)] = type(argument)(0)
+    operation.replace(replacements)
+
+
+def _compose_scale(graph: fx.Graph, variable: Variable, done: Rewrite) -> None:
+    source = variable.scaled_source
+    assert source is not None
+    replacements: dict[tuple[str, int | None], object] = {}
+    for key, (axes, dimension) in source.parameters.items():
+        parameter = source.linear[key[0]]
+        with graph.inserting_before(source.linear.node):
+            name = f"{parameter.name}_scaled_centered"
+            tensor = tensor_of(parameter)
+            assert tensor is not None  # its shape was read when the source was found
+            centered = emit(graph, name, center_scaled_weight, parameter, source.scale, dimension, axes, tensor.dtype)
+        done.weights.append(centered)
+        replacements[key] = centered
+    source.linear.replace(replacements)
+    variable.node.replace_all_uses_with(source.value)
+    for key, carrier in list(done.centered.items()):
+        if carrier is variable.node:
+            done.centered[key] = source.value
+    done.dead.append(variable.node)

@@ -1,0 +1,138 @@
+"""Matrix products, convolutions and look-ups: linear in their parameters, which is where centering is free.
+
+A linear layer ``y = Wh + b`` is linear in ``(W, b)`` jointly: ``C(Wh + b) = (CW)h + Cb``, column-based weight
+centering. The same product is linear in ``h`` for an A that lies on another axis of h (token mixing), and attention's
+``P @ v`` is linear in ``v``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lncompile.passes.axes import Axes, Size
+from lncompile.passes.canonical import Operation
+from lncompile.passes.decisions import Blocked, Reason
+from lncompile.passes.rules.base import AxisMap, Linear, aligned, linear_rule, require_free, result_shape, shape
+
+
+def _only(axes: Axes, dimension: int, what: str) -> None:
+    """Raise Blocked unless ``A`` lies within one dimension of the result."""
+    if axes.normalised_dimensions != (dimension,):
+        raise Blocked(Reason.DIFFERENT_AXES, f"{what}: the normalised axes {axes} are not those its weight produces")
+
+
+def one_dimension(operand: Sequence[Size], dimension: int, result: Sequence[Size], target: int, what: str) -> AxisMap:
+    """``A`` lies within one dimension of the operand, which becomes dimension ``target`` of the result."""
+
+    def forward(axes: Axes) -> Axes:
+        for index in range(len(operand)):
+            if index != dimension:
+                require_free(axes, index, f"{what} contracts")
+        dimensions = list(Axes.of(result, ()).dimensions)
+        dimensions[target] = axes.dimensions[dimension]
+        return Axes(tuple(dimensions))
+
+    def backward(axes: Axes) -> Axes:
+        _only(axes, target, what)
+        dimensions = list(Axes.of(operand, ()).dimensions)
+        dimensions[dimension] = axes.dimensions[target]
+        return Axes(tuple(dimensions))
+
+    return AxisMap(forward, backward)
+
+
+def _other_axes(operand: Sequence[Size], result: Sequence[Size], what: str) -> AxisMap:
+    """``A`` lies on dimensions before the last, which a product along the last one leaves alone."""
+    last = len(operand) - 1
+
+    def forward(axes: Axes) -> Axes:
+        require_free(axes, last, f"{what} contracts")
+        return axes.with_free(last, result[-1])
+
+    def backward(axes: Axes) -> Axes:
+        require_free(axes, last, f"{what} mixes")
+        return axes.with_free(last, operand[-1])
+
+    return AxisMap(forward, backward)
+
+
+@linear_rule("linear")
+def linear(operation: Operation) -> Sequence[Linear]:
+    """``C(Wh + b) = (CW)h + Cb`` over output features; ``C(hWᵀ + b) = (Ch)Wᵀ + 0`` over any other axis of h."""
+    result = result_shape(operation)
+    weight, bias, input_ = operation["weight"], operation["bias"], operation["input"]
+    if len(shape(weight)) != 2:
+        raise Blocked(Reason.UNKNOWN_OPERATION, "a linear layer whose weight is no matrix")
+    biases = {("bias", None): aligned(shape(bias), result)} if bias is not None else {}
+    last = len(result) - 1
+    return [
+        Linear({("weight", None): one_dimension(shape(weight), 0, result, last, "linear"), **biases}),
+        Linear({("input", None): _other_axes(shape(input_), result, "linear"), **biases}),
+    ]
+
+
+@linear_rule("addmm", "baddbmm")
+def addmm(operation: Operation) -> Sequence[Linear]:
+    """``C(βM + αAB) = βCM + αA(CB)`` over B's columns, ``βCM + α(CA)B`` over A's rows. M may be an activation."""
+    result = result_shape(operation)
+    first, second = shape(operation["mat1"]), shape(operation["mat2"])
+    rank = len(result)
+    addend = {("input", None): aligned(shape(operation["input"]), result)}
+    return [
+        Linear({("mat2", None): one_dimension(second, rank - 1, result, rank - 1, "addmm"), **addend}),
+        Linear({("mat1", None): one_dimension(first, rank - 2, result, rank - 2, "addmm"), **addend}),
+    ]
+
+
+@linear_rule("matmul")
+def matmul(operation: Operation) -> Sequence[Linear]:
+    """``C(AB) = A(CB)`` over B's columns (attention's ``P @ v``, ``x @ W``) and ``(CA)B`` over A's rows."""
+    result = result_shape(operation)
+    left, right = shape(operation["input"]), shape(operation["other"])
+    if len(left) < 2 or len(right) < 2:
+        raise Blocked(Reason.UNKNOWN_OPERATION, "a product with a vector")
+    last = len(result) - 1
+    return [
+        Linear({("other", None): one_dimension(right, len(right) - 1, result, last, "matmul")}),
+        Linear({("input", None): one_dimension(left, len(left) - 2, result, last - 1, "matmul")}),
+    ]
+
+
+@linear_rule("embedding")
+def embedding(operation: Operation) -> Sequence[Linear]:
+    """``C(E[ids]) = (CE)[ids]``, each row centered, the padding row too. ``max_norm`` rewrites the table: blocked."""
+    if operation["max_norm"] is not None:
+        raise Blocked(Reason.MUTATION, "an embedding with max_norm rescales its table at each call")
+    result = result_shape(operation)
+    weight = shape(operation["weight"])
+    return [Linear({("weight", None): one_dimension(weight, 1, result, len(result) - 1, "embedding")})]
+
+
+@linear_rule("convolution")
+def convolution(operation: Operation) -> Sequence[Linear]:
+    """``C(W * x + b) = (CW) * x + Cb`` over output channels, weight axis 0.
+
+    Each group of a grouped convolution reads other inputs, so only an A inside one group is legal.
+    """
+    result, weight = result_shape(operation), shape(operation["weight"])
+    channel = len(result) - (len(weight) - 2) - 1
+    groups = operation["groups"]
+    if not isinstance(groups, int):
+        raise Blocked(Reason.UNKNOWN_OPERATION, "a convolution whose number of groups is not a plain number")
+    per_group = result[channel] // groups
+
+    def carrier(name: str) -> AxisMap:
+        map_ = one_dimension(shape(operation[name]), 0, result, channel, "convolution")
+
+        def backward(axes: Axes) -> Axes | None:
+            operand = map_.backward(axes)
+            factors = axes.dimensions[channel]
+            if groups != 1 and not (factors and factors[-1].normalised and per_group % factors[-1].size == 0):
+                raise Blocked(
+                    Reason.DIFFERENT_AXES, "a grouped convolution mixes only within a group, the norm goes across them"
+                )
+            return operand
+
+        return AxisMap(map_.forward, backward)
+
+    return [Linear({(name, None): carrier(name) for name in ("weight", "bias") if operation[name] is not None})]

@@ -1,0 +1,294 @@
+"""Operations that move elements without mixing them: views, permutations, joins, cuts, and reductions off A.
+
+``C`` acts on the elements of A wherever they lie, so each rule only says where A goes. Joining or cutting *along* A is
+the classic trap: the mean of a part is not the mean of the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from lncompile.passes.axes import Axes, same_size, shape_of
+from lncompile.passes.canonical import Operation, canonicalise, tensor_of
+from lncompile.passes.decisions import Blocked, Reason
+from lncompile.passes.rules.base import (
+    SAME,
+    AxisMap,
+    Linear,
+    aligned,
+    along,
+    dimension_of,
+    dimensions_of,
+    inserted,
+    linear_rule,
+    other_operands,
+    permuted,
+    removed,
+    require_free,
+    reshaped,
+    result_shape,
+    shape,
+)
+
+
+@linear_rule("view", "reshape", "view_as", "flatten", "unflatten", "squeeze", "unsqueeze")
+def views(operation: Operation) -> Sequence[Linear]:
+    """``view(Cx) = C'view(x)``: the same elements under other dimensions; A may split, merge, or become a part."""
+    map_ = reshaped(shape(operation["input"]), result_shape(operation))
+    return [Linear({("input", None): map_}, metadata=other_operands(operation, "input"))]
+
+
+def _permutation(operation: Operation) -> list[int]:
+    rank = len(shape(operation["input"]))
+    order = list(range(rank))
+    if operation.name == "permute":
+        return list(dimensions_of(operation["dim"], rank))
+    if operation.name in ("t", "mT"):
+        if rank >= 2:
+            order[-2], order[-1] = order[-1], order[-2]
+        if operation.name == "t" and rank > 2:
+            raise Blocked(Reason.UNKNOWN_OPERATION, "a transpose of more than two dimensions without their names")
+        return order
+    if operation.name == "transpose":
+        first, second = dimension_of(operation["dim0"], rank), dimension_of(operation["dim1"], rank)
+        order[first], order[second] = order[second], order[first]
+        return order
+    # movedim: let torch do it on a tensor whose sizes are the dimensions' numbers.
+    marked = torch.empty(list(range(rank)), device="meta")
+    return list(torch.movedim(marked, operation["source"], operation["destination"]).shape)
+
+
+@linear_rule("permute", "transpose", "t", "mT", "movedim")
+def permutations(operation: Operation) -> Sequence[Linear]:
+    """``permute(Cx) = C'permute(x)``: A moves with its dimensions."""
+    return [Linear({("input", None): permuted(_permutation(operation))})]
+
+
+@linear_rule("expand", "expand_as")
+def expand(operation: Operation) -> Sequence[Linear]:
+    """``expand(Cx) = C expand(x)`` along free dimensions; what is expanded along A is constant there."""
+    map_ = aligned(shape(operation["input"]), result_shape(operation))
+    return [Linear({("input", None): map_}, metadata=other_operands(operation, "input"))]
+
+
+@linear_rule("repeat")
+def repeat(operation: Operation) -> Sequence[Linear]:
+    """``repeat(Cx) = C repeat(x)`` where the repeated dimensions are free."""
+    operand, result = shape(operation["input"]), result_shape(operation)
+    new = len(result) - len(operand)
+    changed = [i for i, size in enumerate(operand) if not same_size(size, result[new + i])]
+
+    def forward(axes: Axes) -> Axes:
+        for index in changed:
+            require_free(axes, index, "repeat")
+            axes = axes.with_free(index, result[new + index])
+        for index in range(new):
+            axes = axes.insert_free(index, result[index])
+        return axes
+
+    def backward(axes: Axes) -> Axes:
+        for index in range(new):
+            require_free(axes, index, "repeat")
+        axes = Axes(axes.dimensions[new:])
+        for index in changed:
+            require_free(axes, index, "repeat")
+            axes = axes.with_free(index, operand[index])
+        return axes
+
+    return [Linear({("input", None): AxisMap(forward, backward)}, metadata=other_operands(operation, "input"))]
+
+
+@linear_rule("cat")
+def cat(operation: Operation) -> Sequence[Linear]:
+    """``cat(Cx, Cy) = C cat(x, y)`` along a free dimension. Along A it is a trap: blockwise means are not the mean."""
+    result = result_shape(operation)
+    dimension = dimension_of(operation["dim"], len(result))
+    carriers = {}
+    for key, node in operation.operands():
+        operand = shape(node)
+        if len(operand) != len(result):
+            raise Blocked(Reason.UNKNOWN_OPERATION, "cat of tensors of different rank")
+        carriers[key] = along(dimension, operand[dimension], result[dimension], "cat")
+    return [Linear(carriers)]
+
+
+@linear_rule("stack")
+def stack(operation: Operation) -> Sequence[Linear]:
+    """``stack(Cx, Cy) = C stack(x, y)``: the new dimension is free."""
+    result = result_shape(operation)
+    dimension = dimension_of(operation["dim"], len(result))
+    return [Linear({key: inserted(dimension, result[dimension], "stack") for key, _ in operation.operands()})]
+
+
+@linear_rule("split", "chunk", "unbind")
+def pieces(operation: Operation) -> Sequence[Linear]:
+    """``split(Cx) = C split(x)`` along a free dimension.
+
+    The result is a tuple: A is carried on it as it stands on the input, and ``getitem`` takes it to each piece.
+    """
+    dimension = dimension_of(operation["dim"], len(shape(operation["input"])))
+
+    def move(axes: Axes) -> Axes:
+        require_free(axes, dimension, operation.name)
+        return axes
+
+    return [Linear({("input", None): AxisMap(move, move)}, metadata=other_operands(operation, "input"))]
+
+
+@linear_rule("getitem")
+def getitem(operation: Operation) -> Sequence[Linear]:
+    """``(Cx)[i] = C(x[i])`` where the indexed dimensions are free: slices, numbers, new axes, index tensors."""
+    source = operation["input"]
+    if not isinstance(source, fx.Node):
+        raise Blocked(Reason.UNKNOWN_OPERATION, "an index into something that is no tensor")
+    if tensor_of(source) is None:
+        return [Linear({("input", None): _piece(operation, source)})]
+    map_ = _index_map(operation, shape(source), result_shape(operation))
+    return [Linear({("input", None): map_})]
+
+
+def _piece(operation: Operation, source: fx.Node) -> AxisMap:
+    origin = canonicalise(source)
+    if origin is None or origin.name not in ("split", "chunk", "unbind"):
+        raise Blocked(Reason.UNKNOWN_OPERATION, f"one of several results of {source.name}")
+    whole = shape(origin["input"])
+    dimension = dimension_of(origin["dim"], len(whole))
+    if origin.name == "unbind":
+        return removed(dimension, whole[dimension], "unbind")
+    return along(dimension, whole[dimension], result_shape(operation)[dimension], origin.name)
+
+
+def _index_map(operation: Operation, source: Sequence[object], result: Sequence[object]) -> AxisMap:
+    """Read an index expression dimension by dimension: which dimensions of the source survive, and where."""
+    index = operation["index"]
+    items = list(index) if isinstance(index, tuple | list) else [index]
+    if any(isinstance(item, list | tuple) for item in items):
+        raise Blocked(Reason.UNKNOWN_OPERATION, "an index that is a list")
+    tensors = [item for item in items if isinstance(item, fx.Node) and tensor_of(item) is not None]
+    if any(tensor_of(item).dtype in (torch.bool, torch.uint8) for item in tensors):  # type: ignore[union-attr]
+        raise Blocked(Reason.UNKNOWN_OPERATION, "an index with a boolean mask")
+    consumed = sum(1 for item in items if item is not None and item is not Ellipsis)
+    if Ellipsis not in [item for item in items if not isinstance(item, fx.Node)]:
+        items.append(Ellipsis)
+    # What becomes of each dimension: kept as result dimension j (perhaps with another size), or taken away.
+    kept: list[tuple[int, int]] = []
+    taken: list[int] = []
+    position, target = 0, 0
+    advanced: list[int] = []
+    tensor_rank = max((len(shape(item)) for item in tensors), default=0)
+    placed = False
+    for place, item in enumerate(items):
+        if item is None:
+            target += 1
+        elif item is Ellipsis:
+            for _ in range(len(source) - consumed):
+                kept.append((position, target))
+                position, target = position + 1, target + 1
+        elif isinstance(item, slice):
+            kept.append((position, target))
+            position, target = position + 1, target + 1
+        else:
+            # Numbers take a dimension away; beside index tensors they count as index tensors themselves.
+            taken.append(position)
+            position += 1
+            if tensors:
+                advanced.append(place)
+                if not placed:
+                    target, placed = target + tensor_rank, True
+    if advanced and advanced != list(range(advanced[0], advanced[0] + len(advanced))):
+        raise Blocked(Reason.UNKNOWN_OPERATION, "index tensors that do not stand side by side")
+    if target != len(result):
+        raise Blocked(Reason.UNKNOWN_OPERATION, "an index expression without a rule")
+    changed = [(old, new) for old, new in kept if not same_size(source[old], result[new])]
+
+    def check(axes: Axes) -> None:
+        for dimension in (*taken, *(old for old, _ in changed)):
+            require_free(axes, dimension, "an index")
+
+    def forward(axes: Axes) -> Axes:
+        check(axes)
+        answer = Axes.of(tuple(result), ())
+        dimensions = list(answer.dimensions)
+        for old, new in kept:
+            if (old, new) not in changed:
+                dimensions[new] = axes.dimensions[old]
+        return Axes(tuple(dimensions))
+
+    def backward(axes: Axes) -> Axes:
+        moved = {new for _, new in kept}
+        for dimension in range(len(result)):
+            if dimension not in moved:
+                require_free(axes, dimension, "an index")
+        dimensions = list(Axes.of(tuple(source), ()).dimensions)
+        for old, new in kept:
+            if (old, new) not in changed:
+                dimensions[old] = axes.dimensions[new]
+            else:
+                require_free(axes, new, "a slice")
+        return Axes(tuple(dimensions))
+
+    return AxisMap(forward, backward)
+
+
+@linear_rule("narrow", "slice", "index_select")
+def selections(operation: Operation) -> Sequence[Linear]:
+    """``select(Cx) = C select(x)`` of rows along a free dimension."""
+    operand, result = shape(operation["input"]), result_shape(operation)
+    dimension = dimension_of(operation["dim"], len(operand))
+    map_ = along(dimension, operand[dimension], result[dimension], operation.name)
+    return [Linear({("input", None): map_})]
+
+
+@linear_rule("select")
+def select(operation: Operation) -> Sequence[Linear]:
+    """``(Cx).select(i) = C(x.select(i))`` along a free dimension, which disappears."""
+    operand = shape(operation["input"])
+    dimension = dimension_of(operation["dim"], len(operand))
+    return [Linear({("input", None): removed(dimension, operand[dimension], "select")})]
+
+
+@linear_rule("roll", "flip")
+def rotations(operation: Operation) -> Sequence[Linear]:
+    """``roll(Cx) = C roll(x)`` along free dimensions."""
+    if operation["dim"] is None:
+        raise Blocked(Reason.DIFFERENT_AXES, "roll of the flattened tensor")
+    dimensions = dimensions_of(operation["dim"], len(shape(operation["input"])))
+
+    def move(axes: Axes) -> Axes:
+        for dimension in dimensions:
+            require_free(axes, dimension, operation.name)
+        return axes
+
+    return [Linear({("input", None): AxisMap(move, move)})]
+
+
+@linear_rule("mean", "sum")
+def reductions(operation: Operation) -> Sequence[Linear]:
+    """``mean_B(Cx) = C mean_B(x)`` over free dimensions B."""
+    operand = shape(operation["input"])
+    if operation["dim"] is None:
+        raise Blocked(Reason.DIFFERENT_AXES, f"{operation.name} over all axes")
+    dimensions = sorted(dimensions_of(operation["dim"], len(operand)), reverse=True)
+    keep = bool(operation["keepdim"])
+
+    def forward(axes: Axes) -> Axes:
+        for dimension in dimensions:
+            require_free(axes, dimension, operation.name)
+            axes = axes.with_free(dimension, 1) if keep else axes.remove(dimension)
+        return axes
+
+    def backward(axes: Axes) -> Axes:
+        for dimension in reversed(dimensions):
+            if keep:
+                require_free(axes, dimension, operation.name)
+                axes = axes.with_free(dimension, operand[dimension])
+            else:
+                axes = axes.insert_free(dimension, operand[dimension])
+        return axes
+
+    return [Linear({("input", None): AxisMap(forward, backward)})]
+
+

@@ -1,0 +1,99 @@
+"""Finding the LayerNorm sites of a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from lncompile.passes import provenance
+from lncompile.passes.axes import Axes, shape_of
+from lncompile.passes.canonical import Operation, canonicalise, tensor_of, value_of
+
+# Passes that expand an opaque operator leave the name of a norm inside it here, for the report.
+SITE_NAME = "lnfold_site_name"
+
+
+@dataclass(frozen=True)
+class NormSite:
+    """One LayerNorm call: its node, what it normalises, and its parameters as graph nodes."""
+
+    operation: Operation
+    input: fx.Node
+    axes: Axes
+    name: str
+    location: str
+
+    @property
+    def node(self) -> fx.Node:
+        """The call's node."""
+        return self.operation.node
+
+    def current(self) -> Operation:
+        """The call as it stands in the graph now, after rewrites."""
+        operation = canonicalise(self.node)
+        assert operation is not None  # it was one when the site was found, and rewrites only exchange operands
+        return operation
+
+    @property
+    def normalized_shape(self) -> tuple[int, ...]:
+        """Sizes of the normalised trailing axes."""
+        return tuple(self.operation["normalized_shape"])
+
+    @property
+    def weight(self) -> Any:
+        """γ: a node, or None."""
+        return self.operation["weight"]
+
+    @property
+    def bias(self) -> Any:
+        """β: a node, or None."""
+        return self.operation["bias"]
+
+    @property
+    def eps(self) -> float:
+        """ε."""
+        return float(self.operation["eps"])
+
+    @property
+    def output_dtype(self) -> torch.dtype:
+        """Dtype of the normalised tensor, as eager gives it (autocast included)."""
+        value = value_of(self.node)
+        dtype: torch.dtype = (value[0] if isinstance(value, tuple | list) else value).dtype
+        return dtype
+
+
+def find_sites(graph: fx.Graph) -> Sequence[NormSite]:
+    """Return every LayerNorm call of the graph, in order: ``layer_norm`` and ``native_layer_norm``, in any spelling.
+
+    A call whose input is no floating-point tensor of known shape is left out: it is no site for anybody.
+    """
+    sites = []
+    for node in graph.nodes:
+        operation = canonicalise(node)
+        if operation is None or operation.name not in ("layer_norm", "native_layer_norm"):
+            continue
+        source = operation["input"]
+        tensor = tensor_of(source) if isinstance(source, fx.Node) else None
+        if tensor is None or value_of(node) is None or not tensor.is_floating_point():
+            continue
+        axes = Axes.trailing(shape_of(tensor), len(operation["normalized_shape"]))
+        sites.append(NormSite(operation, source, axes, _site_name(node), provenance.location(node)))
+    return sites
+
+
+def _site_name(node: fx.Node) -> str:
+    given = node.meta.get(SITE_NAME)
+    if given:
+        return str(given)
+    stack = node.meta.get("nn_module_stack")
+    path = provenance.module_path(node)
+    if not stack or not path:
+        return node.name
+    innermost = list(stack.values())[-1][1]
+    class_name = innermost if isinstance(innermost, str) else innermost.__name__
+    # A functional call in the middle of a larger module: the module's path alone would not tell two of them apart.
+    return path if "norm" in class_name.lower() else f"{path}:{node.name}"

@@ -1,0 +1,109 @@
+"""Saying what was decided: a :class:`Site` for every LayerNorm call, folded or not."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+
+from torch import fx
+
+from lncompile.passes import provenance
+from lncompile.passes.decisions import Blocker, Reason, RuntimeCentering, Site
+from lncompile.passes.placement import Placement
+from lncompile.passes.sites import NormSite
+from lncompile.passes.streams import Variable, VariableKey, describe_blocker, first_blocker
+
+
+def judge(
+    sites: Sequence[NormSite], placement: Placement, variables: Mapping[VariableKey, Variable]
+) -> tuple[Site, ...]:
+    """Return the verdict on each site, in order."""
+    folded = {site.node for site in placement.folded}
+    return tuple(
+        _folded_site(site, placement, variables) if site.node in folded else _left_site(site, variables)
+        for site in sites
+    )
+
+
+def left_alone(sites: Sequence[NormSite], reason: Reason, detail: str) -> tuple[Site, ...]:
+    """Return verdicts for a graph that is compiled untouched for one reason."""
+    return tuple(Site(s.name, s.location, False, "layer_norm", reason, detail, ()) for s in sites)
+
+
+def _folded_site(site: NormSite, placement: Placement, variables: Mapping[VariableKey, Variable]) -> Site:
+    parameters, activations = _centered_by((site.input, site.axes), placement, variables)
+    words = f"centered in {len(parameters)} parameter{'s' if len(parameters) != 1 else ''}"
+    if activations:
+        names = ", ".join(provenance.describe(node) for node in activations)
+        words += f" and at run time after {names}"
+    if not parameters and not activations:
+        words = "its input has zero mean as it is"
+    return Site(site.name, site.location, True, "rms_norm", None, words, tuple(parameters))
+
+
+def _centered_by(
+    start: VariableKey, placement: Placement, variables: Mapping[VariableKey, Variable]
+) -> tuple[list[str], list[fx.Node]]:
+    """Names of the parameters and the activations that are centered for one site, nearest first."""
+    parameters: dict[str, None] = {}
+    activations: dict[fx.Node, None] = {}
+    queue, seen = deque([start]), {start}
+    while queue:
+        key = queue.popleft()
+        variable = variables[key]
+        if key not in placement.streams:
+            if variable.is_parameter:
+                parameters.update(dict.fromkeys(_parameter_names(variable.node)))
+            elif not variable.is_zero_mean:
+                activations[variable.node] = None
+            continue
+        if variable.scaled_source is not None:
+            source = variable.scaled_source
+            for name, _ in source.parameters:
+                parameters.update(dict.fromkeys(_parameter_names(source.linear[name])))
+            parameters.update(dict.fromkeys(_parameter_names(source.scale)))
+        for need in variable.needs.items():
+            if need not in seen:
+                seen.add(need)
+                queue.append(need)
+    return list(parameters), list(activations)
+
+
+def _parameter_names(node: fx.Node) -> list[str]:
+    if node.op == "placeholder":
+        return [provenance.parameter_name(node)]
+    return [name for source in node.all_input_nodes for name in _parameter_names(source)]
+
+
+def _left_site(site: NormSite, variables: Mapping[VariableKey, Variable]) -> Site:
+    blocker = first_blocker((site.input, site.axes), variables)
+    if blocker is None:
+        blocker = Blocker(Reason.NOT_WORTH_IT, "centering its input would cost what it saves", site.input)
+    return Site(
+        site.name, site.location, False, "layer_norm", blocker.reason, describe_blocker(blocker), ()
+    )
+
+
+def describe_centerings(
+    placement: Placement, variables: Mapping[VariableKey, Variable]
+) -> tuple[RuntimeCentering, ...]:
+    """Return the centerings that happen at each call, with the norms each serves."""
+    centerings = []
+    for key in placement.centered - placement.streams:
+        variable = variables[key]
+        if variable.is_parameter or variable.is_zero_mean:
+            continue
+        served = sum(
+            variable.node in _centered_by((site.input, site.axes), placement, variables)[1]
+            for site in placement.folded
+        )
+        norms = f"{served} norm{'s' if served != 1 else ''}"
+        why = describe_blocker(variable.blocker) if variable.blocker else "a cheaper place than its parameters"
+        centerings.append(
+            RuntimeCentering(
+                provenance.module_path(variable.node) or variable.node.name,
+                provenance.location(variable.node),
+                f"one centering lets {norms} fold ({why})",
+            )
+        )
+    return tuple(sorted(centerings, key=lambda centering: centering.after))

@@ -4,6 +4,7 @@ from lncompile.explain import explain, refresh, reports
 from lncompile.options import OptionError, Options
 from lncompile.passes.decisions import Reason, Site
 from lncompile.report import FoldReport
+from lncompile.verify import Verification, verify
 
 __version__ = "0.1.0"
 
@@ -13,8 +14,10 @@ __all__ = [
     "Options",
     "Reason",
     "Site",
+    "Verification",
     "__version__",
     "explain",
     "refresh",
     "reports",
+    "verify",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from torch import fx
 from lncompile.options import Options
 from lncompile.passes.copying import copy_graph_module
 from lncompile.passes.decisions import Reason, Site
-from lncompile.passes.expand import expand_opaque_layers, find_opaque_layers
+from lncompile.passes.expand import EXPANDED_FROM, expand_opaque_layers, find_opaque_layers
 from lncompile.passes.graph_facts import GraphFacts
 from lncompile.passes.placement import Placement, place
 from lncompile.passes.sites import NormSite, find_sites
@@ -43,19 +44,32 @@ def analyse(graph_module: fx.GraphModule, example_inputs: Sequence[Any], options
         The decisions, on a copy of the graph.
     """
     opaque = {node.name for node in find_opaque_layers(graph_module.graph)}
+    verdicts: dict[str, list[Site]] = {}
     while True:
         analysis = _analyse_expanded(graph_module, example_inputs, options, opaque)
-        needed = {name for name in opaque if _uses(analysis, name)}
+        needed = {_layer(site) for site in (analysis.placement.folded if analysis.placement else ())} & opaque
+        for site, verdict in zip(analysis.sites, analysis.verdicts, strict=True):
+            if _layer(site) in opaque - needed:
+                verdicts.setdefault(_layer(site), []).append(verdict)
         if needed == opaque:
-            return analysis
+            return dataclasses.replace(analysis, verdicts=_in_order(analysis, verdicts))
         # An opaque layer in which nothing folds goes to Inductor as it was; leaving it closed may change the rest.
         opaque = needed
 
 
-def _uses(analysis: Analysis, layer: str) -> bool:
-    """Whether a site that was written out of this opaque layer folds."""
-    folded = analysis.placement.folded if analysis.placement else ()
-    return any(site.node.name.startswith(f"{layer}_") for site in folded)
+def _layer(site: NormSite) -> str:
+    """Name of the opaque operator that a site was written out of, or ``""``."""
+    return str(site.node.meta.get(EXPANDED_FROM, ""))
+
+
+def _in_order(analysis: Analysis, closed: dict[str, list[Site]]) -> tuple[Site, ...]:
+    """The verdicts in the order of the graph, with those of the norms inside operators that stay closed."""
+    verdicts = {site.node: verdict for site, verdict in zip(analysis.sites, analysis.verdicts, strict=True)}
+    ordered: list[Site] = []
+    for node in analysis.graph_module.graph.nodes:
+        ordered += closed.get(node.name, [])
+        ordered += [verdicts[node]] if node in verdicts else []
+    return tuple(ordered)
 
 
 def _analyse_expanded(

@@ -63,7 +63,7 @@ class FoldReport:
 
     def __str__(self) -> str:
         buffer = io.StringIO()
-        console = Console(file=buffer, width=120)
+        console = Console(file=buffer, width=160)
         console.print(self)
         return buffer.getvalue().rstrip()
 
@@ -73,8 +73,9 @@ class FoldReport:
             yield Text("No LayerNorm in the graph: it goes to Inductor as it is.")
             return
         table = Table(box=None, pad_edge=False)
-        for header in ("site", "at", "lowered to", "why"):
-            table.add_column(header, overflow="fold")
+        for header in ("site", "at", "lowered to"):
+            table.add_column(header, no_wrap=True)
+        table.add_column("why", overflow="fold")
         for site in self.sites:
             reason = "" if site.reason is None else f"{site.reason.value}: "
             style = "green" if site.folded else "yellow"

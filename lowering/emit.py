@@ -17,8 +17,8 @@ class _NamingTracer(GraphAppendingTracer):
         self._prefix = prefix
 
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None) -> Any:
-        operation = target if isinstance(target, str) else getattr(target, "__name__", "value")
-        return super().create_node(kind, target, args, kwargs, name or f"{self._prefix}_{operation}", type_expr)
+        operation = name or (target if isinstance(target, str) else getattr(target, "__name__", "value"))
+        return super().create_node(kind, target, args, kwargs, f"{self._prefix}_{operation}", type_expr)
 
 
 def emit(graph: fx.Graph, prefix: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch._dynamo
 from torch import Tensor, fx
+from torch.utils import _pytree
 
 # --- Dynamo's graph -------------------------------------------------------------------------------------------------
 
@@ -208,3 +209,13 @@ def code_being_compiled() -> Any:
         return InstructionTranslator.current_tx().output.root_tx.f_code
     except AttributeError:
         return None
+
+
+def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
+    """Apply a function to every leaf of nested containers, model outputs included."""
+    return _pytree.tree_map(function, tree)
+
+
+def leaves_with_path(tree: Any) -> list[tuple[str, Any]]:
+    """Return every leaf of nested containers with where it stands, as an expression: ``".logits"``, ``"[0]"``."""
+    return [(_pytree.keystr(path), leaf) for path, leaf in _pytree.tree_flatten_with_path(tree)[0]]

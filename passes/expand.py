@@ -19,7 +19,11 @@ from lncompile.passes import provenance
 from lncompile.passes.canonical import tensor_of, value_of
 from lncompile.passes.sites import SITE_NAME
 
-_MASK, _MASK_TYPE = 18, 19
+# Where the operator's mask stands among its arguments; what follows it describes the mask.
+_MASK = 18
+
+# Nodes of an operator that was written out keep its name here.
+EXPANDED_FROM = "lnfold_expanded_from"
 
 
 def transformer_encoder_layer(
@@ -120,6 +124,7 @@ def _propagate(origin: fx.Node, added: Sequence[fx.Node]) -> None:
     norms = 0
     fake_mode = torch_private.fake_mode_of(tensor_of(origin))
     for node in added:
+        node.meta[EXPANDED_FROM] = origin.name
         node.meta.update({k: origin.meta[k] for k in ("nn_module_stack", "stack_trace") if k in origin.meta})
         args: Any = fx.map_arg(node.args, value_of)
         kwargs: Any = fx.map_arg(node.kwargs, value_of)

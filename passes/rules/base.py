@@ -149,6 +149,14 @@ def require_free(axes: Axes, dimension: int, what: str) -> None:
         raise Blocked(Reason.DIFFERENT_AXES, f"{what} along the normalised axis")
 
 
+def require_uncontracted(axes: Axes, dimension: int, what: str) -> None:
+    """Raise Blocked if the operation sums over a dimension that ``A`` touches: it would see that the mean is gone."""
+    if not axes.is_free(dimension):
+        raise Blocked(
+            Reason.VISIBLE, f"the stream is also read by '{what}', which would see that its mean is gone"
+        )
+
+
 def along(dimension: int, operand: Size, result: Size, what: str) -> AxisMap:
     """The operation works along one dimension, which must be free, and may change its size."""
 

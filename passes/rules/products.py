@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from lncompile.passes.axes import Axes, Size
 from lncompile.passes.canonical import Operation
 from lncompile.passes.decisions import Blocked, Reason
-from lncompile.passes.rules.base import AxisMap, Linear, aligned, linear_rule, require_free, result_shape, shape
+from lncompile.passes.rules.base import AxisMap, Linear, aligned, linear_rule, require_free, require_uncontracted, result_shape, shape
 
 
 def _only(axes: Axes, dimension: int, what: str) -> None:
@@ -27,7 +27,7 @@ def one_dimension(operand: Sequence[Size], dimension: int, result: Sequence[Size
     def forward(axes: Axes) -> Axes:
         for index in range(len(operand)):
             if index != dimension:
-                require_free(axes, index, f"{what} contracts")
+                require_uncontracted(axes, index, what)
         dimensions = list(Axes.of(result, ()).dimensions)
         dimensions[target] = axes.dimensions[dimension]
         return Axes(tuple(dimensions))
@@ -46,7 +46,7 @@ def _other_axes(operand: Sequence[Size], result: Sequence[Size], what: str) -> A
     last = len(operand) - 1
 
     def forward(axes: Axes) -> Axes:
-        require_free(axes, last, f"{what} contracts")
+        require_uncontracted(axes, last, what)
         return axes.with_free(last, result[-1])
 
     def backward(axes: Axes) -> Axes:

@@ -1,0 +1,181 @@
+"""Measuring that predictions do not change: eager, stock Inductor and lnfold against a float64 reference."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import io
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from lncompile.lowering import torch_private
+
+#: lnfold passes where its error is at most this many times stock Inductor's ...
+BUDGET = 1.25
+#: ... or within this many roundings of the output's dtype, where both are as good as exact.
+ROUNDINGS = 4.0
+
+
+@dataclass(frozen=True)
+class OutputError:
+    """Errors of one output tensor: ``‖y - y64‖ / ‖y64‖`` over its finite elements.
+
+    Attributes:
+        output: where the tensor stands in the model's output, ``".logits"``.
+        dtype: its dtype.
+        eager: error of the model run eagerly.
+        inductor: error of ``torch.compile(model)``.
+        lnfold: error of ``torch.compile(model, backend="lnfold")``.
+        same_non_finite: whether infinities and NaNs stand where the reference has them.
+    """
+
+    output: str
+    dtype: str
+    eager: float
+    inductor: float
+    lnfold: float
+    same_non_finite: bool
+
+    @property
+    def passed(self) -> bool:
+        """Whether lnfold is as good as stock Inductor: within 1.25 times its error, or within rounding."""
+        resolution = torch.finfo(getattr(torch, self.dtype)).eps
+        return self.same_non_finite and self.lnfold <= max(BUDGET * self.inductor, ROUNDINGS * resolution)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The errors of every floating-point output of a model. ``print`` shows a table."""
+
+    outputs: tuple[OutputError, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every output passed."""
+        return all(output.passed for output in self.outputs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain dicts, lists, strings and numbers, ready for JSON."""
+        outputs = [{**dataclasses.asdict(output), "passed": output.passed} for output in self.outputs]
+        return {"passed": self.passed, "outputs": outputs}
+
+    def __str__(self) -> str:
+        buffer = io.StringIO()
+        Console(file=buffer, width=120).print(self)
+        return buffer.getvalue().rstrip()
+
+    def __rich_console__(self, console: Console, options: Any) -> Iterable[Any]:
+        """How rich prints it."""
+        table = Table(box=None, pad_edge=False)
+        for header in ("output", "dtype", "eager", "inductor", "lnfold", ""):
+            table.add_column(header)
+        for output in self.outputs:
+            verdict = Text("ok", style="green") if output.passed else Text("WORSE", style="bold red")
+            errors = (f"{error:.2e}" for error in (output.eager, output.inductor, output.lnfold))
+            table.add_row(output.output, output.dtype, *errors, verdict)
+        yield table
+
+
+def verify(
+    model: Callable[..., Any],
+    *args: Any,
+    progress: Callable[[str], None] | None = None,
+    **kwargs: Any,
+) -> Verification:
+    """Compare eager, stock Inductor and lnfold with a float64 reference, on the model's own weights and these inputs.
+
+    Runs under ``torch.no_grad()``. Needs memory for a float64 copy of the model.
+
+    Args:
+        model: a module in evaluation mode, not compiled yet.
+        args: what it is called with.
+        progress: called with a few words before each step, which may take a minute.
+        kwargs: as ``args``.
+
+    Returns:
+        The error of each floating-point tensor among the outputs.
+
+    Raises:
+        ValueError: for a model in training mode (dropout draws other numbers at each call), or one without outputs in
+            floating point.
+
+    Example:
+        >>> lncompile.verify(model, input_ids).passed
+        True
+    """
+    model = torch_private.original_callable(model)
+    if isinstance(model, torch.nn.Module) and model.training:
+        raise ValueError("the model is in training mode, where dropout makes outputs random: call model.eval() first")
+    say = progress or (lambda _: None)
+    with torch.no_grad():
+        say("float64 reference")
+        reference = _reference(model, args, kwargs)
+        if not reference:
+            raise ValueError("the model returns no floating-point tensor, so there is nothing to compare")
+        say("eager")
+        eager = floating_outputs(model(*args, **kwargs))
+        compiled = {}
+        for backend in ("inductor", "lnfold"):
+            say(f"torch.compile(backend={backend!r})")
+            with torch_private.many_recompiles():
+                compiled[backend] = floating_outputs(torch.compile(model, backend=backend)(*args, **kwargs))
+    return Verification(
+        tuple(
+            OutputError(
+                name,
+                str(eager[name].dtype).removeprefix("torch."),
+                relative_error(eager[name], expected),
+                relative_error(compiled["inductor"][name], expected),
+                relative_error(compiled["lnfold"][name], expected),
+                bool(torch.equal(compiled["lnfold"][name].isfinite(), expected.isfinite())),
+            )
+            for name, expected in reference.items()
+        )
+    )
+
+
+def _reference(model: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Tensor]:
+    def widen(value: Any) -> Any:
+        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    args, kwargs = torch_private.tree_map(widen, (args, kwargs))
+    wide = copy.deepcopy(model).double() if isinstance(model, torch.nn.Module) else model
+    with _default_dtype(torch.float64):
+        return floating_outputs(wide(*args, **kwargs))
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Models make constants of the default dtype (position tables, masks): the reference wants them wide too."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def floating_outputs(output: Any) -> dict[str, Tensor]:
+    """Return the floating-point tensors of a model's output, by where they stand in it."""
+    return {
+        path or "output": value
+        for path, value in torch_private.leaves_with_path(output)
+        if isinstance(value, Tensor) and value.is_floating_point()
+    }
+
+
+def relative_error(value: Tensor, expected: Tensor) -> float:
+    """Return ``‖value - expected‖ / ‖expected‖`` in float64, over the elements where ``expected`` is finite."""
+    finite = expected.isfinite()
+    wide, expected = value.to(torch.float64)[finite], expected.to(torch.float64)[finite]
+    scale = expected.norm()
+    difference = (wide - expected).norm()
+    return float(difference / scale) if scale > 0 else float(difference)

@@ -1,0 +1,44 @@
+"""Set-up shared by all tests: our safety net off, so that it hides nothing; a compiler cache of this run alone."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+# Before torch is imported: code cached by an earlier run, of other sources, must not answer for this one.
+os.environ["LNCOMPILE_SAFETY_NET"] = "0"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+_cache = tempfile.TemporaryDirectory(prefix="lncompile-tests-")
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = _cache.name
+
+from collections.abc import Callable, Iterator, Sequence  # noqa: E402
+from typing import Any  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from lncompile.lowering import torch_private  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    """Each test starts without compiled code, with the same random numbers, and under no_grad (inference)."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the rewritten graph as it is: exactness is the graph's property, and Inductor takes seconds."""
+
+    def run_graph(graph_module: Any, example_inputs: Sequence[Any], config: dict[str, Any]) -> Callable[..., Any]:
+        graph_module.graph.lint()
+
+        def run(*arguments: Any) -> Any:
+            return graph_module(*arguments)
+
+        return run
+
+    monkeypatch.setattr(torch_private, "inductor_compile", run_graph)

@@ -1,0 +1,89 @@
+"""Real models: how many norms fold, and that predictions stay what they were."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, Architecture
+
+import lncompile
+from lncompile.passes import rewrite
+from lncompile.verify import floating_outputs, relative_error
+
+BY_NAME = {architecture.name: architecture for architecture in ARCHITECTURES}
+
+
+def each_architecture(names: list[str] | None = None) -> pytest.MarkDecorator:
+    chosen = [BY_NAME[name] for name in names] if names else ARCHITECTURES
+    return pytest.mark.parametrize("architecture", chosen, ids=[a.name for a in chosen])
+
+
+def worst_error(actual: object, expected: object) -> float:
+    values, references = floating_outputs(actual), floating_outputs(expected)
+    assert values.keys() == references.keys()
+    assert references
+    return max(relative_error(values[name], reference) for name, reference in references.items())
+
+
+@each_architecture()
+def test_counts_and_exactness_in_float64(architecture: Architecture, without_inductor: None) -> None:
+    model = architecture.model()
+    inputs = architecture.inputs(torch.float64)
+    expected = model(**inputs)
+    before = {name: parameter.clone() for name, parameter in model.state_dict().items()}
+
+    compiled = torch.compile(model, backend="lnfold")
+    actual = compiled(**inputs)
+
+    reports = lncompile.reports(compiled)
+    assert sum(report.total for report in reports) == architecture.sites
+    assert sum(report.folded for report in reports) == architecture.folded
+    assert sum(len(report.centerings) for report in reports) == architecture.centerings
+    assert worst_error(actual, expected) <= 1e-10
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items()), "copy mode changed a weight"
+    for report in reports:
+        for site in report.sites:
+            assert site.location
+            assert site.detail
+            assert (site.reason is None) == site.folded
+            assert site.lowering == ("rms_norm" if site.folded else "layer_norm")
+
+
+@each_architecture()
+def test_explain_agrees_with_what_is_compiled(architecture: Architecture) -> None:
+    report = lncompile.explain(architecture.model(), **architecture.inputs(torch.float64))
+    assert (report.total, report.folded) == (architecture.sites, architecture.folded)
+    assert len(report.centerings) == architecture.centerings
+    assert bool(report.weights) == bool(architecture.folded)
+
+
+@each_architecture([a.name for a in ARCHITECTURES if a.folded])
+def test_control_without_centering_predictions_change(
+    architecture: Architecture, without_inductor: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If weights were not centered, the test above would notice: its tolerance is no blanket."""
+
+    def not_centered(weight: torch.Tensor, *arguments: object) -> torch.Tensor:
+        return weight.to(torch.float64).to(torch.float64)
+
+    monkeypatch.setattr(rewrite, "center_weight", not_centered)
+    model = architecture.model()
+    inputs = architecture.inputs(torch.float64)
+    expected = model(**inputs)
+    actual = torch.compile(model, backend="lnfold")(**inputs)
+    assert worst_error(actual, expected) > 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@each_architecture()
+def test_error_is_within_budget_of_inductor(architecture: Architecture, dtype: torch.dtype) -> None:
+    verification = lncompile.verify(architecture.model(dtype), **architecture.inputs(dtype))
+    assert verification.passed, f"\n{verification}"
+
+
+def test_randomise_hides_nothing() -> None:
+    model = BY_NAME["gpt2"].model()
+    for name, parameter in model.named_parameters():
+        assert parameter.abs().min() > 0 or parameter.dim() > 1, name
+        assert parameter.mean().abs() > 1e-3, name

@@ -1,0 +1,198 @@
+"""Weights come from the call's actual arguments: never a stale answer, never a shared storage damaged."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, randomise, tokens
+from torch import Tensor, nn
+
+import lncompile
+from lncompile.passes import materialize
+
+pytestmark = pytest.mark.usefixtures("without_inductor")
+
+TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
+
+
+class Block(nn.Module):
+    """A pre-norm residual block whose stream starts in the block: its norm folds into `inner`."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.inner = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
+        self.outer = nn.Linear(width, width)
+
+    def forward(self, value: Tensor) -> Tensor:
+        return value + self.outer(self.norm(self.inner(value)))
+
+
+def gpt2() -> nn.Module:
+    return next(a for a in ARCHITECTURES if a.name == "gpt2").model()
+
+
+def logits(model: Callable[..., object]) -> Tensor:
+    return model(input_ids=tokens(), use_cache=False).logits  # type: ignore[attr-defined]
+
+
+def test_one_graph_serves_three_parameter_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = nn.ModuleList([Block() for _ in range(3)]).double()
+    randomise(blocks)
+    value = torch.randn(5, 16, dtype=torch.float64)
+    expected = value
+    for block in blocks:
+        expected = block(expected)
+    for block in blocks:
+        block.compile(backend="lnfold")
+    for _ in range(2):
+        actual = value
+        for block in blocks:
+            actual = block(actual)
+        torch.testing.assert_close(actual, expected, **TOLERANCE)
+    assert len({id(report) for block in blocks for report in lncompile.reports(block)}) == 1, "Dynamo made one graph"
+
+
+def test_in_place_update_is_seen_at_the_next_call() -> None:
+    model = gpt2()
+    compiled = torch.compile(model, backend="lnfold")
+    before = logits(compiled)
+    weight = model.get_parameter("transformer.h.0.mlp.c_proj.weight")
+    weight.mul_(1.5).add_(0.25)
+    after = logits(compiled)
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(after, logits(model), **TOLERANCE)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_load_state_dict(assign: bool) -> None:
+    model, other = gpt2(), randomise(gpt2(), seed=5)
+    compiled = torch.compile(model, backend="lnfold")
+    logits(compiled)
+    model.load_state_dict(copy.deepcopy(other.state_dict()), assign=assign)
+    if assign:
+        model.tie_weights()  # type: ignore[operator]
+    torch.testing.assert_close(logits(compiled), logits(other), **TOLERANCE)
+
+
+def test_swapped_parameter() -> None:
+    model = gpt2()
+    compiled = torch.compile(model, backend="lnfold")
+    logits(compiled)
+    projection = model.get_submodule("transformer.h.1.attn.c_proj")
+    projection.weight = nn.Parameter(torch.randn_like(projection.weight) + 0.5)
+    torch.testing.assert_close(logits(compiled), logits(model), **TOLERANCE)
+
+
+def test_write_through_data_needs_refresh() -> None:
+    model = gpt2()
+    compiled = torch.compile(model, backend="lnfold")
+    logits(compiled)
+    model.get_parameter("transformer.h.0.mlp.c_proj.bias").data.add_(torch.arange(32.0, dtype=torch.float64))
+    lncompile.refresh()
+    torch.testing.assert_close(logits(compiled), logits(model), **TOLERANCE)
+
+
+def test_tied_embedding_keeps_its_raw_table_for_the_head() -> None:
+    model = gpt2()
+    assert model.get_parameter("transformer.wte.weight") is model.lm_head.weight
+    torch.testing.assert_close(logits(torch.compile(model, backend="lnfold")), logits(model), **TOLERANCE)
+
+
+def test_a_weight_that_other_code_also_reads_is_not_damaged() -> None:
+    class Shared(nn.Module):
+        """One linear layer, called before the norm and beside it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
+
+        def forward(self, value: Tensor) -> Tensor:
+            return self.norm(self.linear(value)) + torch.relu(self.linear(value))
+
+    model = randomise(Shared().double())
+    value = torch.randn(3, 8, dtype=torch.float64)
+    compiled = torch.compile(model, backend="lnfold")
+    torch.testing.assert_close(compiled(value), model(value), **TOLERANCE)
+    assert lncompile.reports(compiled)[0].folded == 1
+
+
+def test_copies_are_shared_between_graphs_and_freed_with_the_model() -> None:
+    gc.collect()
+    model = randomise(Block().double())
+    first = torch.compile(model, backend="lnfold")
+    second = torch.compile(model, backend="lnfold", options={"lnfold.assist": False})
+    first(torch.randn(5, 16, dtype=torch.float64))
+    entries = len(materialize._store._entries)
+    assert entries >= 2  # weight and bias
+    second(torch.randn(5, 16, dtype=torch.float64))
+    assert len(materialize._store._entries) == entries, "a second graph made copies of its own"
+
+    alive = weakref.ref(model.inner.weight)
+    del model, first, second
+    torch._dynamo.reset()
+    gc.collect()
+    assert alive() is None
+    assert len(materialize._store._entries) <= entries - 2
+
+
+def test_an_update_does_not_grow_memory() -> None:
+    model = randomise(Block().double())
+    compiled = torch.compile(model, backend="lnfold")
+    value = torch.randn(5, 16, dtype=torch.float64)
+    compiled(value)
+    entries = len(materialize._store._entries)
+    for _ in range(5):
+        model.inner.weight.add_(0.1)
+        torch.testing.assert_close(compiled(value), model(value), **TOLERANCE)
+    assert len(materialize._store._entries) == entries
+
+
+def test_model_made_under_inference_mode_stays_untouched() -> None:
+    with torch.inference_mode():
+        model = randomise(Block().double())
+        value = torch.randn(5, 16, dtype=torch.float64)
+        compiled = torch.compile(model, backend="lnfold")
+        torch.testing.assert_close(compiled(value), model(value), **TOLERANCE)
+    (site,) = lncompile.reports(compiled)[0].sites
+    assert site.reason is lncompile.Reason.UNSUPPORTED_WEIGHT
+    assert "inference_mode" in site.detail
+
+
+def test_two_parameters_on_one_storage_of_which_one_is_written_to() -> None:
+    class Written(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(8, 8)
+            self.alias = nn.Parameter(self.inner.weight.detach()[:4])
+            self.norm = nn.LayerNorm(8)
+
+        def forward(self, value: Tensor) -> Tensor:
+            self.alias.mul_(1.25)
+            return self.norm(self.inner(value))
+
+    model = randomise(Written().double())
+    reference = copy.deepcopy(model)
+    # A deep copy keeps the two parameters on one storage.
+    assert reference.alias.data_ptr() == reference.inner.weight.data_ptr()
+    value = torch.randn(3, 8, dtype=torch.float64)
+    compiled = torch.compile(model, backend="lnfold")
+    for _ in range(2):
+        torch.testing.assert_close(compiled(value), reference(value), **TOLERANCE)
+    assert lncompile.reports(compiled)[0].folded == 0
+
+
+def test_two_models_in_one_process() -> None:
+    models = [randomise(Block().double(), seed) for seed in (1, 2)]
+    compiled = [torch.compile(model, backend="lnfold") for model in models]
+    value = torch.randn(5, 16, dtype=torch.float64)
+    for _ in range(2):
+        for one, model in zip(compiled, models, strict=True):
+            torch.testing.assert_close(one(value), model(value), **TOLERANCE)
+    for one in compiled:
+        assert sum(report.folded for report in lncompile.reports(one)) == 1

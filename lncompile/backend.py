@@ -44,6 +44,12 @@ class CompiledGraph:
     tensors: tuple[weakref.ref[Tensor], ...]
     code: Any
     arguments: Mapping[str, Any]
+    materializer: Materializer | None = None
+
+    def served(self) -> set[int]:
+        """Ids of the parameters it was compiled with and, where Dynamo reused the code, called with since."""
+        seen = {id(tensor) for reference in self.tensors if (tensor := reference()) is not None}
+        return seen | (self.materializer.seen() if self.materializer else set())
 
 
 compiled_graphs: weakref.WeakSet[CompiledGraph] = weakref.WeakSet()
@@ -93,8 +99,11 @@ def lnfold(
             raise
         return _untouched(graph_module, example_inputs, inductor_config, arguments, error)
     _publish(report)
+    if not report.sites:
+        return _inductor(graph_module, example_inputs, inductor_config)
     if transformed is None:
-        return _remember(_inductor(graph_module, example_inputs, inductor_config), example_inputs, report, arguments)
+        compiled = _inductor(graph_module, example_inputs, inductor_config)
+        return _remember(compiled, example_inputs, report, arguments)
     try:
         torch_private.make_static(values, example_inputs)
         compiled = _inductor(transformed.graph_module, [*example_inputs, *values], inductor_config)
@@ -105,11 +114,7 @@ def lnfold(
             raise
         return _untouched(graph_module, example_inputs, inductor_config, arguments, error)
     materializers.add(materializer)
-
-    def run(*arguments: Any) -> Any:
-        return compiled(*arguments, *materializer(arguments))
-
-    return _remember(run, example_inputs, report, arguments)
+    return _remember(compiled, example_inputs, report, arguments, materializer)
 
 
 def _reset() -> None:
@@ -175,21 +180,30 @@ def _publish(report: FoldReport) -> None:
 
 
 def _remember(
-    compiled: Callable[..., Any], example_inputs: Sequence[Any], report: FoldReport, arguments: Mapping[str, Any]
+    compiled: Callable[..., Any],
+    example_inputs: Sequence[Any],
+    report: FoldReport,
+    arguments: Mapping[str, Any],
+    materializer: Materializer | None = None,
 ) -> Callable[..., Any]:
-    """Tie the report to the compiled code: found through the model's tensors, freed with the code."""
+    """Return the function Dynamo calls, with the report tied to it: found through the model's tensors, freed with it."""
     tensors = tuple(weakref.ref(value) for value in example_inputs if isinstance(value, torch.nn.Parameter))
-    record = CompiledGraph(report, tensors, torch_private.code_being_compiled(), arguments)
+    record = CompiledGraph(report, tensors, torch_private.code_being_compiled(), arguments, materializer)
     compiled_graphs.add(record)
-    try:
-        compiled.lnfold_record = record  # type: ignore[attr-defined]
-    except AttributeError:  # a callable that takes no attributes
+
+    # A function of our own: Dynamo unwraps Inductor's, and would drop what is attached to it.
+    if materializer is None:
 
         def run(*arguments: Any) -> Any:
             return compiled(*arguments)
 
-        return _remember(run, example_inputs, report, arguments)
-    return compiled
+    else:
+
+        def run(*arguments: Any) -> Any:
+            return compiled(*arguments, *materializer(arguments))
+
+    run.record = record  # type: ignore[attr-defined]
+    return run
 
 
 __all__ = ["CompiledGraph", "Options", "compiled_graphs", "lnfold", "make_report", "materializers"]

@@ -88,7 +88,8 @@ def reports(compiled: Callable[..., Any]) -> list[FoldReport]:
             compilations), after it was called.
 
     Returns:
-        One report a compiled graph; empty before the first call.
+        One report a compiled graph; empty before the first call. A graph of a module is found by its parameters, one of
+        a function by its source.
 
     Example:
         >>> compiled = torch.compile(model, backend="lnfold"); compiled(x)
@@ -97,17 +98,13 @@ def reports(compiled: Callable[..., Any]) -> list[FoldReport]:
     """
     original = torch_private.original_callable(compiled)
     settings = _settings_of(compiled)
-    found = []
-    for record in list(compiled_graphs):
-        if settings is not None and not _same_settings(settings, record.arguments):
-            continue
-        if isinstance(original, torch.nn.Module):
-            ours = {id(parameter) for parameter in original.parameters()}
-            if any(id(reference()) in ours for reference in record.tensors):
-                found.append(record.report)
-        elif record.code is not None and _same_source(record.code, original):
-            found.append(record.report)
-    return found
+    records = [
+        record for record in list(compiled_graphs) if settings is None or _same_settings(settings, record.arguments)
+    ]
+    if isinstance(original, torch.nn.Module):
+        ours = {id(parameter) for parameter in original.parameters()}
+        return [record.report for record in records if record.served() & ours]
+    return [record.report for record in records if record.code is not None and _same_source(record.code, original)]
 
 
 def _settings_of(compiled: Any) -> Mapping[str, Any] | None:

@@ -26,15 +26,15 @@ def _(
     return torch.empty_like(input, memory_format=torch.contiguous_format)
 
 
-def _keep_for_backward(context: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:  # type: ignore[type-arg]
+def _keep_for_backward(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:  # type: ignore[type-arg]
     input, normalized_shape, weight, bias, eps = inputs
-    context.save_for_backward(input, weight, bias)
-    context.normalized_shape, context.eps = list(normalized_shape), eps  # type: ignore[attr-defined]
+    ctx.save_for_backward(input, weight, bias)
+    ctx.normalized_shape, ctx.eps = list(normalized_shape), eps  # type: ignore[attr-defined]
 
 
-def _backward(context: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    input, weight, bias = context.saved_tensors  # type: ignore[attr-defined]
-    shape, eps = context.normalized_shape, context.eps  # type: ignore[attr-defined]
+def _backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    input, weight, bias = ctx.saved_tensors  # type: ignore[attr-defined]
+    shape, eps = ctx.normalized_shape, ctx.eps  # type: ignore[attr-defined]
     _, mean, rstd = torch.ops.aten.native_layer_norm.default(input, shape, weight, bias, eps)
     mask = [True, weight is not None, bias is not None]
     gradients = torch.ops.aten.native_layer_norm_backward.default(

@@ -23,7 +23,7 @@ class NormCall:
     normalized_shape: tuple[int, ...]
     weight: Any
     bias: Any
-    eps: float
+    eps: Any
     input_dtype: torch.dtype
     output_dtype: torch.dtype
     returns_statistics: bool = False

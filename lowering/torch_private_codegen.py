@@ -151,7 +151,6 @@ def cuda_pretence(properties: Any, target: Any) -> Iterator[None]:
     import triton
     from torch._dynamo import device_interface
     from torch._inductor.runtime import triton_helpers
-    from torch._subclasses.fake_tensor import FakeTensorMode
 
     def always(value: Any) -> Callable[..., Any]:
         return lambda *args, **kwargs: value
@@ -164,8 +163,6 @@ def cuda_pretence(properties: Any, target: Any) -> Iterator[None]:
         # Steers block sizes and warps, silently: without it the source is the same and the launch configs are not.
         (torch.cuda, "is_available", always(True)),
         # What that claim drags in: nothing may initialise CUDA, choose a device or touch its random state.
-        (FakeTensorMode, "avoid_device_init", property(always(True))),
-        (torch.accelerator, "is_available", always(False)),
         (torch.cuda, "device", always(contextlib.nullcontext())),
         (torch.cuda, "current_device", always(0)),
         (torch.cuda, "device_count", always(1)),

@@ -2,9 +2,14 @@
 
 The function is traced and run on CPU tensors as usual. Where Inductor is handed a graph, the graph's tensors are moved
 to a CUDA device that exists in name only, Inductor generates the code it would generate there, and the caller gets
-zeros for outputs. Triton's own `ptxas` and `cuobjdump` do the rest. What Inductor settles by timing kernels
-(max-autotune) is out of reach, and what it decides before this point sees the CPU: pass
-``options={"joint_graph_constant_folding": False}`` for graphs with attention.
+zeros for outputs. Triton's own `ptxas` and `cuobjdump` do the rest.
+
+What is not as on the device:
+- what Inductor settles by timing kernels (max-autotune) is out of reach;
+- what is decided before that point saw the CPU. Scaled dot product attention stays the CPU's operator, counted as one
+  extern call as it would be on the device, but its inputs may be laid out otherwise; CUDA graphs are off;
+- with the CPU build of torch, graphs that draw random numbers (dropout in training) fail in torch with "not linked
+  with support for cuda devices".
 
 Needs Triton (``pip install triton``, Linux), not the CUDA build of torch.
 """
@@ -131,11 +136,18 @@ class Recorder:
         read = GeneratedCode.from_wrappers(self._wrappers)
         return RetargetedCode(read.source, read.kernels, read.extern_calls, tuple(self._inputs))
 
-    def _add_wrapper(self, source: str) -> None:
+    @property
+    def graph_count(self) -> int:
+        """How many wrappers were generated so far."""
+        return len(self._wrappers)
+
+    def add_wrapper(self, source: str) -> None:
+        """Record a wrapper as it is generated."""
         self._wrappers.append(source)
         self._inputs.append(())
 
-    def _add_call(self, graph: int, arguments: Sequence[Any]) -> None:
+    def add_call(self, graph: int, arguments: Sequence[Any]) -> None:
+        """Record the arguments of a wrapper's first call, the wrapper given by its index."""
         if not self._inputs[graph]:
             self._inputs[graph] = tuple(arguments)
 
@@ -206,7 +218,7 @@ def triton_for_sm90(
     Raises:
         ImportError: Triton is not installed.
         RuntimeError: nothing was generated.
-        torch._dynamo.exc.Unsupported: the function does not trace to one graph.
+        Exception: what Dynamo raises where the function does not trace to one graph.
 
     Example:
         >>> x = torch.empty(8192, 1024, dtype=torch.bfloat16)
@@ -242,17 +254,17 @@ def _compile_for_gpu(
     mode, inputs = private.fake_tensors_on(device, example_inputs)
     # The copy is moved and given to Inductor, which changes it; the graph itself may still be run below.
     on_gpu = _moved_to(copy.deepcopy(graph_module), device)
-    graph = len(recorder._wrappers)
+    graph = recorder.graph_count
     with private.real_constants_among_fake_tensors(mode):
         private.propagate_fake_tensors(on_gpu, mode, inputs)
-        with pretend_gpu(properties), private.generated_but_not_loaded(recorder._add_wrapper):
+        with pretend_gpu(properties), private.generated_but_not_loaded(recorder.add_wrapper):
             inductor(on_gpu, inputs, **private.without_cuda_graphs(arguments))
     run = _stand_in(graph_module)
 
     def call(values: list[Any]) -> Any:
         # A graph without operations generates no wrapper.
-        if graph < len(recorder._wrappers):
-            recorder._add_call(graph, values)
+        if graph < recorder.graph_count:
+            recorder.add_call(graph, values)
         return run(values)
 
     return private.takes_a_list_of_arguments(call)

@@ -165,6 +165,11 @@ class Materializer:
             return known.values
         return self._refresh(arguments)
 
+    def seen(self) -> set[int]:
+        """Ids of the living parameters that values were supplied for."""
+        references = (check[1] for known in list(self._sets.values()) for check in known.checks)
+        return {id(tensor) for reference in references if (tensor := reference()) is not None}
+
     def refresh(self) -> None:
         """Forget all values, so that the next call computes them anew."""
         self._sets.clear()

@@ -25,7 +25,7 @@ from torch import fx
 
 from lncompile.lowering import emit
 from lncompile.passes.axes import Axes
-from lncompile.passes.canonical import tensor_of
+from lncompile.passes.canonical import tensor_of, value_of
 from lncompile.passes.centering import center_activation, center_scaled_weight, center_weight
 from lncompile.passes.placement import Placement
 from lncompile.passes.streams import Variable, VariableKey
@@ -124,14 +124,16 @@ def _exchange_operands(graph: fx.Graph, variable: Variable, done: Rewrite) -> No
                 replacements[key] = centered
     for name, index in variable.zeros:
         argument = operation[name] if index is None else operation[name][index]
-        if isinstance(argument, fx.Node):
+        if isinstance(argument, fx.Node) and tensor_of(argument) is not None:
             with graph.inserting_before(operation.node):
                 name_ = f"{argument.name}_centered"
                 replacements[(name, index)] = graph.create_node(
                     "call_function", torch.zeros_like, (argument,), name=name_
                 )
         else:
-            replacements[(name, index)] = type(argument)(0)
+            # A number, or the node of a dynamic one: zero of the same kind, so that no dtype changes.
+            number = value_of(argument) if isinstance(argument, fx.Node) else argument
+            replacements[(name, index)] = 0 if isinstance(number, int | torch.SymInt) else 0.0
     operation.replace(replacements)
 
 

@@ -54,9 +54,9 @@ class NormSite:
         return self.operation["bias"]
 
     @property
-    def eps(self) -> float:
-        """ε."""
-        return float(self.operation["eps"])
+    def eps(self) -> Any:
+        """ε: a number, or a node where Dynamo made it an input of the graph (``dynamic=True``)."""
+        return self.operation["eps"]
 
     @property
     def output_dtype(self) -> torch.dtype:

@@ -266,7 +266,8 @@ def test_sm90_module_for_inference(backend):
 
 def test_sm90_module_for_training_gives_forward_and_backward():
     need_triton()
-    code = triton_for_sm90(block(), torch.randn(32, 64))
+    with torch.enable_grad():
+        code = triton_for_sm90(block(), torch.randn(32, 64))
     forward, backward = code.source
     assert "backward" not in forward
     assert "native_layer_norm_backward" in backward

@@ -15,10 +15,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from lncompile.passes.axes import Axes, PartlyConstant, Size, shape_of
-from lncompile.passes.canonical import Key, Operation, tensor_of
+from lncompile.passes.canonical import Key, Operation, tensor_of, value_of
 from lncompile.passes.decisions import Blocked, Reason
 
 
@@ -194,12 +195,12 @@ def shape(operand: object) -> tuple[Size, ...]:
     """Shape of an operand: a node's tensor, or () for a number. Raises Blocked where there is no single tensor."""
     if not isinstance(operand, fx.Node):
         return ()
-    tensor = tensor_of(operand)
-    if tensor is None:
-        if isinstance(operand.meta.get("example_value"), int | float | bool) or operand.meta.get("example_value") is None:
-            return ()
-        raise Blocked(Reason.UNKNOWN_OPERATION, f"the shape of {operand.name} is not known")
-    return shape_of(tensor)
+    value = value_of(operand)
+    if isinstance(value, Tensor):
+        return shape_of(value)
+    if isinstance(value, int | float | bool | torch.SymInt | torch.SymFloat | torch.SymBool):
+        return ()
+    raise Blocked(Reason.UNKNOWN_OPERATION, f"the shape of {operand.name} is not known")
 
 
 def result_shape(operation: Operation) -> tuple[Size, ...]:

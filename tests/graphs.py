@@ -1,0 +1,38 @@
+"""Capturing a function as the backend sees it, for tests of single passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from lncompile.analysis import Analysis, analyse
+from lncompile.options import Options
+
+
+@dataclass
+class Captured:
+    """A graph as Dynamo hands it to a backend, with its inputs."""
+
+    graph_module: fx.GraphModule
+    example_inputs: list[Any]
+
+    def analyse(self, options: Options | None = None) -> Analysis:
+        return analyse(self.graph_module, self.example_inputs, options or Options())
+
+
+def capture(function: Callable[..., Any], *args: Any, dynamic: bool | None = None, **kwargs: Any) -> Captured:
+    """Return the one graph Dynamo makes of a function."""
+    captured: list[Captured] = []
+
+    def backend(graph_module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        captured.append(Captured(graph_module, list(example_inputs)))
+        return graph_module.forward
+
+    torch._dynamo.reset()
+    torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)(*args, **kwargs)
+    assert len(captured) == 1
+    return captured[0]

@@ -1,6 +1,7 @@
 """lncompile: ``torch.compile(model, backend="lnfold")`` folds LayerNorms' mean-centering into upstream weights."""
 
 from lncompile.explain import explain, refresh, reports
+from lncompile.lowering.inspection import GeneratedCode, generated_code
 from lncompile.options import OptionError, Options
 from lncompile.passes.decisions import Reason, Site
 from lncompile.report import FoldReport
@@ -10,6 +11,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FoldReport",
+    "GeneratedCode",
     "OptionError",
     "Options",
     "Reason",
@@ -17,6 +19,7 @@ __all__ = [
     "Verification",
     "__version__",
     "explain",
+    "generated_code",
     "refresh",
     "reports",
     "verify",

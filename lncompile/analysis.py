@@ -23,7 +23,7 @@ from lncompile.passes.verdicts import judge, left_alone
 
 @dataclass(frozen=True)
 class Analysis:
-    """A copy of the graph with the decisions made for it. ``placement`` is None where the graph is to stay untouched."""
+    """A copy of the graph with the decisions made for it; no ``placement`` where the graph is to stay untouched."""
 
     graph_module: fx.GraphModule
     sites: tuple[NormSite, ...]

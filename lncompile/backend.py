@@ -100,13 +100,13 @@ def lnfold(
         return _untouched(graph_module, example_inputs, inductor_config, arguments, error)
     _publish(report)
     if not report.sites:
-        return _inductor(graph_module, example_inputs, inductor_config)
+        return torch_private.inductor_compile(graph_module, example_inputs, inductor_config)
     if transformed is None:
-        compiled = _inductor(graph_module, example_inputs, inductor_config)
+        compiled = torch_private.inductor_compile(graph_module, example_inputs, inductor_config)
         return _remember(compiled, example_inputs, report, arguments)
     try:
         torch_private.make_static(values, example_inputs)
-        compiled = _inductor(transformed.graph_module, [*example_inputs, *values], inductor_config)
+        compiled = torch_private.inductor_compile(transformed.graph_module, [*example_inputs, *values], inductor_config)
     except torch_private.DynamoException:
         raise  # Dynamo talks to itself in exceptions: "start again with other assumptions"
     except Exception as error:
@@ -125,10 +125,6 @@ def _reset() -> None:
 
 
 lnfold.reset = _reset  # type: ignore[attr-defined]
-
-
-def _inductor(graph_module: fx.GraphModule, example_inputs: Sequence[Any], config: dict[str, Any]) -> Callable[..., Any]:
-    return torch_private.inductor_compile(graph_module, example_inputs, config)
 
 
 def make_report(
@@ -166,7 +162,9 @@ def _untouched(
         log.debug("no list of sites: %s", second)
         sites = ()
     report = FoldReport(left_alone(sites, Reason.INTERNAL_ERROR, reason))
-    return _remember(_inductor(graph_module, example_inputs, config), example_inputs, report, arguments)
+    return _remember(
+        torch_private.inductor_compile(graph_module, example_inputs, config), example_inputs, report, arguments
+    )
 
 
 def _publish(report: FoldReport) -> None:
@@ -186,8 +184,10 @@ def _remember(
     arguments: Mapping[str, Any],
     materializer: Materializer | None = None,
 ) -> Callable[..., Any]:
-    """Return the function Dynamo calls, with the report tied to it: found through the model's tensors, freed with it."""
-    tensors = tuple(weakref.ref(value) for value in example_inputs if isinstance(value, torch.nn.Parameter))
+    """Return the function Dynamo calls, with the report tied to it and freed with it."""
+    tensors: tuple[weakref.ref[Tensor], ...] = tuple(
+        weakref.ref(value) for value in example_inputs if isinstance(value, torch.nn.Parameter)
+    )
     record = CompiledGraph(report, tensors, torch_private.code_being_compiled(), arguments, materializer)
     compiled_graphs.add(record)
 

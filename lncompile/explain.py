@@ -52,9 +52,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> FoldReport:
         report = make_report(graph_module, analysis, None, (), 0.0)
         if analysis.placement is not None:
             report = _with_weights(report, graph_module, analysis, options)
-        report = FoldReport(
-            report.sites, report.weights, report.centerings, 1, time.perf_counter() - started
-        )
+        report = FoldReport(report.sites, report.weights, report.centerings, 1, time.perf_counter() - started)
 
         def run(*arguments: Any) -> Any:
             reports[id(report)] = report
@@ -63,7 +61,8 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> FoldReport:
         return run
 
     with torch_private.many_recompiles():
-        torch.compile(torch_private.original_callable(model), backend=capture)(*args, **kwargs)
+        captured: Callable[..., Any] = torch.compile(torch_private.original_callable(model), backend=capture)
+        captured(*args, **kwargs)
     return merge(reports.values())
 
 
@@ -131,10 +130,9 @@ def _same_source(code: Any, function: Any) -> bool:
 def refresh() -> None:
     """Forget every centered weight, so that the next call of each compiled model computes them anew.
 
-    Needed only after a write that torch does not count: ``parameter.data.copy_(...)`` or a write through NumPy. In-place
-    updates, optimizer steps, ``load_state_dict`` and swapped Parameters are noticed by themselves.
+    Needed only after a write that torch does not count: ``parameter.data.copy_(...)`` or a write through NumPy.
+    In-place updates, optimizer steps, ``load_state_dict`` and swapped Parameters are noticed by themselves.
     """
     for materializer in list(materializers):
         materializer.refresh()
     forget_all()
-

@@ -73,7 +73,7 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> tuple[
     for key in inductors:
         if key.replace("-", "_") not in known:
             raise OptionError(
-                f"unknown option '{key}'{_suggest(key)}: it is neither an Inductor option nor one of lnfold's ({_ours()})"
+                f"unknown option '{key}'{_suggest(key)}: neither an Inductor option nor one of lnfold's ({_ours()})"
             )
     try:
         return Options(**ours), torch_private.inductor_config(mode, inductors)

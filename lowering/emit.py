@@ -16,7 +16,9 @@ class _NamingTracer(GraphAppendingTracer):
         super().__init__(graph)
         self._prefix = prefix
 
-    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None) -> Any:
+    def create_node(
+        self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None
+    ) -> fx.Node:
         operation = name or (target if isinstance(target, str) else getattr(target, "__name__", "value"))
         return super().create_node(kind, target, args, kwargs, f"{self._prefix}_{operation}", type_expr)
 

@@ -20,9 +20,7 @@ def aten_layer_norm(
 
 
 @aten_layer_norm.register_fake
-def _(
-    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
+def _(input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     return torch.empty_like(input, memory_format=torch.contiguous_format)
 
 

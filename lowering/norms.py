@@ -38,7 +38,8 @@ def lower_to_rms_norm(graph: fx.Graph, calls: Sequence[NormCall]) -> None:
 
     After::
 
-        y_mul = mul(x, x); y_mean = mean(y_mul, [-1], True); y_rsqrt = rsqrt(y_mean + 1e-5); ...; y = x · y_rsqrt · γ + β
+        y_mul = mul(x, x); y_mean = mean(y_mul, [-1], True); y_rsqrt = rsqrt(y_mean + 1e-5)
+        y = x · y_rsqrt · γ + β
 
     Args:
         graph: changed in place.
@@ -73,9 +74,7 @@ def lower_to_aten(graph: fx.Graph, calls: Sequence[NormCall]) -> None:
             continue
         arguments = (call.input, list(call.normalized_shape), call.weight, call.bias, call.eps)
         with graph.inserting_before(call.node):
-            result = graph.create_node(
-                "call_function", _OPERATOR, arguments, name=f"{call.node.name}_aten"
-            )
+            result = graph.create_node("call_function", _OPERATOR, arguments, name=f"{call.node.name}_aten")
         _replace(graph, call, result)
 
 

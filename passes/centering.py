@@ -17,7 +17,7 @@ def _subtract_mean(value: Tensor, axes: Axes) -> Tensor:
     for dimension in reversed(range(axes.rank)):
         factors = axes.dimensions[dimension]
         if len(factors) > 1:
-            unfolded = unfolded.unflatten(dimension, [int(factor.size) for factor in factors])
+            unfolded = torch.unflatten(unfolded, dimension, [int(factor.size) for factor in factors])
     flags: list[bool] = []
     for factors in axes.dimensions:
         flags += [factor.normalised for factor in factors or (Factor(1, False),)]

@@ -1,8 +1,8 @@
 """Opaque operators with LayerNorms inside, written out so that the passes can see them.
 
-In eval mode under ``no_grad`` an ``nn.TransformerEncoderLayer`` is one ATen operator of twenty arguments, norms, weights
-and all. It is written out as the operations it stands for; the pipeline keeps it written out only where that lets a
-norm fold, and hands it to Inductor as it was otherwise.
+In eval mode under ``no_grad`` an ``nn.TransformerEncoderLayer`` is one ATen operator of twenty arguments, with its
+norms and weights among them. It is written out as the operations it stands for; the pipeline keeps it so only where
+that lets a norm fold, and hands it to Inductor as it was otherwise.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def transformer_encoder_layer(
 
     def attention(value: Tensor) -> Tensor:
         projected = functional.linear(value, qkv_weight, qkv_bias)
-        heads = projected.unflatten(-1, (3, num_heads, embed_dim // num_heads)).permute(2, 0, 3, 1, 4)
+        split = torch.unflatten(projected, -1, (3, num_heads, embed_dim // num_heads))
+        heads = split.permute(2, 0, 3, 1, 4)
         mixed = functional.scaled_dot_product_attention(heads[0], heads[1], heads[2])
         return functional.linear(mixed.transpose(1, 2).flatten(2), projection_weight, projection_bias)
 
@@ -100,7 +101,8 @@ def expand_opaque_layers(graph: fx.Graph, names: Collection[str]) -> None:
 
     After (pre-norm)::
 
-        n = layer_norm(x, (512,), γ1, β1, 1e-5); a = linear(attention(linear(n, W_qkv, b_qkv)), W_o, b_o); h = x + a; ...
+        n = layer_norm(x, (512,), γ1, β1, 1e-5)
+        h = x + linear(attention(linear(n, W_qkv, b_qkv)), W_o, b_o); ...
 
     Args:
         graph: changed in place.
@@ -130,8 +132,11 @@ def _propagate(origin: fx.Node, added: Sequence[fx.Node]) -> None:
         kwargs: Any = fx.map_arg(node.kwargs, value_of)
         with torch.no_grad(), fake_mode:
             target: Any = node.target
-            call = getattr(args[0], target) if node.op == "call_method" else target
-            node.meta["example_value"] = call(*args[1:], **kwargs) if node.op == "call_method" else call(*args, **kwargs)
+            if node.op == "call_method":
+                value = getattr(args[0], target)(*args[1:], **kwargs)
+            else:
+                value = target(*args, **kwargs)
+        node.meta["example_value"] = value
         if node.target is functional.layer_norm:
             norms += 1
             node.meta[SITE_NAME] = f"{layer}.norm{norms}"

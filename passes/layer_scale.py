@@ -1,7 +1,7 @@
 """LayerScale: a linear layer times a parameter that varies along A.
 
-``s ⊙ (Wh + b)`` is no stream by itself, since ``s`` varies along the features. But it is a linear layer with the weight
-``diag(s)W``, and *that* can be centered: ``C(s ⊙ (Wh + b)) = (C diag(s) W)h + C(s ⊙ b)``. The multiplication disappears.
+``s ⊙ (Wh + b)`` is no stream by itself, since ``s`` varies along the features. But it is a linear layer with the
+weight ``diag(s)W``, which can be centered: ``C(s ⊙ (Wh + b)) = (C diag(s) W)h + C(s ⊙ b)``. The product disappears.
 Legal when the product is the only use of the linear layer's output.
 """
 
@@ -27,7 +27,7 @@ class ScaledSource:
 
     Attributes:
         linear: the linear layer whose parameters absorb the scale and the centering.
-        parameters: where in ``linear`` each parameter stands, the axes to center, and the dimension the scale varies on.
+        parameters: where each parameter stands in ``linear``, its axes to center, and its dimension to scale.
         scale: the node of the scale.
         value: the operand of the product that stays: the (new) linear layer's output.
     """

@@ -131,7 +131,7 @@ class _ParameterSet:
 
     def is_current(self, arguments: Sequence[Any]) -> bool:
         # A plain loop: this runs at every call of the compiled model.
-        for index, reference, version in self.checks:  # noqa: SIM110
+        for index, reference, version in self.checks:
             tensor = arguments[index]
             if reference() is not tensor or version_of(tensor) != version:
                 return False

@@ -102,7 +102,8 @@ def _add_capacity(graph: networkx.DiGraph, start: object, end: object, capacity:
 
 def _reachable(residual: networkx.DiGraph) -> set[object]:
     """Nodes that the source still reaches in the residual network: the smallest source side of all minimum cuts."""
-    seen, queue = {_SOURCE}, deque([_SOURCE])
+    seen: set[object] = {_SOURCE}
+    queue: deque[object] = deque([_SOURCE])
     while queue:
         for node, edge in residual[queue.popleft()].items():
             if node not in seen and edge["flow"] < edge["capacity"]:

@@ -152,7 +152,7 @@ def _compose_scale(graph: fx.Graph, variable: Variable, done: Rewrite) -> None:
         replacements[key] = centered
     source.linear.replace(replacements)
     variable.node.replace_all_uses_with(source.value)
-    for key, carrier in list(done.centered.items()):
+    for variable_key, carrier in list(done.centered.items()):
         if carrier is variable.node:
-            done.centered[key] = source.value
+            done.centered[variable_key] = source.value
     done.dead.append(variable.node)

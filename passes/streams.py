@@ -221,9 +221,7 @@ def resolve(operation: Operation, axes: Axes) -> Resolved:
 def _resolve_reading(operation: Operation, reading: Linear, axes: Axes) -> Resolved:
     for key, map_ in reading.constants.items():
         if isinstance(_argument(operation, key), fx.Node) and map_.backward(axes) is not None:
-            raise Blocked(
-                Reason.VARYING_SCALE, f"'{operation.name}' by a tensor that varies along the normalised axes"
-            )
+            raise Blocked(Reason.VARYING_SCALE, f"'{operation.name}' by a tensor that varies along the normalised axes")
     needs: dict[fx.Node, Axes] = {}
     zeros: list[Key] = []
     for key, map_ in reading.carriers.items():

@@ -79,9 +79,7 @@ def _left_site(site: NormSite, variables: Mapping[VariableKey, Variable]) -> Sit
     blocker = first_blocker((site.input, site.axes), variables)
     if blocker is None:
         blocker = Blocker(Reason.NOT_WORTH_IT, "centering its input would cost what it saves", site.input)
-    return Site(
-        site.name, site.location, False, "layer_norm", blocker.reason, describe_blocker(blocker), ()
-    )
+    return Site(site.name, site.location, False, "layer_norm", blocker.reason, describe_blocker(blocker), ())
 
 
 def describe_centerings(
@@ -94,8 +92,7 @@ def describe_centerings(
         if variable.is_parameter or variable.is_zero_mean:
             continue
         served = sum(
-            variable.node in _centered_by((site.input, site.axes), placement, variables)[1]
-            for site in placement.folded
+            variable.node in _centered_by((site.input, site.axes), placement, variables)[1] for site in placement.folded
         )
         norms = f"{served} norm{'s' if served != 1 else ''}"
         why = describe_blocker(variable.blocker) if variable.blocker else "a cheaper place than its parameters"

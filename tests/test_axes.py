@@ -65,7 +65,9 @@ def test_symbolic_sizes() -> None:
     assert heads is not None
     assert heads.normalised_dimensions == (2, 3)
     assert heads.reshape((batch, length, 768)) == axes
-    assert axes.reshape((batch, length * 768)) == Axes(((Factor(batch, False),), (Factor(length, False), Factor(768, True))))
+    assert axes.reshape((batch, length * 768)) == Axes(
+        ((Factor(batch, False),), (Factor(length, False), Factor(768, True)))
+    )
 
 
 def test_broadcasting() -> None:

@@ -104,7 +104,7 @@ def test_graph_breaks() -> None:
     torch.testing.assert_close(compiled(x), net(x), **TOLERANCE)
     reports = lncompile.reports(compiled)
     assert len(reports) == 2
-    # The stream leaves the first graph as its output, so nothing may be centered there; the second gets it from outside.
+    # The stream leaves the first graph as its output, so it may not be centered; the second gets it from outside.
     assert [report.folded for report in reports] == [0, 0]
     reasons = {site.reason for report in reports for site in report.sites}
     assert reasons == {lncompile.Reason.GRAPH_OUTPUT, lncompile.Reason.USER_TENSOR}

@@ -52,7 +52,10 @@ def problems(draw: st.DrawFn) -> tuple[dict[VariableKey, Variable], list[FakeSit
         for operand in variable.needs:
             # A stream spreads to its commuting consumers.
             variables[(operand, AXES)].successors.append(variable.key)
-    sites = [FakeSite(nodes[draw(st.integers(0, count - 1))], draw(st.integers(1, 6))) for _ in range(draw(st.integers(1, 3)))]
+    sites = [
+        FakeSite(nodes[draw(st.integers(0, count - 1))], draw(st.integers(1, 6)))
+        for _ in range(draw(st.integers(1, 3)))
+    ]
     return variables, sites
 
 
@@ -127,7 +130,6 @@ def test_a_runtime_centering_pays_only_where_it_saves_more(
     captured = capture(randomise(Streams(norms, raw_read).double()), torch.randn(4, 8, dtype=torch.float64))
     analysis = captured.analyse(Options(assist=assist))
     assert sum(verdict.folded for verdict in analysis.verdicts) == folded
-    explicit = [] if analysis.placement is None else [
-        key for key in analysis.placement.centered - analysis.placement.streams if not analysis.variables[key].is_parameter
-    ]  # fmt: skip
-    assert len(explicit) == centerings
+    placement = analysis.placement
+    explicit = placement.centered - placement.streams if placement else set()
+    assert sum(not analysis.variables[key].is_parameter for key in explicit) == centerings

@@ -153,9 +153,7 @@ def require_free(axes: Axes, dimension: int, what: str) -> None:
 def require_uncontracted(axes: Axes, dimension: int, what: str) -> None:
     """Raise Blocked if the operation sums over a dimension that ``A`` touches: it would see that the mean is gone."""
     if not axes.is_free(dimension):
-        raise Blocked(
-            Reason.VISIBLE, f"the stream is also read by '{what}', which would see that its mean is gone"
-        )
+        raise Blocked(Reason.VISIBLE, f"the stream is also read by '{what}', which would see that its mean is gone")
 
 
 def along(dimension: int, operand: Size, result: Size, what: str) -> AxisMap:

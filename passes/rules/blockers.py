@@ -26,7 +26,7 @@ def explain_producer(node: fx.Node) -> tuple[Reason, str]:
         return Reason.USER_TENSOR, "the stream starts from a tensor that is not a parameter"
     name = _name(node)
     if name in _NORMS:
-        return Reason.NORM_OUTPUT, "the stream starts from the output of a normalisation, whose γ and β bring a mean back"
+        return Reason.NORM_OUTPUT, "the stream starts from a normalisation's output, whose γ and β bring a mean back"
     if name in _NON_LINEAR:
         return Reason.NON_COMMUTING, f"the stream comes out of {_NON_LINEAR[name]}, which centering cannot pass"
     if name == "scaled_dot_product_attention":
@@ -42,4 +42,5 @@ def explain_consumer(node: fx.Node) -> tuple[Reason, str]:
 
 
 def _name(node: fx.Node) -> str:
-    return str(node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.target)).rstrip("_")
+    target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.target)
+    return str(target).rstrip("_")

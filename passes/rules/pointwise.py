@@ -42,7 +42,8 @@ def division(operation: Operation) -> Sequence[Linear]:
     """``C(x / s) = Cx / s`` for s constant along A. Rounding division is not linear."""
     if operation["rounding_mode"] is not None:
         raise Blocked(Reason.NON_COMMUTING, "a division that rounds is not linear")
-    return [Linear({("input", None): _broadcast(operation, "input")}, {("other", None): _broadcast(operation, "other")})]
+    dividend, divisor = _broadcast(operation, "input"), _broadcast(operation, "other")
+    return [Linear({("input", None): dividend}, {("other", None): divisor})]
 
 
 @linear_rule("cast", "to", "type_as")

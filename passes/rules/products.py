@@ -10,9 +10,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lncompile.passes.axes import Axes, Size
-from lncompile.passes.canonical import Operation
+from lncompile.passes.canonical import Key, Operation
 from lncompile.passes.decisions import Blocked, Reason
-from lncompile.passes.rules.base import AxisMap, Linear, aligned, linear_rule, require_free, require_uncontracted, result_shape, shape
+from lncompile.passes.rules.base import (
+    AxisMap,
+    Linear,
+    aligned,
+    linear_rule,
+    require_free,
+    require_uncontracted,
+    result_shape,
+    shape,
+)
 
 
 def _only(axes: Axes, dimension: int, what: str) -> None:
@@ -63,7 +72,7 @@ def linear(operation: Operation) -> Sequence[Linear]:
     weight, bias, input_ = operation["weight"], operation["bias"], operation["input"]
     if len(shape(weight)) != 2:
         raise Blocked(Reason.UNKNOWN_OPERATION, "a linear layer whose weight is no matrix")
-    biases = {("bias", None): aligned(shape(bias), result)} if bias is not None else {}
+    biases: dict[Key, AxisMap] = {("bias", None): aligned(shape(bias), result)} if bias is not None else {}
     last = len(result) - 1
     return [
         Linear({("weight", None): one_dimension(shape(weight), 0, result, last, "linear"), **biases}),
@@ -77,7 +86,7 @@ def addmm(operation: Operation) -> Sequence[Linear]:
     result = result_shape(operation)
     first, second = shape(operation["mat1"]), shape(operation["mat2"])
     rank = len(result)
-    addend = {("input", None): aligned(shape(operation["input"]), result)}
+    addend: dict[Key, AxisMap] = {("input", None): aligned(shape(operation["input"]), result)}
     return [
         Linear({("mat2", None): one_dimension(second, rank - 1, result, rank - 1, "addmm"), **addend}),
         Linear({("mat1", None): one_dimension(first, rank - 2, result, rank - 2, "addmm"), **addend}),

@@ -11,11 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from lncompile.passes.axes import Axes, same_size, shape_of
+from lncompile.passes.axes import Axes, same_size
 from lncompile.passes.canonical import Operation, canonicalise, tensor_of
 from lncompile.passes.decisions import Blocked, Reason
 from lncompile.passes.rules.base import (
-    SAME,
     AxisMap,
     Linear,
     aligned,
@@ -290,5 +289,3 @@ def reductions(operation: Operation) -> Sequence[Linear]:
         return axes
 
     return [Linear({("input", None): AxisMap(forward, backward)})]
-
-

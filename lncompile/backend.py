@@ -105,8 +105,9 @@ def lnfold(
         compiled = torch_private.inductor_compile(graph_module, example_inputs, inductor_config)
         return _remember(compiled, example_inputs, report, arguments)
     try:
-        torch_private.make_static(values, example_inputs)
+        static = torch_private.static_fake_tensors(values)
         compiled = torch_private.inductor_compile(transformed.graph_module, [*example_inputs, *values], inductor_config)
+        del static  # had to live until here
     except torch_private.DynamoException:
         raise  # Dynamo talks to itself in exceptions: "start again with other assumptions"
     except Exception as error:

@@ -195,15 +195,18 @@ def fake_mode_of(value: Any) -> Any:
     return value.fake_mode
 
 
-def make_static(values: Sequence[Tensor], example_inputs: Sequence[Any]) -> None:
-    """Tell the tracer that these weights have fixed shapes, whatever ``dynamic=True`` says of the other inputs."""
+def static_fake_tensors(values: Sequence[Tensor]) -> list[Tensor]:
+    """Tell the tracer that these weights have fixed shapes, whatever ``dynamic=True`` says of the other inputs.
+
+    The tracer makes a fake tensor of a real one once and remembers it weakly: while the caller holds the result,
+    AOTAutograd gets these, without symbols in their shapes, when it converts the same values.
+    """
     from torch._guards import TracingContext
 
     context = TracingContext.try_get()
-    if context is not None and context.fake_mode is not None and context.fake_mode.shape_env is not None:
-        for value in values:
-            # Remembered by the mode: AOTAutograd gets this fake tensor when it converts the same value.
-            context.fake_mode.from_tensor(value, static_shapes=True)
+    if context is None or context.fake_mode is None:
+        return []
+    return [context.fake_mode.from_tensor(value, static_shapes=True) for value in values]
 
 
 # Base class of what Dynamo raises to itself (start again with other assumptions, give this frame up, ...).

@@ -363,3 +363,21 @@ def test_verify_notices_a_wrong_backend(monkeypatch: pytest.MonkeyPatch) -> None
     net = randomise(Residual()).eval()
     monkeypatch.setattr(rewrite, "center_weight", lambda weight, *_: weight.to(torch.float64).to(torch.float32))
     assert not lncompile.verify(net, torch.randn(5, 16)).passed
+
+
+def test_materialized_weights_have_fixed_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No symbol may stand for the size of a weight: it would have no source to guard on, and slow the kernels."""
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    sources = []
+    stock = ShapeEnv.create_symbol
+
+    def record(self: ShapeEnv, size: int, source: Any, *arguments: Any, **keywords: Any) -> Any:
+        sources.append(str(source))
+        return stock(self, size, source, *arguments, **keywords)
+
+    monkeypatch.setattr(ShapeEnv, "create_symbol", record)
+    net = model()
+    torch.compile(net, backend="lnfold", dynamic=True)(value())
+    assert sources, "the control: the caller's tensor has symbols"
+    assert not [source for source in sources if "unknown" in source]

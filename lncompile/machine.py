@@ -1,0 +1,41 @@
+"""What a measurement was made on: it says little without its machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Return what to write beside every number: device, threads, load and versions, ready for JSON.
+
+    Args:
+        device: where the measured work runs.
+
+    Example:
+        >>> describe_machine("cpu")["threads"]
+        2
+    """
+    cuda = torch.device(device).type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else _processor(),
+        "device_type": "cuda" if cuda else "cpu",
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "platform": platform.platform(terse=True),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _processor() -> str:
+    """The processor's name and its vector instructions as torch uses them."""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from lncompile.explain import explain
@@ -26,6 +27,10 @@ from lncompile.timing import PairedTimings, measure
 from lncompile.verify import Verification, verify
 
 
+class DemoError(Exception):
+    """Something else than the model is missing. The message is one sentence for the person at the keyboard."""
+
+
 @dataclass(frozen=True)
 class Demonstration:
     """What the demo found. All numbers in it were measured in this run.
@@ -34,7 +39,8 @@ class Demonstration:
         loaded: the model.
         report: which of its LayerNorms fold.
         verification: errors against float64; None for a model without LayerNorms.
-        timings: latencies of eager, inductor and lnfold; None where predictions were wrong, whose speed is worth nothing.
+        timings: latencies of eager, inductor and lnfold; None where predictions got worse: the speed of
+            wrong answers is worth nothing.
     """
 
     loaded: LoadedModel
@@ -52,9 +58,9 @@ class Demonstration:
         if self.verification is None:
             return "The model has no LayerNorm, so lnfold compiles it exactly as stock torch.compile does."
         folded = f"{self.report.folded} of {self.report.total} LayerNorms folded"
-        worst = max(self.verification.outputs, key=lambda output: output.lnfold)
+        worst = max(self.verification.outputs, key=lambda output: (not output.passed, output.lnfold))
         errors = (
-            f"{worst.lnfold:.1e} from the float64 reference (stock torch.compile {worst.inductor:.1e}, "
+            f"a relative {worst.lnfold:.1e} from the float64 reference (stock torch.compile {worst.inductor:.1e}, "
             f"eager {worst.eager:.1e})"
         )
         if self.timings is None:
@@ -109,8 +115,10 @@ class Steps:
         self.console.print(f"\n{self.begun}/{self.total}  {title}", style="bold")
         started = time.perf_counter()
         if self.console.is_terminal:
-            with self.console.status("") as status:
-                yield lambda words: status.update(f"{words} ({time.perf_counter() - started:.0f} s)")
+            columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+            with Progress(*columns, console=self.console, transient=True) as progress:
+                task = progress.add_task("")
+                yield lambda words: progress.update(task, description=words)
         else:
             yield lambda words: self.console.print(f"     {words} ...")
         self.console.print(f"     took {time.perf_counter() - started:.1f} s", style="dim")
@@ -179,10 +187,10 @@ def _table(timings: PairedTimings) -> Table:
     table = Table(box=None, pad_edge=False)
     for header in ("", "median ms", "speed-up over inductor [95% interval]"):
         table.add_column(header)
-    for name, samples in timings.seconds.items():
+    for name in timings.seconds:
         ratio = "1" if name == "inductor" else str(timings.speedup(name, "inductor"))
         table.add_row(name, f"{1e3 * timings.median(name):.2f}", ratio)
-    table.caption = f"{len(samples)} rounds on {torch.get_num_threads()} CPU threads"
+    table.caption = f"{len(timings.seconds['lnfold'])} rounds on {torch.get_num_threads()} CPU threads"
     table.caption_justify = "left"
     return table
 
@@ -214,8 +222,8 @@ def _positive(text: str) -> float:
 def _require_compiler() -> None:
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if shutil.which(compiler) is None:
-        raise ModelError(
-            f"torch.compile needs a C++ compiler on the CPU and '{compiler}' is not installed (or set CXX)"
+        raise DemoError(
+            f"torch.compile needs a C++ compiler on the CPU, and there is no '{compiler}' (CXX names another)"
         )
 
 
@@ -237,10 +245,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     try:
         if chosen.json is not None and not chosen.json.resolve().parent.is_dir():
-            raise ModelError(f"there is no folder to write '{chosen.json}' into")
+            raise DemoError(f"there is no folder to write '{chosen.json}' into")
         _require_compiler()
         found = demonstrate(chosen.model, chosen.seconds, console)
-    except ModelError as error:
+    except (ModelError, DemoError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     console.print(f"\n{found.sentence()}", style="bold", soft_wrap=True)

@@ -133,8 +133,9 @@ def example_inputs(model: Any, batch: int = 1, length: int = 64) -> dict[str, An
 
     def tokens() -> Tensor:
         text = config if hasattr(config, "vocab_size") else config.get_text_config()
+        limits = [getattr(text, name, None) for name in ("max_position_embeddings", "max_target_positions")]
         # Half, because some models (OPT, RoBERTa) count positions from 2.
-        size = min(length, max(1, getattr(text, "max_position_embeddings", 2 * length) // 2))
+        size = min([length, *(max(1, limit // 2) for limit in limits if limit)])
         return torch.randint(text.vocab_size, (batch, size), generator=generator)
 
     def pixels() -> Tensor:
@@ -235,7 +236,7 @@ def _with_random_weights(build: Callable[[], Any]) -> nn.Module:
 
 @contextlib.contextmanager
 def _few_words(transformers: Any) -> Iterator[None]:
-    """Without the lines the hub's client logs at each of its retries; progress bars only where someone sees them move."""
+    """Without what the hub's client logs at each of its retries; progress bars only where someone sees them move."""
     hub = logging.getLogger("huggingface_hub")
     bars = transformers.utils.logging.is_progress_bar_enabled()
     level = hub.level

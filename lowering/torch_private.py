@@ -184,6 +184,11 @@ def schema_of(overload: Any) -> Any:
     return overload._schema
 
 
+def schemas_of(packet: Any) -> list[Any]:
+    """Return the schemas of all overloads of an operator."""
+    return [getattr(packet, name)._schema for name in packet.overloads()]
+
+
 # --- Tensors --------------------------------------------------------------------------------------------------------
 
 # Counts the in-place writes to a tensor that autograd can see (not those through `.data`).

@@ -8,6 +8,7 @@ here and no change anywhere else.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping
@@ -197,8 +198,10 @@ def unsqueeze(input: Any, dim: Any) -> None: ...
 def permute(input: Any, *dim: Any) -> None: ...
 @spelled(torch.transpose, torch.swapaxes, torch.swapdims, aten.transpose.int, methods="transpose swapaxes swapdims")
 def transpose(input: Any, dim0: Any, dim1: Any) -> None: ...
-@spelled(torch.t, aten.t.default, methods="t")
+@spelled(torch.t, aten.t.default, aten.numpy_T.default, methods="t")
 def t(input: Any) -> None: ...
+@spelled(aten.mT.default)
+def mT(input: Any) -> None: ...
 @spelled(torch.movedim, torch.moveaxis, aten.movedim.int, aten.movedim.intlist, methods="movedim moveaxis")
 def movedim(input: Any, source: Any, destination: Any) -> None: ...
 @spelled(aten.expand.default, methods="expand")
@@ -300,6 +303,13 @@ def metadata(input: Any, *rest: Any, **keywords: Any) -> None: ...
 _METADATA_ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim", "is_cuda", "layout", "requires_grad", "itemsize"})
 
 
+@functools.cache
+def _packets() -> dict[Any, _Spelling]:
+    """Spellings by operator without an overload (``aten.mT``), as newer Dynamos write attributes of tensors."""
+    overloads = [target for target in _FUNCTIONS if isinstance(target, torch_private.OpOverload)]
+    return {overload.overloadpacket: _FUNCTIONS[overload] for overload in overloads}
+
+
 def canonicalise(node: fx.Node) -> Operation | None:
     """Return the canonical form of a node, or None for an operation the tables do not know.
 
@@ -312,7 +322,7 @@ def canonicalise(node: fx.Node) -> Operation | None:
     if node.op == "call_function" and node.target is getattr:
         return _attribute(node)
     if node.op == "call_function":
-        spelling = _FUNCTIONS.get(node.target)
+        spelling = _FUNCTIONS.get(node.target) or _packets().get(node.target)
     elif node.op == "call_method":
         spelling = _METHODS.get(str(node.target))
     else:

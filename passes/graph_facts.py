@@ -166,7 +166,11 @@ def written_arguments(node: fx.Node) -> list[fx.Node]:
     module = getattr(target, "__module__", None) or ""
     if module in ("_operator", "operator"):
         return first if name in _IN_PLACE_OPERATORS else []
-    if isinstance(target, torch_private.HigherOrderOperator | torch_private.OpOverloadPacket) or not (
+    if isinstance(target, torch_private.OpOverloadPacket):
+        # Which of its overloads will run depends on the arguments: pure if all of them are.
+        pure = not any(schema.is_mutable for schema in torch_private.schemas_of(target))
+        return [] if pure else list(node.all_input_nodes)
+    if isinstance(target, torch_private.HigherOrderOperator) or not (
         module.split(".")[0] in _TORCH_MODULES or module == ""
     ):
         return list(node.all_input_nodes)
@@ -177,6 +181,9 @@ def written_arguments(node: fx.Node) -> list[fx.Node]:
                 if isinstance(a, fx.Node)]  # fmt: skip
     if target is functional.embedding and (node.kwargs.get("max_norm") or (len(node.args) > 3 and node.args[3])):
         return [a for a in node.args[1:2] if isinstance(a, fx.Node)]
+    operation = canonicalise(node)
+    if operation is not None and operation.name == "dropout" and operation["training"] is False:
+        return []  # `nn.Dropout(inplace=True)` in evaluation gives back what it gets
     return (first if _asks_in_place(node, target) else []) + _out(node)
 
 

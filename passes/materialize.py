@@ -53,7 +53,8 @@ class Expression:
 
     def evaluate(self, leaves: Sequence[Tensor]) -> Tensor:
         """Compute the value from the parameters' tensors; it shares no storage with them."""
-        with torch.no_grad():
+        # Out of inference mode as well: the value may later serve a call that records gradients for its inputs.
+        with torch.inference_mode(False), torch.no_grad():
             value: Tensor = self._module(*leaves)
         return value
 

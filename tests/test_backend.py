@@ -140,6 +140,41 @@ def test_generate_with_a_static_cache_is_token_identical() -> None:
     assert all(report.folded == report.total == 5 for report in reports)
 
 
+class AutocastInside(nn.Module):
+    """Part of the model runs under autocast, as mixed-precision code in the wild does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Residual()
+
+    def forward(self, value: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = self.inner(value)
+        return out.float()
+
+
+@pytest.mark.parametrize("where", ["around", "inside"])
+def test_autocast(where: str) -> None:
+    from lncompile.verify import relative_error
+
+    inner = randomise(Residual())
+    net = AutocastInside() if where == "inside" else inner
+    if isinstance(net, AutocastInside):
+        net.inner = inner
+    x = torch.randn(64, 16)
+    expected = randomise(Residual().double())(x.double())
+    errors = {}
+    for name in ("inductor", "lnfold"):
+        compiled = torch.compile(net, backend=name)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=where == "around"):
+            output = compiled(x)
+        errors[name] = relative_error(output, expected)
+        assert output.dtype == (torch.float32 if where == "inside" else torch.bfloat16)
+    assert lncompile.reports(compiled)[0].folded == 2
+    assert errors["inductor"] > 1e-4, "the control: autocast did round"
+    assert errors["lnfold"] <= 1.25 * errors["inductor"]
+
+
 # --- nothing to fold, training, failures ---
 
 

@@ -197,3 +197,16 @@ def test_two_models_in_one_process() -> None:
             torch.testing.assert_close(one(value), model(value), **TOLERANCE)
     for one in compiled:
         assert sum(report.folded for report in lncompile.reports(one)) == 1
+
+
+def test_values_made_under_inference_mode_serve_calls_with_gradients() -> None:
+    model = randomise(Block().double()).requires_grad_(False)
+    compiled = torch.compile(model, backend="lnfold")
+    value = torch.randn(5, 16, dtype=torch.float64)
+    with torch.inference_mode():
+        compiled(value)
+    with torch.enable_grad():
+        leaf = value.clone().requires_grad_()
+        (actual,) = torch.autograd.grad(compiled(leaf).square().sum(), leaf)
+        (expected,) = torch.autograd.grad(model(leaf).square().sum(), leaf)
+    torch.testing.assert_close(actual, expected, **TOLERANCE)

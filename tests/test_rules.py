@@ -114,6 +114,7 @@ CASES = {
     "type_as": folds("type_as", lambda m, x, y, e: x.type_as(e["u"])),
     "type_as_of_stream": folds("type_as", lambda m, x, y, e: x + e["u"].mean(-1, keepdim=True).type_as(x)),
     "dropout_eval": folds("dropout", lambda m, x, y, e: functional.dropout(x, 0.5, training=False)),
+    "dropout_eval_in_place": folds("dropout", lambda m, x, y, e: functional.dropout(x, 0.5, False, True) + x),
     "dropout_training_p0": folds("dropout", lambda m, x, y, e: functional.dropout(x, 0.0, training=True)),
     "cast_to_integers": stays("to", Reason.UNKNOWN_OPERATION, lambda m, x, y, e: x.to(torch.int64).to(torch.float64)),
     # --- masks ---

@@ -1,0 +1,63 @@
+# Needs Python >= 3.11 and git, and a C++ compiler for torch.compile on the CPU. Everything else goes into $(VENV).
+
+PYTHON ?= python3
+TORCH ?= 2.13.0
+VENV ?= .venv
+MODEL ?= gpt2
+
+python := $(VENV)/bin/python
+pip := $(python) -m pip --disable-pip-version-check install --quiet
+stamp := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all test-torch lint bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(stamp)-demo ## fold report, exactness and latency of GPT-2 small (MODEL=hub-id-or-folder for another)
+	$(python) -m lncompile.demo --model "$(MODEL)"
+
+test: $(stamp)-test ## the test suite
+	$(python) -m pytest -m "not slow"
+
+test-all: $(stamp)-test ## the test suite, slow tests included
+	$(python) -m pytest
+
+test-torch: ## the test suite on another torch (TORCH=2.15.0), in an environment of its own
+	$(MAKE) test VENV=.venv-torch-$(TORCH) TORCH=$(TORCH)
+
+lint: $(stamp)-lint ## ruff, formatting, and mypy on an installed wheel
+	$(python) -m ruff check .
+	$(python) -m ruff format --check .
+	.ci/types $(python)
+
+bench: $(stamp)-demo ## measure what sites that do not fold should run; writes benchmarks/results/
+	$(python) benchmarks/nonfoldable.py
+
+clean: ## remove environments, caches and build output
+	rm -rf .venv .venv-torch-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find lncompile passes lowering tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One stamp for each set of extras, so that nothing is installed twice. The torch stamp carries the version: asking for
+# another TORCH in the same environment installs it.
+$(stamp)-torch-$(TORCH):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	test -x $(python) || $(PYTHON) -m venv $(VENV)
+# Pinned, and before the package: left to itself pip takes the newest torch it finds, which on Linux brings gigabytes of
+# CUDA libraries even where pip is set up to offer a CPU build.
+	$(pip) "torch==$(TORCH)"
+	rm -f $(stamp)-*
+	touch $@
+
+$(stamp)-demo: $(stamp)-torch-$(TORCH) pyproject.toml
+	$(pip) "torch==$(TORCH)" -e ".[demo]"
+	touch $@
+
+$(stamp)-test: $(stamp)-torch-$(TORCH) pyproject.toml
+	$(pip) "torch==$(TORCH)" -e ".[test,triton]"
+	touch $@
+
+$(stamp)-lint: $(stamp)-torch-$(TORCH) pyproject.toml
+	$(pip) "torch==$(TORCH)" -e ".[lint]"
+	touch $@

@@ -1,0 +1,169 @@
+"""What a site that does not fold should run: Inductor's own layer_norm, or ATen's eager kernel?
+
+Measures ``lnfold.nonfoldable="inductor"`` against ``"eager"`` on a post-norm encoder of BERT-base's shapes, where only
+the embeddings' norm folds: every other LayerNorm is fed by a residual that carries an earlier norm's output. Stock
+``torch.compile`` and eager are timed beside them, interleaved in one process.
+
+    python benchmarks/nonfoldable.py [--layers 4] [--seconds 20]
+
+Prints a table and writes ``benchmarks/results/nonfoldable-<device>.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import lncompile
+from lncompile.machine import describe_machine
+from lncompile.models import randomise
+from lncompile.timing import PairedTimings, measure
+
+RESULTS = Path(__file__).parent / "results"
+SHAPES = ((1, 128), (8, 128))
+DTYPES = (torch.float32, torch.bfloat16)
+
+#: What is compared with what: (candidate, baseline).
+COMPARISONS = (
+    ("nonfoldable=inductor", "nonfoldable=eager"),
+    ("nonfoldable=inductor", "inductor"),
+    ("nonfoldable=eager", "inductor"),
+)
+
+
+def encoder(layers: int, dtype: torch.dtype, device: str) -> torch.nn.Module:
+    """Build BERT-base's encoder with fewer layers, every parameter random."""
+    transformers: Any = importlib.import_module("transformers")
+    torch.manual_seed(0)
+    model = transformers.BertModel(transformers.BertConfig(num_hidden_layers=layers), add_pooling_layer=False)
+    return randomise(model).eval().to(device, dtype)
+
+
+def measure_case(
+    model: torch.nn.Module, batch: int, length: int, seconds: float, device: str
+) -> tuple[PairedTimings, lncompile.FoldReport]:
+    """Time all candidates on one model and one shape.
+
+    Args:
+        model: in evaluation mode, on ``device``.
+        batch: sequences.
+        length: tokens of each.
+        seconds: how long to measure.
+        device: where.
+
+    Returns:
+        The timings, and what lnfold made of the model's norms.
+    """
+    torch.compiler.reset()  # one shape at a time, or the second would be compiled with dynamic sizes
+    tokens = torch.randint(1000, 30_000, (batch, length), generator=torch.Generator().manual_seed(1)).to(device)
+    report = lncompile.explain(model, tokens)
+    runs: dict[str, Callable[..., Any]] = {"eager": model, "inductor": torch.compile(model)}
+    for choice in ("inductor", "eager"):
+        runs[f"nonfoldable={choice}"] = torch.compile(model, backend="lnfold", options={"lnfold.nonfoldable": choice})
+
+    def call(run: Callable[..., Any]) -> Callable[[], Any]:
+        return lambda: run(tokens)
+
+    timings = measure({name: call(run) for name, run in runs.items()}, seconds=seconds, device=device)
+    return timings, report
+
+
+def commit() -> str:
+    """Return the commit that is measured, marked where the tree has changes it does not hold."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    # The results themselves are no change of what is measured.
+    changed = git("status", "--porcelain", "--", ":/lncompile", ":/passes", ":/lowering", ":/benchmarks/*.py")
+    return git("rev-parse", "HEAD") + (" with uncommitted changes" if changed else "")
+
+
+def run(device: str, layers: int, seconds: float, console: Console) -> dict[str, Any]:
+    """Measure all cases on one device and print a row for each.
+
+    Args:
+        device: ``"cpu"`` or ``"cuda"``.
+        layers: of the encoder.
+        seconds: for each case.
+        console: where to print.
+
+    Returns:
+        Everything measured, ready for JSON.
+    """
+    machine = describe_machine(device)
+    cases = []
+    table = Table(title=f"nonfoldable sites on {machine['device']}, {layers} layers", box=None, pad_edge=False)
+    for header in ("dtype", "batch", "folded", "inductor ms", "eager ms", *(f"{a} over {b}" for a, b in COMPARISONS)):
+        table.add_column(header)
+    for dtype in DTYPES:
+        model = encoder(layers, dtype, device)
+        for batch, length in SHAPES:
+            name = str(dtype).removeprefix("torch.")
+            console.print(f"measuring {name} {batch}x{length} ...")
+            timings, report = measure_case(model, batch, length, seconds, device)
+            ratios = {f"{a} over {b}": timings.speedup(a, b) for a, b in COMPARISONS}
+            cases.append(
+                {
+                    "dtype": name,
+                    "batch": batch,
+                    "length": length,
+                    "folded": report.folded,
+                    "sites": report.total,
+                    "rounds": len(timings.seconds["eager"]),
+                    "load_average_after": describe_machine(device)["load_average"],
+                    "speedups": {key: vars(ratio) for key, ratio in ratios.items()},
+                    "timings": timings.to_dict(),
+                }
+            )
+            table.add_row(
+                name,
+                f"{batch}x{length}",
+                f"{report.folded} of {report.total}",
+                *(f"{1e3 * timings.median(f'nonfoldable={choice}'):.2f}" for choice in ("inductor", "eager")),
+                *(str(ratio) for ratio in ratios.values()),
+            )
+    console.print(table)
+    return {
+        "benchmark": "nonfoldable",
+        "measured": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "machine": machine,
+        "model": f"BertModel, BertConfig's sizes with {layers} layers, random weights",
+        "speedups_are": "medians of per-round ratios with 95% bootstrap intervals; above 1 the first is faster",
+        "cases": cases,
+    }
+
+
+def main() -> int:
+    """Run the benchmark as a command."""
+    parser = argparse.ArgumentParser(description="lnfold.nonfoldable: 'inductor' against 'eager'.")
+    parser.add_argument("--layers", type=int, default=4, help="encoder layers (default: 4)")
+    parser.add_argument("--seconds", type=float, default=20.0, help="for each case (default: 20)")
+    chosen = parser.parse_args()
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    with torch.no_grad():
+        for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
+            found = run(device, chosen.layers, chosen.seconds, console)
+            path = RESULTS / f"nonfoldable-{device}.json"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(found, indent=1) + "\n")
+            console.print(f"written to {path}", soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -4,7 +4,7 @@ Measures ``lnfold.nonfoldable="inductor"`` against ``"eager"`` on a post-norm en
 the embeddings' norm folds: every other LayerNorm is fed by a residual that carries an earlier norm's output. Stock
 ``torch.compile`` and eager are timed beside them, interleaved in one process.
 
-    python benchmarks/nonfoldable.py [--layers 4] [--seconds 20]
+    python benchmarks/nonfoldable.py [--layers 4] [--seconds 20] [--threads N]
 
 Prints a table and writes ``benchmarks/results/nonfoldable-<device>.json``.
 """
@@ -104,7 +104,7 @@ def run(device: str, layers: int, seconds: float, console: Console) -> dict[str,
     Returns:
         Everything measured, ready for JSON.
     """
-    machine = describe_machine(device)
+    machine, measured = describe_machine(device), commit()  # now: the tree may change while this takes its minutes
     cases = []
     table = Table(title=f"nonfoldable sites on {machine['device']}, {layers} layers", box=None, pad_edge=False)
     for header in ("dtype", "batch", "folded", "inductor ms", "eager ms", *(f"{a} over {b}" for a, b in COMPARISONS)):
@@ -140,7 +140,7 @@ def run(device: str, layers: int, seconds: float, console: Console) -> dict[str,
     return {
         "benchmark": "nonfoldable",
         "measured": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
+        "commit": measured,
         "machine": machine,
         "model": f"BertModel, BertConfig's sizes with {layers} layers, random weights",
         "speedups_are": "medians of per-round ratios with 95% bootstrap intervals; above 1 the first is faster",
@@ -153,7 +153,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="lnfold.nonfoldable: 'inductor' against 'eager'.")
     parser.add_argument("--layers", type=int, default=4, help="encoder layers (default: 4)")
     parser.add_argument("--seconds", type=float, default=20.0, help="for each case (default: 20)")
+    parser.add_argument("--threads", type=int, help="CPU threads; one is steadier on a machine shared with others")
     chosen = parser.parse_args()
+    if chosen.threads is not None:
+        torch.set_num_threads(chosen.threads)
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     with torch.no_grad():
         for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():

@@ -11,6 +11,7 @@ from lncompile.analysis import Analysis
 from lncompile.lowering import NormCall, lower_to_aten, lower_to_rms_norm
 from lncompile.options import Options
 from lncompile.passes.canonical import tensor_of
+from lncompile.passes.handwritten import fold_handwritten_norm
 from lncompile.passes.materialize import Expression, hoist
 from lncompile.passes.rewrite import rewrite
 from lncompile.passes.sites import NormSite
@@ -34,13 +35,18 @@ def transform(analysis: Analysis, options: Options) -> Transformed:
     graph_module = analysis.graph_module
     graph = graph_module.graph
     folded = set() if analysis.placement is None else {site.node for site in analysis.placement.folded}
+    calls = [site for site in analysis.sites if site.handwritten is None]
     expressions: Sequence[Expression] = ()
     if analysis.placement is not None:
         rewritten = rewrite(graph, analysis.placement, analysis.variables)
         expressions, _ = hoist(graph, rewritten.weights)
-        lower_to_rms_norm(graph, [_call(site) for site in analysis.sites if site.node in folded])
+        for site in analysis.placement.folded:
+            if site.handwritten is not None:
+                centered = rewritten.centered[(site.input, site.axes)]
+                fold_handwritten_norm(graph, site.handwritten, centered)
+        lower_to_rms_norm(graph, [_call(site) for site in calls if site.node in folded])
     if options.nonfoldable == "eager":
-        lower_to_aten(graph, [_call(site) for site in analysis.sites if site.node not in folded])
+        lower_to_aten(graph, [_call(site) for site in calls if site.node not in folded])
     graph.lint()
     graph_module.recompile()
     return Transformed(graph_module, tuple(expressions))

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from lncompile.passes.axes import Axes
 from lncompile.passes.canonical import Key, Operation, canonicalise, tensor_of
 from lncompile.passes.graph_facts import GraphFacts
-from lncompile.passes.rules.base import shape
+from lncompile.passes.operands import shape
 
 # Between the linear layer and the product there may be these: they do nothing to a scale along the features.
 _TRANSPARENT = frozenset({"dropout", "cast", "to", "identity", "view", "reshape"})

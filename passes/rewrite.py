@@ -78,7 +78,7 @@ def rewrite(graph: fx.Graph, placement: Placement, variables: Mapping[VariableKe
         _exchange_operands(graph, variables[key], done)
     for site in placement.folded:
         source = done.centered[(site.input, site.axes)]
-        if source is not site.input:
+        if source is not site.input and site.handwritten is None:
             site.operation.replace({("input", None): source})
     for node in done.dead:
         graph.erase_node(node)

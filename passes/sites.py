@@ -12,6 +12,7 @@ from torch import fx
 from lncompile.passes import provenance
 from lncompile.passes.axes import Axes, shape_of
 from lncompile.passes.canonical import Operation, canonicalise, tensor_of, value_of
+from lncompile.passes.handwritten import HandwrittenNorm, find_handwritten_norms
 
 # Passes that expand an opaque operator leave the name of a norm inside it here, for the report.
 SITE_NAME = "lnfold_site_name"
@@ -19,13 +20,14 @@ SITE_NAME = "lnfold_site_name"
 
 @dataclass(frozen=True)
 class NormSite:
-    """One LayerNorm call: its node, what it normalises, and its parameters as graph nodes."""
+    """One LayerNorm, a call or a chain written by hand: its node, what it normalises, its parameters as graph nodes."""
 
     operation: Operation
     input: fx.Node
     axes: Axes
     name: str
     location: str
+    handwritten: HandwrittenNorm | None = None
 
     @property
     def node(self) -> fx.Node:
@@ -67,13 +69,18 @@ class NormSite:
 
 
 def find_sites(graph: fx.Graph) -> Sequence[NormSite]:
-    """Return every LayerNorm call of the graph, in order: ``layer_norm`` and ``native_layer_norm``, in any spelling.
+    """Return every LayerNorm of the graph, in order: calls in any spelling, and chains written by hand.
 
     A call whose input is no floating-point tensor of known shape is left out: it is no site for anybody.
     """
     sites = []
+    handwritten = {norm.mean: norm for norm in find_handwritten_norms(graph)}
     for node in graph.nodes:
         operation = canonicalise(node)
+        if operation is not None and node in handwritten:
+            norm = handwritten[node]
+            sites.append(NormSite(operation, norm.input, norm.axes, _site_name(node), provenance.location(node), norm))
+            continue
         if operation is None or operation.name not in ("layer_norm", "native_layer_norm"):
             continue
         source = operation["input"]

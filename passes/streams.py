@@ -182,9 +182,10 @@ def follow(node: fx.Node, axes: Axes, user: fx.Node) -> VariableKey | None:
     if not keys:
         raise Blocked(*blockers.explain_consumer(user))
     if operation.name in INVARIANCES:
-        for key in keys:
-            INVARIANCES[operation.name](operation, key, axes)
-        return None
+        # A list, not a generator: each place may raise.
+        ignored = [INVARIANCES[operation.name](operation, key, axes) for key in keys]
+        if all(ignored):
+            return None
     rule = RULES.get(operation.name)
     if rule is None:
         raise Blocked(*blockers.explain_consumer(user))

@@ -187,7 +187,9 @@ CASES = {
     "mean_pooling": folds("mean", lambda m, x, y, e: x.mean(1)),
     "mean_keepdim": folds("mean", lambda m, x, y, e: x.mean(dim=(0, 1), keepdim=True)),
     "sum": folds("sum", lambda m, x, y, e: x.sum(1, keepdim=True) + y),
-    "mean_over_features": stays("mean", Reason.DIFFERENT_AXES, lambda m, x, y, e: x - x.mean(-1, keepdim=True)),
+    "mean_over_features": stays("mean", Reason.DIFFERENT_AXES, lambda m, x, y, e: x - 2 * x.mean(-1, keepdim=True)),
+    "mean_taken_out_and_kept": stays("mean", Reason.DIFFERENT_AXES, lambda m, x, y, e: scaler(x)),
+    "centered_by_hand": folds("", lambda m, x, y, e: x + (e["u"] - e["u"].mean(-1, keepdim=True))),
     # --- products ---
     "linear": folds("linear", lambda m, x, y, e: functional.linear(torch.relu(x), m.weight, m.bias)),
     "linear_no_bias": folds("linear", lambda m, x, y, e: functional.linear(torch.relu(x), m.weight)),
@@ -232,6 +234,11 @@ CASES = {
         "", Reason.DIFFERENT_AXES, lambda m, x, y, e: x + torch.softmax(x, 1).mean(-1, keepdim=True)),
     "another_norm_sees_no_shift": folds(
         "", lambda m, x, y, e: x + functional.layer_norm(x, (D,)).mean(-1, keepdim=True)),
+    "centering_sees_no_shift": folds(
+        "", lambda m, x, y, e: y + torch.relu(x - x.mean(-1, keepdim=True)).mean(-1, keepdim=True)),
+    "variance_sees_no_shift": folds(
+        "", lambda m, x, y, e: x + x.var(-1, keepdim=True) + torch.std(x, -1, keepdim=True)),
+    "variance_over_tokens_does": stays("", Reason.DIFFERENT_AXES, lambda m, x, y, e: x + x.var(1, keepdim=True)),
     "metadata_sees_nothing": folds("", lambda m, x, y, e: x + torch.zeros_like(x).mean(-1, keepdim=True)),
     "plain_norm_output_has_zero_mean": folds("", lambda m, x, y, e: x + functional.layer_norm(e["u"], (D,))),
     # --- writes ---
@@ -257,6 +264,11 @@ def written_through_view(x: Tensor, y: Tensor) -> Tensor:
     view = x.view(10, D)
     view += y.view(10, D)
     return x
+
+
+def scaler(x: Tensor) -> Tensor:
+    mean = x.mean(-1, keepdim=True)
+    return torch.relu(x - mean) * mean + x
 
 
 def inplace_relu(x: Tensor) -> Tensor:

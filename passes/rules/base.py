@@ -15,11 +15,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor, fx
-
-from lncompile.passes.axes import Axes, PartlyConstant, Size, shape_of
-from lncompile.passes.canonical import Key, Operation, tensor_of, value_of
+from lncompile.passes.axes import Axes, PartlyConstant, Size
+from lncompile.passes.canonical import Key, Operation
 from lncompile.passes.decisions import Blocked, Reason
 
 
@@ -53,7 +50,7 @@ class Linear:
 
 
 Rule = Callable[[Operation], Sequence[Linear]]
-Invariance = Callable[[Operation, Key, Axes], None]
+Invariance = Callable[[Operation, Key, Axes], bool]
 ZeroMean = Callable[[Operation], Axes | None]
 
 RULES: dict[str, Rule] = {}
@@ -73,7 +70,10 @@ def linear_rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def invariant(*names: str) -> Callable[[Invariance], Invariance]:
-    """Register a check that returns if the operation ignores a shift along ``A`` of an operand, else raises Blocked."""
+    """Register a check whether the operation ignores a shift along ``A`` of an operand.
+
+    The check returns True if it does, False if its rule is to be asked, and raises Blocked if it does not.
+    """
 
     def register(check: Invariance) -> Invariance:
         for name in names:
@@ -184,45 +184,3 @@ def inserted(dimension: int, size: Size, what: str) -> AxisMap:
         return axes.remove(dimension)
 
     return AxisMap(lambda axes: axes.insert_free(dimension, size), backward)
-
-
-# --- helpers for rules ---
-
-
-def shape(operand: object) -> tuple[Size, ...]:
-    """Shape of an operand: a node's tensor, or () for a number. Raises Blocked where there is no single tensor."""
-    if not isinstance(operand, fx.Node):
-        return ()
-    value = value_of(operand)
-    if isinstance(value, Tensor):
-        return shape_of(value)
-    if isinstance(value, int | float | bool | torch.SymInt | torch.SymFloat | torch.SymBool):
-        return ()
-    raise Blocked(Reason.UNKNOWN_OPERATION, f"the shape of {operand.name} is not known")
-
-
-def result_shape(operation: Operation) -> tuple[Size, ...]:
-    """Shape of the operation's result."""
-    tensor = tensor_of(operation.node)
-    if tensor is None:
-        raise Blocked(Reason.UNKNOWN_OPERATION, f"the shape of {operation.node.name} is not known")
-    return shape_of(tensor)
-
-
-def dimension_of(index: object, rank: int) -> int:
-    """Return a non-negative dimension number. Raises Blocked for one that is not a plain number."""
-    if not isinstance(index, int):
-        raise Blocked(Reason.UNKNOWN_OPERATION, "a dimension is not a plain number")
-    return index % rank if rank else 0
-
-
-def dimensions_of(indices: object, rank: int) -> tuple[int, ...]:
-    """Return non-negative dimension numbers of an int or a list of them."""
-    if isinstance(indices, list | tuple):
-        return tuple(dimension_of(index, rank) for index in indices)
-    return (dimension_of(indices, rank),)
-
-
-def other_operands(operation: Operation, *names: str) -> frozenset[Key]:
-    """Keys of all operands except those of the named parameters."""
-    return frozenset(key for key, _ in operation.operands() if key[0] not in names)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from lncompile.passes.canonical import Operation
 from lncompile.passes.decisions import Blocked, Reason
-from lncompile.passes.rules.base import SAME, AxisMap, Linear, aligned, linear_rule, other_operands, result_shape, shape
+from lncompile.passes.operands import other_operands, result_shape, shape
+from lncompile.passes.rules.base import SAME, AxisMap, Linear, aligned, linear_rule
 
 
 def _broadcast(operation: Operation, parameter: str) -> AxisMap:

@@ -12,16 +12,8 @@ from collections.abc import Sequence
 from lncompile.passes.axes import Axes, Size
 from lncompile.passes.canonical import Key, Operation
 from lncompile.passes.decisions import Blocked, Reason
-from lncompile.passes.rules.base import (
-    AxisMap,
-    Linear,
-    aligned,
-    linear_rule,
-    require_free,
-    require_uncontracted,
-    result_shape,
-    shape,
-)
+from lncompile.passes.operands import result_shape, shape
+from lncompile.passes.rules.base import AxisMap, Linear, aligned, linear_rule, require_free, require_uncontracted
 
 
 def _only(axes: Axes, dimension: int, what: str) -> None:

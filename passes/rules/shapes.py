@@ -14,22 +14,18 @@ from torch import fx
 from lncompile.passes.axes import Axes, same_size
 from lncompile.passes.canonical import Operation, canonicalise, tensor_of
 from lncompile.passes.decisions import Blocked, Reason
+from lncompile.passes.operands import dimension_of, dimensions_of, other_operands, result_shape, shape
 from lncompile.passes.rules.base import (
     AxisMap,
     Linear,
     aligned,
     along,
-    dimension_of,
-    dimensions_of,
     inserted,
     linear_rule,
-    other_operands,
     permuted,
     removed,
     require_free,
     reshaped,
-    result_shape,
-    shape,
 )
 
 

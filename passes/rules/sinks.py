@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from lncompile.passes.axes import Axes
-from lncompile.passes.canonical import Key, Operation
+from lncompile.passes.canonical import Key, Operation, canonicalise
 from lncompile.passes.decisions import Blocked, Reason
-from lncompile.passes.rules.base import dimension_of, invariant, shape, zero_mean
+from lncompile.passes.handwritten import difference_from_mean, mean_of
+from lncompile.passes.operands import dimension_of, dimensions_of, shape
+from lncompile.passes.rules.base import invariant, zero_mean
 
 
 @invariant("layer_norm", "native_layer_norm")
-def layer_norm(operation: Operation, key: Key, axes: Axes) -> None:
+def layer_norm(operation: Operation, key: Key, axes: Axes) -> bool:
     """``LN(Cx) = LN(x)`` when it normalises over exactly A, folded or not."""
     if key != ("input", None):
         raise Blocked(Reason.VISIBLE, "a layer norm uses it as its weight or bias")
@@ -19,21 +21,58 @@ def layer_norm(operation: Operation, key: Key, axes: Axes) -> None:
         user.args[1] == 1 for user in operation.node.users if len(user.args) > 1
     ):
         raise Blocked(Reason.VISIBLE, "the mean that native_layer_norm returns is used")
+    return True
 
 
 @invariant("softmax", "log_softmax")
-def softmax(operation: Operation, key: Key, axes: Axes) -> None:
+def softmax(operation: Operation, key: Key, axes: Axes) -> bool:
     """``softmax(x + c) = softmax(x)`` for c constant along exactly the softmax's axis."""
     rank = len(shape(operation["input"]))
     if key != ("input", None) or operation["dim"] is None:
         raise Blocked(Reason.VISIBLE, f"{operation.name} reads it")
     if not axes.whole or axes.normalised_dimensions != (dimension_of(operation["dim"], rank),):
         raise Blocked(Reason.DIFFERENT_AXES, f"{operation.name} runs over another axis than {axes}")
+    return True
 
 
 @invariant("metadata")
-def metadata(operation: Operation, key: Key, axes: Axes) -> None:
+def metadata(operation: Operation, key: Key, axes: Axes) -> bool:
     """Reads of shape, dtype or device see no values at all."""
+    return True
+
+
+@invariant("mean")
+def mean(operation: Operation, key: Key, axes: Axes) -> bool:
+    """``(x + c) - mean_A(x + c) = x - mean_A(x)``: a mean over exactly A of which only that difference is taken."""
+    taken = mean_of(operation.node)
+    if taken is None or taken[1] != axes:
+        return False
+    differences = [canonicalise(user) for user in operation.node.users]
+    return all(d is not None and not d.in_place and difference_from_mean(d) == taken for d in differences)
+
+
+@invariant("sub")
+def difference(operation: Operation, key: Key, axes: Axes) -> bool:
+    """The other half of the difference from the mean."""
+    taken = difference_from_mean(operation)
+    return taken is not None and taken[1] == axes and not operation.in_place
+
+
+@invariant("var", "std")
+def variance(operation: Operation, key: Key, axes: Axes) -> bool:
+    """``var_A(x + c) = var_A(x)`` over exactly A, whatever the correction."""
+    if operation["dim"] is not None:
+        sizes = shape(operation["input"])
+        if Axes.of(sizes, dimensions_of(operation["dim"], len(sizes))) == axes:
+            return True
+    raise Blocked(Reason.DIFFERENT_AXES, f"{operation.name} runs over other axes than {axes}")
+
+
+@zero_mean("sub")
+def centered_difference(operation: Operation) -> Axes | None:
+    """``x - mean_A(x)`` has zero mean over A."""
+    taken = difference_from_mean(operation)
+    return None if taken is None or operation.in_place else taken[1]
 
 
 @zero_mean("layer_norm")

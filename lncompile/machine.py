@@ -26,7 +26,7 @@ def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:
         "device_type": "cuda" if cuda else "cpu",
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "platform": platform.platform(terse=True),
+        "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
     }

@@ -30,6 +30,9 @@ ATEN_TO_COPY: Any = torch.ops.aten._to_copy.default
 ATEN_SOFTMAX: Any = torch.ops.aten._softmax.default
 ATEN_LOG_SOFTMAX: Any = torch.ops.aten._log_softmax.default
 
+# What torch.nn.utils.parametrizations.weight_norm computes a weight with: v · g / ‖v‖.
+WEIGHT_NORM: Any = torch._weight_norm
+
 # The one opaque operator that nn.TransformerEncoderLayer becomes in eval mode under no_grad ("fast path").
 TRANSFORMER_ENCODER_LAYER_FORWARD: Any = torch._transformer_encoder_layer_fwd
 

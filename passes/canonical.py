@@ -244,6 +244,26 @@ def flip(input: Any, *dim: Any) -> None: ...
 def mean(input: Any, dim: Any = None, keepdim: Any = False, *, dtype: Any = None) -> None: ...
 @spelled(torch.sum, aten.sum.dim_IntList, aten.sum.default, methods="sum")
 def sum_(input: Any, dim: Any = None, keepdim: Any = False, *, dtype: Any = None) -> None: ...
+@spelled(torch.repeat_interleave, aten.repeat_interleave.self_int, methods="repeat_interleave")
+def repeat_interleave(input: Any, repeats: Any, dim: Any = None, *, output_size: Any = None) -> None: ...
+@spelled(torch.gather, aten.gather.default, methods="gather")
+def gather(input: Any, dim: Any, index: Any, *, sparse_grad: Any = False) -> None: ...
+@spelled(torch.index_add, aten.index_add.default, methods="index_add")
+def index_add(input: Any, dim: Any, index: Any, source: Any, *, alpha: Any = 1) -> None: ...
+@spelled(torch.cumsum, aten.cumsum.default, methods="cumsum")
+def cumsum(input: Any, dim: Any, *, dtype: Any = None) -> None: ...
+@spelled(torch.lerp, aten.lerp.Scalar, aten.lerp.Tensor, methods="lerp")
+def lerp(input: Any, end: Any, weight: Any) -> None: ...
+@spelled(functional.pad, bindings.pad)
+def pad(input: Any, pad: Any, mode: Any = "constant", value: Any = None) -> None: ...
+@spelled(functional.avg_pool1d, torch.avg_pool1d, functional.adaptive_avg_pool1d, torch.adaptive_avg_pool1d)
+def average_pool_1d(input: Any, *rest: Any, **keywords: Any) -> None: ...
+@spelled(functional.avg_pool2d, bindings.avg_pool2d, functional.adaptive_avg_pool2d, bindings.adaptive_avg_pool2d)
+def average_pool_2d(input: Any, *rest: Any, **keywords: Any) -> None: ...
+@spelled(functional.avg_pool3d, bindings.avg_pool3d, functional.adaptive_avg_pool3d, bindings.adaptive_avg_pool3d)
+def average_pool_3d(input: Any, *rest: Any, **keywords: Any) -> None: ...
+@spelled(functional.interpolate)
+def interpolate(input: Any, *rest: Any, **keywords: Any) -> None: ...
 @spelled(torch.var, aten.var.correction, methods="var")
 def var(input: Any, dim: Any = None, unbiased: Any = None, keepdim: Any = False, *, correction: Any = None) -> None: ...
 @spelled(torch.std, aten.std.correction, methods="std")
@@ -289,6 +309,27 @@ def embedding(
 def convolution(
     input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: Any = 1
 ) -> None: ...
+
+
+@spelled(functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d)
+def transposed_convolution(
+    input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, output_padding: Any = 0,
+    groups: Any = 1, dilation: Any = 1
+) -> None: ...  # fmt: skip
+@spelled(functional.embedding_bag)
+def embedding_bag(
+    input: Any, weight: Any, offsets: Any = None, max_norm: Any = None, norm_type: Any = 2,
+    scale_grad_by_freq: Any = False, mode: Any = "mean", sparse: Any = False, per_sample_weights: Any = None,
+    include_last_offset: Any = False, padding_idx: Any = None
+) -> None: ...  # fmt: skip
+@spelled(functional.multi_head_attention_forward)
+def multi_head_attention(
+    query: Any, key: Any, value: Any, embed_dim: Any, num_heads: Any, in_projection_weight: Any,
+    in_projection_bias: Any, bias_k: Any, bias_v: Any, add_zero_attention: Any, dropout_p: Any,
+    out_proj_weight: Any, out_proj_bias: Any, *rest: Any, **keywords: Any
+) -> None: ...  # fmt: skip
+@spelled(torch_private.WEIGHT_NORM)
+def weight_norm(v: Any, g: Any, dim: Any = 0) -> None: ...
 
 
 # --- norms and other shift-invariant operations ---

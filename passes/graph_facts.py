@@ -16,13 +16,14 @@ from torch.nn import functional
 
 from lncompile.lowering import torch_private
 from lncompile.passes.canonical import canonicalise, tensor_of
+from lncompile.passes.operands import WRITTEN
 from lncompile.passes.provenance import parameter_name
 
 # Operations that may stand in a parameter expression: pure, deterministic, untouched by autocast, and no larger in
 # memory than what they read (an expanded parameter is better centered before the expansion).
 _EXPRESSION_OPERATIONS = frozenset(
     "add sub rsub neg mul div cast to type_as view reshape view_as flatten unflatten squeeze unsqueeze permute "
-    "transpose t mT movedim narrow slice select getitem split chunk unbind".split()
+    "transpose t mT movedim narrow slice select getitem split chunk unbind weight_norm".split()
 )
 
 
@@ -79,6 +80,7 @@ class GraphFacts:
                     continue
                 for alias in group:
                     self.written.setdefault(alias, f"{node.name} writes into its storage")
+                    alias.meta[WRITTEN] = True
 
     def _is_plain_update(self, node: fx.Node, target: fx.Node, group: Sequence[fx.Node]) -> bool:
         """Whether ``x += y`` can be read as ``x' = x + y``: nothing that saw the old x is read again under its name."""

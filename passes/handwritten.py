@@ -3,8 +3,8 @@
     m = x.mean(-1, keepdim=True);  d = x - m;  v = d.pow(2).mean(-1, keepdim=True);  y = d * rsqrt(v + ε)
 
 Only the two lines with the mean matter to folding: where x is centered already, ``m = 0`` and ``d = x``, and what is
-left *is* an RMSNorm. So a fold takes ``d`` out and leaves the author's other lines as they are, upcasts and all. The whole
-chain is recognised all the same before it counts as a site: a difference from the mean alone is no LayerNorm.
+left *is* an RMSNorm. So a fold takes ``d`` out and leaves the author's other lines as they are, upcasts and all. The
+whole chain is recognised all the same before it counts as a site: a difference from the mean alone is no LayerNorm.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from lncompile.passes.axes import Size, shape_of
-from lncompile.passes.canonical import Key, Operation, tensor_of, value_of
+from lncompile.passes.axes import Axes, Size, shape_of
+from lncompile.passes.canonical import Key, Operation, canonicalise, tensor_of, value_of
 from lncompile.passes.decisions import Blocked, Reason
 
 
@@ -47,3 +47,42 @@ def dimensions_of(indices: object, rank: int) -> tuple[int, ...]:
 def other_operands(operation: Operation, *names: str) -> frozenset[Key]:
     """Keys of all operands except those of the named parameters."""
     return frozenset(key for key, _ in operation.operands() if key[0] not in names)
+
+
+# Set in the meta of nodes whose storage is written to (by `graph_facts`): what made them says nothing of their values.
+WRITTEN = "lnfold_written"
+
+# Elementwise operations by the names of their functions: what is constant along A in all operands is so in the result.
+_ELEMENTWISE = frozenset(
+    "add sub mul truediv neg eq ne lt le gt ge and_ or_ xor invert bitwise_and bitwise_or bitwise_not logical_and "
+    "logical_or logical_not to float double half bfloat16 bool long int contiguous clone detach sigmoid exp".split()
+)
+
+
+def is_constant_along(node: fx.Node, axes: Axes) -> bool:
+    """Whether a tensor's values are provably the same along ``A``, though its shape extends along it.
+
+    A mask or an index that was expanded along the features is: ``mask.unsqueeze(-1).expand_as(x)``.
+    """
+    if node.meta.get(WRITTEN):
+        return False
+    operation = canonicalise(node)
+    if operation is not None and operation.name in ("expand", "expand_as", "repeat"):
+        source = operation["input"]
+        if not isinstance(source, fx.Node):
+            return False
+        sizes = shape(source)
+        if all(sizes[d - axes.rank] == 1 for d in axes.normalised_dimensions if d >= axes.rank - len(sizes)):
+            return True
+        return operation.name != "repeat" and len(sizes) == axes.rank and is_constant_along(source, axes)
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if name not in _ELEMENTWISE:
+        return False
+    return all(_operand_is_constant_along(source, axes) for source in node.all_input_nodes)
+
+
+def _operand_is_constant_along(node: fx.Node, axes: Axes) -> bool:
+    sizes = shape(node)
+    if all(sizes[d - axes.rank] == 1 for d in axes.normalised_dimensions if d >= axes.rank - len(sizes)):
+        return True
+    return len(sizes) == axes.rank and is_constant_along(node, axes)

@@ -21,6 +21,7 @@ from lncompile.passes.canonical import Key, Operation, canonicalise, tensor_of
 from lncompile.passes.decisions import Blocked, Blocker, Reason
 from lncompile.passes.graph_facts import GraphFacts
 from lncompile.passes.layer_scale import ScaledSource, find_scaled_source
+from lncompile.passes.operands import is_constant_along
 from lncompile.passes.rules import INVARIANCES, RULES, ZERO_MEANS, Linear, blockers
 from lncompile.passes.sites import NormSite
 
@@ -221,7 +222,11 @@ def resolve(operation: Operation, axes: Axes) -> Resolved:
 
 def _resolve_reading(operation: Operation, reading: Linear, axes: Axes) -> Resolved:
     for key, map_ in reading.constants.items():
-        if isinstance(_argument(operation, key), fx.Node) and map_.backward(axes) is not None:
+        constant = _argument(operation, key)
+        if not isinstance(constant, fx.Node):
+            continue
+        varying = map_.backward(axes)
+        if varying is not None and not is_constant_along(constant, varying):
             raise Blocked(Reason.VARYING_SCALE, f"'{operation.name}' by a tensor that varies along the normalised axes")
     needs: dict[fx.Node, Axes] = {}
     zeros: list[Key] = []

@@ -43,6 +43,9 @@ class Around(nn.Module):
         self.convolution = nn.Conv1d(5, D, 3, padding=1)
         self.image_convolution = nn.Conv2d(3, D, 2, stride=2)
         self.grouped = nn.Conv1d(6, D, 3, padding=1, groups=3)
+        self.transposed = nn.ConvTranspose2d(3, D, 2)
+        self.attention = nn.MultiheadAttention(D, 3, batch_first=True)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(D, D))
         self.operation = operation
 
     def forward(self, value: Tensor, extra: dict[str, Tensor]) -> Tensor:
@@ -55,6 +58,17 @@ class Case:
     operation: Callable[..., Tensor]
     reason: Reason | None = None
     norm: int | tuple[int, ...] = D
+
+
+def written_mask(mask: Tensor) -> Tensor:
+    mask = mask.expand(2, 5, D).clone()
+    mask[..., :3] = ~mask[..., :3]
+    return mask
+
+
+def with_weights(m: Around, x: Tensor) -> Tensor:
+    output, weights = m.attention(torch.relu(x), torch.relu(x), torch.relu(x), need_weights=True)
+    return output + weights.sum(-1, keepdim=True)
 
 
 def iadd(x: Tensor, y: Tensor) -> Tensor:
@@ -220,6 +234,51 @@ CASES = {
         "convolution", lambda m, x, y, e: m.grouped(e["six"]).transpose(1, 2).unflatten(-1, (3, 4)), norm=4),
     "norm_over_channels_and_pixels": stays(
         "convolution", Reason.DIFFERENT_AXES, lambda m, x, y, e: m.image_convolution(e["image"]), norm=(D, 2, 2)),
+    "transposed_convolution": folds(
+        "transposed_convolution", lambda m, x, y, e: m.transposed(e["image"]).flatten(2).transpose(1, 2)),
+    "embedding_bag": folds("embedding_bag", lambda m, x, y, e: functional.embedding_bag(
+        e["columns"][None].expand(2, 3), m.table.weight, mode="sum")),
+    "embedding_bag_max": stays("embedding_bag", Reason.NON_COMMUTING, lambda m, x, y, e: functional.embedding_bag(
+        e["columns"][None].expand(2, 3), m.table.weight, mode="max")),
+    "multi_head_attention": folds("multi_head_attention getitem", lambda m, x, y, e: x + m.attention(y, y, y)[0]),
+    "multi_head_attention_with_weights": folds("multi_head_attention getitem", lambda m, x, y, e: with_weights(m, x)),
+    "weight_norm": folds("linear", lambda m, x, y, e: m.normed(torch.relu(x))),
+    # --- fixed coefficients along other axes ---
+    "average_pool_1d": folds("average_pool_1d", lambda m, x, y, e: functional.avg_pool1d(x.mT, 2, 1, 1).mT),
+    "adaptive_pool_1d": folds("average_pool_1d", lambda m, x, y, e: functional.adaptive_avg_pool1d(x.mT, 3).mT),
+    "average_pool_2d": folds("average_pool_2d", lambda m, x, y, e: functional.avg_pool2d(
+        m.image_convolution(e["image"]), 2, 1, ceil_mode=True).flatten(2).mT),
+    "adaptive_pool_2d": folds("average_pool_2d", lambda m, x, y, e: nn.AdaptiveAvgPool2d(1)(
+        m.image_convolution(e["image"])).flatten(1)),
+    "average_pool_3d": folds("average_pool_3d", lambda m, x, y, e: functional.avg_pool3d(
+        x.mT[..., None, None], (2, 1, 1)).flatten(2).mT),
+    "average_pool_over_features": stays(
+        "average_pool_1d", Reason.DIFFERENT_AXES, lambda m, x, y, e: functional.avg_pool1d(x, 3, 1, 1)),
+    "interpolate": folds("interpolate", lambda m, x, y, e: functional.interpolate(
+        m.image_convolution(e["image"]), size=(3, 5), mode="bicubic", align_corners=False).flatten(2).mT),
+    "interpolate_features": stays(
+        "interpolate", Reason.DIFFERENT_AXES, lambda m, x, y, e: functional.interpolate(x, scale_factor=2), norm=24),
+    "pad": folds("pad", lambda m, x, y, e: functional.pad(x, (0, 0, 1, 2))),
+    "pad_with_a_value": folds("pad", lambda m, x, y, e: functional.pad(x, (0, 0, 1, 2), value=3.0)),
+    "pad_reflect": folds("pad", lambda m, x, y, e: functional.pad(x.mT, (1, 1), mode="reflect").mT),
+    "pad_features": stays("pad", Reason.DIFFERENT_AXES, lambda m, x, y, e: functional.pad(x, (1, 2)), norm=15),
+    "cumsum": folds("cumsum", lambda m, x, y, e: x.cumsum(1)),
+    "cumsum_of_features": stays("cumsum", Reason.DIFFERENT_AXES, lambda m, x, y, e: x.cumsum(-1)),
+    "repeat_interleave": folds("repeat_interleave", lambda m, x, y, e: torch.repeat_interleave(x, 2, dim=0)),
+    "index_add": folds("index_add", lambda m, x, y, e: x.index_add(1, e["columns"], y[:, :3])),
+    "gather": folds("gather", lambda m, x, y, e: torch.gather(
+        x, 1, e["columns"][None, :, None].expand(2, 3, D))),
+    "gather_repeated_index": folds("gather", lambda m, x, y, e: torch.gather(
+        x, 1, e["columns"].view(1, 3, 1).repeat(2, 1, D))),
+    "gather_by_feature": stays("gather", Reason.VARYING_SCALE, lambda m, x, y, e: torch.gather(
+        x, 1, (e["u"] > 0).long())),
+    "lerp": folds("lerp", lambda m, x, y, e: torch.lerp(x, y, e["row"])),
+    "lerp_number": folds("lerp", lambda m, x, y, e: x.lerp(y, 0.25)),
+    "lerp_by_feature": stays("lerp", Reason.VARYING_SCALE, lambda m, x, y, e: torch.lerp(x, y, e["u"])),
+    "where_expanded_mask": folds("where", lambda m, x, y, e: torch.where(
+        ~e["mask"].expand(2, 5, D), x, y)),
+    "where_expanded_mask_that_is_written_to": stays("where", Reason.VARYING_SCALE, lambda m, x, y, e: torch.where(
+        written_mask(e["mask"]), x, y)),
     # --- traps and other blockers ---
     "activation": stays("", Reason.NON_COMMUTING, lambda m, x, y, e: functional.gelu(x)),
     "input": stays("", Reason.USER_TENSOR, lambda m, x, y, e: e["u"]),

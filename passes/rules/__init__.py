@@ -1,6 +1,6 @@
 """The rule table: importing this package fills it. One function an operation, its identity in the docstring."""
 
-from lncompile.passes.rules import blockers, pointwise, products, shapes, sinks
+from lncompile.passes.rules import blockers, pointwise, products, resampling, shapes, sinks
 from lncompile.passes.rules.base import INVARIANCES, RULES, ZERO_MEANS, AxisMap, Linear
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "blockers",
     "pointwise",
     "products",
+    "resampling",
     "shapes",
     "sinks",
 ]

@@ -72,6 +72,17 @@ def where(operation: Operation) -> Sequence[Linear]:
     ]
 
 
+@linear_rule("lerp")
+def interpolation_between(operation: Operation) -> Sequence[Linear]:
+    """``C(x + w(y - x)) = Cx + w(Cy - Cx)`` for a weight w that is constant along A."""
+    return [
+        Linear(
+            {(name, None): _broadcast(operation, name) for name in ("input", "end")},
+            {("weight", None): _broadcast(operation, "weight")},
+        )
+    ]
+
+
 @linear_rule("masked_fill")
 def masked_fill(operation: Operation) -> Sequence[Linear]:
     """``C fill(x, m, c) = fill(Cx, m, 0)`` for a mask constant along A and a finite c: C takes a constant to zero."""

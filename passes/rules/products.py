@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lncompile.passes.axes import Axes, Size
-from lncompile.passes.canonical import Key, Operation
+from lncompile.passes.axes import Axes, Size, shape_of
+from lncompile.passes.canonical import Key, Operation, value_of
 from lncompile.passes.decisions import Blocked, Reason
 from lncompile.passes.operands import result_shape, shape
 from lncompile.passes.rules.base import AxisMap, Linear, aligned, linear_rule, require_free, require_uncontracted
@@ -137,3 +137,43 @@ def convolution(operation: Operation) -> Sequence[Linear]:
         return AxisMap(map_.forward, backward)
 
     return [Linear({(name, None): carrier(name) for name in ("weight", "bias") if operation[name] is not None})]
+
+
+@linear_rule("transposed_convolution")
+def transposed_convolution(operation: Operation) -> Sequence[Linear]:
+    """``C(W *ᵀ x + b) = (CW) *ᵀ x + Cb`` over output channels, weight axis 1; in groups they are not one axis."""
+    result, weight = result_shape(operation), shape(operation["weight"])
+    channel = len(result) - (len(weight) - 2) - 1
+    if operation["groups"] != 1:
+        raise Blocked(Reason.DIFFERENT_AXES, "a grouped transposed convolution mixes only within a group")
+    carriers: dict[Key, AxisMap] = {("weight", None): one_dimension(weight, 1, result, channel, "convolution")}
+    if operation["bias"] is not None:
+        carriers["bias", None] = one_dimension(shape(operation["bias"]), 0, result, channel, "convolution")
+    return [Linear(carriers)]
+
+
+@linear_rule("embedding_bag")
+def embedding_bag(operation: Operation) -> Sequence[Linear]:
+    """``C Σ E[ids] = Σ (CE)[ids]`` for sums and means of rows; a maximum is not linear."""
+    if operation["mode"] not in ("sum", "mean"):
+        raise Blocked(Reason.NON_COMMUTING, "an embedding bag that takes the maximum")
+    if operation["max_norm"] is not None:
+        raise Blocked(Reason.MUTATION, "an embedding bag with max_norm rescales its table at each call")
+    result = result_shape(operation)
+    weight = shape(operation["weight"])
+    return [Linear({("weight", None): one_dimension(weight, 1, result, len(result) - 1, "embedding_bag")})]
+
+
+@linear_rule("multi_head_attention")
+def multi_head_attention(operation: Operation) -> Sequence[Linear]:
+    """``C(W_o a + b_o) = (CW_o)a + Cb_o``: the output projection is part of the operator.
+
+    It returns (output, attention weights): A is carried on the pair as it stands on the output, see ``getitem``.
+    """
+    output = value_of(operation.node)[0]
+    result = shape_of(output)
+    carriers: dict[Key, AxisMap] = {}
+    for name in ("out_proj_weight", "out_proj_bias"):
+        if operation[name] is not None:
+            carriers[name, None] = one_dimension(shape(operation[name]), 0, result, len(result) - 1, "attention")
+    return [Linear(carriers)]

@@ -16,6 +16,7 @@ from lncompile.passes.canonical import Operation, canonicalise, tensor_of
 from lncompile.passes.decisions import Blocked, Reason
 from lncompile.passes.operands import dimension_of, dimensions_of, other_operands, result_shape, shape
 from lncompile.passes.rules.base import (
+    SAME,
     AxisMap,
     Linear,
     aligned,
@@ -147,6 +148,8 @@ def getitem(operation: Operation) -> Sequence[Linear]:
 
 def _piece(operation: Operation, source: fx.Node) -> AxisMap:
     origin = canonicalise(source)
+    if origin is not None and origin.name == "multi_head_attention" and operation["index"] == 0:
+        return SAME
     if origin is None or origin.name not in ("split", "chunk", "unbind"):
         raise Blocked(Reason.UNKNOWN_OPERATION, f"one of several results of {source.name}")
     whole = shape(origin["input"])

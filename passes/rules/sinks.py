@@ -41,6 +41,13 @@ def metadata(operation: Operation, key: Key, axes: Axes) -> bool:
     return True
 
 
+@invariant("getitem")
+def other_result(operation: Operation, key: Key, axes: Axes) -> bool:
+    """Attention's second result, its weights, does not depend on the output projection that is centered."""
+    origin = canonicalise(operation["input"])
+    return origin is not None and origin.name == "multi_head_attention" and operation["index"] != 0
+
+
 @invariant("mean")
 def mean(operation: Operation, key: Key, axes: Axes) -> bool:
     """``(x + c) - mean_A(x + c) = x - mean_A(x)``: a mean over exactly A of which only that difference is taken."""

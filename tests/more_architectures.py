@@ -1,0 +1,261 @@
+"""Many more models: transformers classes of every modality, built small from their configs.
+
+Counts are what the passes decide. ``expected_later`` says what they should decide once a rule is there that is missing
+today; the comment above such a row names the rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from architectures import DECODER, TEXT, VISION, VOCABULARY, Architecture, causal, hf, image, text, tokens
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Model(Architecture):
+    """An architecture, with the counts that a rule still missing would give.
+
+    Attributes:
+        expected_later: (sites, folded, centerings) once the rule named beside it is there; None where nothing is
+            known to be missing.
+    """
+
+    expected_later: tuple[int, int, int] | None = None
+
+
+Inputs = Callable[[torch.dtype], dict[str, Any]]
+
+
+def noise(*shape: int, dtype: torch.dtype, seed: int = 2) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def floats(name: str, *shape: int, **others: Any) -> Inputs:
+    """Inputs of one floating-point tensor, and others as they are."""
+
+    def inputs(dtype: torch.dtype) -> dict[str, Any]:
+        return {name: noise(*shape, dtype=dtype), **others}
+
+    return inputs
+
+
+def seq2seq(_: torch.dtype) -> dict[str, Any]:
+    return {"input_ids": tokens(), "decoder_input_ids": tokens(length=5, seed=3), "use_cache": False}
+
+
+def both(*parts: Inputs) -> Inputs:
+    """Inputs of several kinds together."""
+
+    def inputs(dtype: torch.dtype) -> dict[str, Any]:
+        return {name: value for part in parts for name, value in part(dtype).items()}
+
+    return inputs
+
+
+def fixed(**values: Any) -> Inputs:
+    """Inputs that do not depend on the dtype."""
+    return lambda _: dict(values)
+
+
+def with_configs(class_name: str, config_name: str, parts: dict[str, tuple[str, dict[str, Any]]],
+                 **config: Any) -> Callable[[], nn.Module]:  # fmt: skip
+    """A builder of a model whose config contains others, as objects."""
+
+    def build() -> nn.Module:
+        objects = {key: getattr(transformers, name)(**values) for key, (name, values) in parts.items()}
+        return getattr(transformers, class_name)(getattr(transformers, config_name)(**objects, **config))
+
+    return build
+
+
+def boxes(length: int = 7) -> torch.Tensor:
+    corners = torch.tensor([[1, 2, 11, 14], [3, 5, 20, 9], [0, 0, 4, 6]])
+    return corners[torch.arange(length) % 3].expand(2, length, 4).clone()
+
+
+D4 = {"num_attention_heads": 4, "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48}
+GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **TEXT}
+XLM = {"emb_dim": 32, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 64, "vocab_size": VOCABULARY,
+       "bos_index": 0, "eos_index": 1, "pad_index": 2, "unk_index": 3, "mask_index": 4}  # fmt: skip
+LLAMA = {**DECODER, "num_key_value_heads": 2, "head_dim": 8}
+BART = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 64,
+        "decoder_start_token_id": 1, **TEXT}  # fmt: skip
+T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4,
+      "decoder_start_token_id": 1, **TEXT}  # fmt: skip
+
+TEXT_ENCODERS = [
+    Model("albert", hf("AlbertForMaskedLM", "AlbertConfig", embedding_size=16, **DECODER), text, 6, 1),
+    Model("bert_generation", hf("BertGenerationEncoder", "BertGenerationConfig", **DECODER), text, 5, 1),
+    Model("big_bird", hf("BigBirdModel", "BigBirdConfig", attention_type="original_full", **DECODER), text, 5, 1),
+    Model("bros", hf("BrosModel", "BrosConfig", **DECODER), lambda d: {
+        "input_ids": tokens(), "bbox": noise(2, 7, 4, dtype=d).abs()}, 5, 1),
+    Model("camembert", hf("CamembertForMaskedLM", "CamembertConfig", **DECODER), text, 6, 1),
+    Model("canine", hf("CanineModel", "CanineConfig", local_transformer_stride=4, downsampling_rate=4,
+                       num_hash_buckets=16, **{**DECODER, "max_position_embeddings": 32}),
+          fixed(input_ids=tokens(length=16)), 0, 0),
+    Model("convbert", hf("ConvBertModel", "ConvBertConfig", embedding_size=32, conv_kernel_size=3, head_ratio=2,
+                         **DECODER), text, 5, 1),
+    Model("data2vec_text", hf("Data2VecTextModel", "Data2VecTextConfig", **DECODER), text, 5, 1),
+    Model("deberta", hf("DebertaModel", "DebertaConfig", **DECODER), text, 0, 0),
+    Model("deberta_relative", hf("DebertaModel", "DebertaConfig", relative_attention=True, max_relative_positions=16,
+                                 pos_att_type=["c2p", "p2c"], **DECODER), text, 0, 0),
+    Model("deberta_v2", hf("DebertaV2ForMaskedLM", "DebertaV2Config", relative_attention=True, position_buckets=8,
+                           norm_rel_ebd="layer_norm", share_att_key=True, pos_att_type=["c2p", "p2c"],
+                           max_relative_positions=16, **DECODER), text, 8, 2),
+    Model("distilbert", hf("DistilBertForMaskedLM", "DistilBertConfig", dim=32, n_layers=2, n_heads=4, hidden_dim=48,
+                           max_position_embeddings=64, **TEXT), text, 6, 1),
+    Model("dpr", hf("DPRQuestionEncoder", "DPRConfig", **DECODER), text, 5, 1),
+    Model("electra", hf("ElectraForMaskedLM", "ElectraConfig", embedding_size=16, **DECODER), text, 6, 1),
+    Model("ernie", hf("ErnieModel", "ErnieConfig", use_task_id=True, task_type_vocab_size=3, **DECODER), text, 5, 1),
+    Model("esm", hf("EsmModel", "EsmConfig", position_embedding_type="rotary", emb_layer_norm_before=False,
+                    mask_token_id=4, **DECODER), text, 0, 0),
+    Model("esm_absolute", hf("EsmModel", "EsmConfig", position_embedding_type="absolute", emb_layer_norm_before=True,
+                             mask_token_id=4, **DECODER), text, 0, 0),
+    Model("eurobert", hf("EuroBertModel", "EuroBertConfig", num_key_value_heads=2, **DECODER), text, 0, 0),
+    Model("flaubert", hf("FlaubertModel", "FlaubertConfig", pre_norm=True, **XLM), text, 0, 0),
+    Model("fnet", hf("FNetModel", "FNetConfig", tpu_short_seq_length=7, **DECODER), text, 5, 1),
+    Model("funnel", hf("FunnelModel", "FunnelConfig", block_sizes=[1, 1], d_model=32, n_head=4, d_head=8, d_inner=48,
+                       num_decoder_layers=1, **TEXT), text, 0, 0),
+    Model("ibert", hf("IBertModel", "IBertConfig", **DECODER), text, 0, 0),
+    Model("jina_embeddings_v3", hf("JinaEmbeddingsV3Model", "JinaEmbeddingsV3Config", **DECODER), text, 5, 1),
+    Model("layoutlm", hf("LayoutLMModel", "LayoutLMConfig", max_2d_position_embeddings=64, **DECODER),
+          fixed(input_ids=tokens(), bbox=boxes()), 5, 1),
+    Model("lilt", hf("LiltModel", "LiltConfig", max_2d_position_embeddings=64, channel_shrink_ratio=4, **DECODER),
+          fixed(input_ids=tokens(), bbox=boxes()), 0, 0),
+    Model("longformer", hf("LongformerModel", "LongformerConfig", attention_window=4, **DECODER),
+          fixed(input_ids=tokens(length=8), attention_mask=torch.ones(2, 8, dtype=torch.long)), 5, 1),
+    Model("luke", hf("LukeModel", "LukeConfig", entity_vocab_size=11, entity_emb_size=16, **DECODER),
+          fixed(input_ids=tokens(), entity_ids=torch.tensor([[1, 2], [3, 4]]),
+                entity_position_ids=torch.tensor([[[1, 2, -1], [3, -1, -1]]] * 2)), 0, 0),
+    Model("markuplm", hf("MarkupLMModel", "MarkupLMConfig", max_depth=3, xpath_unit_hidden_size=8, **DECODER), text,
+          5, 1),
+    Model("megatron_bert", hf("MegatronBertForMaskedLM", "MegatronBertConfig", **DECODER), text, 6, 5),
+    Model("mobilebert", hf("MobileBertModel", "MobileBertConfig", embedding_size=16, intra_bottleneck_size=16,
+                           **DECODER), text, 0, 0),
+    Model("mobilebert_layer_norm", hf("MobileBertModel", "MobileBertConfig", embedding_size=16,
+                                      intra_bottleneck_size=16, normalization_type="layer_norm", **DECODER), text,
+          0, 0),
+    Model("modernbert", hf("ModernBertForMaskedLM", "ModernBertConfig", global_attn_every_n_layers=2,
+                           local_attention=4, cls_token_id=1, sep_token_id=2, **DECODER), text, 0, 0),
+    Model("mpnet", hf("MPNetForMaskedLM", "MPNetConfig", **DECODER), text, 6, 1),
+    Model("mra", hf("MraModel", "MraConfig", **DECODER), text, 0, 0),
+    Model("nomic_bert", hf("NomicBertModel", "NomicBertConfig", **DECODER), text, 0, 0),
+    Model("nystromformer", hf("NystromformerModel", "NystromformerConfig", num_landmarks=4, **DECODER), text, 5, 1),
+    Model("perceiver", hf("PerceiverForMaskedLM", "PerceiverConfig", num_latents=6, d_latents=32, d_model=24,
+                          num_blocks=1, num_self_attends_per_block=2, num_self_attention_heads=4,
+                          num_cross_attention_heads=4, qk_channels=32, v_channels=32, max_position_embeddings=7,
+                          vocab_size=VOCABULARY), fixed(inputs=tokens()), 0, 0),
+    Model("rembert", hf("RemBertModel", "RemBertConfig", input_embedding_size=16, output_embedding_size=24,
+                        **DECODER), text, 5, 1),
+    Model("roberta", hf("RobertaForMaskedLM", "RobertaConfig", **DECODER), text, 6, 1),
+    Model("roberta_prelayernorm", hf("RobertaPreLayerNormModel", "RobertaPreLayerNormConfig", **DECODER), text, 0, 0),
+    Model("roc_bert", hf("RoCBertModel", "RoCBertConfig", pronunciation_vocab_size=VOCABULARY,
+                         shape_vocab_size=VOCABULARY, pronunciation_embed_dim=16, shape_embed_dim=16, **DECODER),
+          fixed(input_ids=tokens(), input_shape_ids=tokens(seed=3), input_pronunciation_ids=tokens(seed=4)), 5, 1),
+    Model("roformer", hf("RoFormerModel", "RoFormerConfig", embedding_size=16, **DECODER), text, 5, 1),
+    Model("splinter", hf("SplinterModel", "SplinterConfig", **DECODER), text, 5, 1),
+    Model("squeezebert", hf("SqueezeBertModel", "SqueezeBertConfig", embedding_size=32, **DECODER), text, 0, 0),
+    Model("tapas", hf("TapasModel", "TapasConfig", type_vocab_sizes=[3, 8, 8, 2, 8, 8, 4], **DECODER),
+          fixed(input_ids=tokens(), token_type_ids=torch.zeros(2, 7, 7, dtype=torch.long)), 0, 0),
+    Model("xlm", hf("XLMModel", "XLMConfig", **XLM), text, 0, 0),
+    Model("xlm_roberta", hf("XLMRobertaModel", "XLMRobertaConfig", **DECODER), text, 5, 1),
+    Model("xlm_roberta_xl", hf("XLMRobertaXLForMaskedLM", "XLMRobertaXLConfig", **DECODER), text, 6, 5),
+    Model("xlnet", hf("XLNetModel", "XLNetConfig", d_model=32, n_layer=2, n_head=4, d_inner=48,
+                      vocab_size=VOCABULARY), fixed(input_ids=tokens(), use_mems=False), 0, 0),
+    Model("xmod", hf("XmodModel", "XmodConfig", languages=["en", "de"], default_language="en", adapter_reduction_factor=2, **DECODER), text, 0, 0),
+    Model("yoso", hf("YosoModel", "YosoConfig", use_expectation=True, **DECODER), text, 5, 1),
+]  # fmt: skip
+
+TEXT_DECODERS = [
+    Model("biogpt", hf("BioGptForCausalLM", "BioGptConfig", **DECODER), causal, 0, 0),
+    Model("codegen", hf("CodeGenForCausalLM", "CodeGenConfig", rotary_dim=4, **GPT), causal, 3, 3),
+    # Norms written out by hand (mean, sub, pow, mean, rsqrt).
+    Model("cohere", hf("CohereForCausalLM", "CohereConfig", num_key_value_heads=2, **DECODER), causal, 0, 0, 0,
+          (3, 3, 0)),
+    Model("cohere2", hf("Cohere2ForCausalLM", "Cohere2Config", num_key_value_heads=2, sliding_window=4, **DECODER),
+          causal, 0, 0, 0, (3, 3, 0)),
+    Model("cohere_qk_norm", hf("CohereForCausalLM", "CohereConfig", num_key_value_heads=2, use_qk_norm=True,
+                               **DECODER), causal, 0, 0, 0, (7, 7, 0)),
+    Model("ctrl", hf("CTRLLMHeadModel", "CTRLConfig", dff=48, **GPT), causal, 0, 0),
+    Model("dbrx", hf("DbrxForCausalLM", "DbrxConfig", d_model=32, n_heads=4, n_layers=2, max_seq_len=64,
+                     attn_config={"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+                     ffn_config={"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32}, **TEXT), causal, 0, 0),
+    Model("ernie4_5", hf("Ernie4_5ForCausalLM", "Ernie4_5Config", **LLAMA), causal, 0, 0),
+    Model("gemma", hf("GemmaForCausalLM", "GemmaConfig", **LLAMA), causal, 0, 0),
+    Model("gpt_bigcode", hf("GPTBigCodeForCausalLM", "GPTBigCodeConfig", **GPT), causal, 5, 5),
+    Model("gpt_neox_japanese", hf("GPTNeoXJapaneseForCausalLM", "GPTNeoXJapaneseConfig",
+                                  intermediate_multiple_size=2, **DECODER), causal, 5, 5),
+    Model("imagegpt", hf("ImageGPTModel", "ImageGPTConfig", **GPT), causal, 0, 0),
+    Model("llama", hf("LlamaForCausalLM", "LlamaConfig", **LLAMA), causal, 0, 0),
+    Model("mamba", hf("MambaForCausalLM", "MambaConfig", state_size=4, hidden_size=32, num_hidden_layers=2, **TEXT),
+          causal, 0, 0),
+    Model("mixtral", hf("MixtralForCausalLM", "MixtralConfig", num_local_experts=4, **LLAMA), causal, 0, 0),
+    Model("modernbert_decoder", hf("ModernBertDecoderForCausalLM", "ModernBertDecoderConfig", local_attention=4,
+                                   cls_token_id=1, sep_token_id=2, **DECODER), causal, 0, 0),
+    Model("mpt", hf("MptForCausalLM", "MptConfig", d_model=32, n_heads=4, n_layers=2, max_seq_len=64, **TEXT),
+          causal, 5, 5),
+    Model("nemotron", hf("NemotronForCausalLM", "NemotronConfig", num_key_value_heads=2, head_dim=8, **DECODER), causal,
+          0, 0),
+    Model("olmo", hf("OlmoForCausalLM", "OlmoConfig", **DECODER), causal, 5, 5),
+    Model("openai_gpt", hf("OpenAIGPTLMHeadModel", "OpenAIGPTConfig", **GPT), text, 0, 0),
+    Model("persimmon", hf("PersimmonForCausalLM", "PersimmonConfig", **DECODER), causal, 0, 0),
+    Model("phi", hf("PhiForCausalLM", "PhiConfig", **DECODER), causal, 3, 3),
+    Model("phi_qk_norm", hf("PhiForCausalLM", "PhiConfig", qk_layernorm=True, **DECODER), causal, 0, 0),
+    Model("phimoe", hf("PhimoeForCausalLM", "PhimoeConfig", num_key_value_heads=2, num_local_experts=4, attention_bias=True, lm_head_bias=True,
+                       **DECODER), causal, 0, 0),
+    Model("rwkv", hf("RwkvForCausalLM", "RwkvConfig", hidden_size=32, num_hidden_layers=2, attention_hidden_size=32,
+                     intermediate_size=48, rescale_every=0, context_length=64, **TEXT), causal, 0, 0),
+    Model("stablelm", hf("StableLmForCausalLM", "StableLmConfig", num_key_value_heads=2, **DECODER), causal, 5, 5),
+    Model("stablelm_parallel", hf("StableLmForCausalLM", "StableLmConfig", num_key_value_heads=2,
+                                  use_parallel_residual=True, **DECODER), causal, 3, 3),
+    Model("stablelm_qk_norm", hf("StableLmForCausalLM", "StableLmConfig", num_key_value_heads=2, qk_layernorm=True,
+                                 **DECODER), causal, 0, 0),
+    Model("starcoder2", hf("Starcoder2ForCausalLM", "Starcoder2Config", num_key_value_heads=2, **DECODER), causal,
+          5, 5),
+    Model("trocr", hf("TrOCRForCausalLM", "TrOCRConfig", **{k: v for k, v in BART.items() if "encoder" not in k}),
+          causal, 0, 0),
+    Model("xglm", hf("XGLMForCausalLM", "XGLMConfig", d_model=32, num_layers=2, attention_heads=4, ffn_dim=48,
+                     max_position_embeddings=64, **TEXT), causal, 5, 5),
+    Model("xlstm", hf("xLSTMForCausalLM", "xLSTMConfig", hidden_size=32, embedding_dim=32, num_hidden_layers=2,
+                      num_blocks=2, num_heads=4, chunk_size=4, **TEXT), causal, 0, 0),
+]  # fmt: skip
+
+SEQ2SEQ = [
+    Model("bart", hf("BartForConditionalGeneration", "BartConfig", **BART), seq2seq, 12, 2),
+    Model("bigbird_pegasus", hf("BigBirdPegasusForConditionalGeneration", "BigBirdPegasusConfig",
+                                attention_type="original_full", **BART), seq2seq, 12, 12),
+    Model("blenderbot", hf("BlenderbotForConditionalGeneration", "BlenderbotConfig", **BART), seq2seq, 12, 12),
+    Model("blenderbot_small", hf("BlenderbotSmallForConditionalGeneration", "BlenderbotSmallConfig", **BART), seq2seq,
+          12, 2),
+    Model("fsmt", hf("FSMTForConditionalGeneration", "FSMTConfig", langs=["en", "de"], src_vocab_size=VOCABULARY,
+                     tgt_vocab_size=VOCABULARY, **{k: v for k, v in BART.items() if k != "vocab_size"}), seq2seq, 0, 0),
+    Model("led", hf("LEDForConditionalGeneration", "LEDConfig", attention_window=4, max_encoder_position_embeddings=64,
+                    max_decoder_position_embeddings=64, **BART),
+          fixed(input_ids=tokens(length=8), decoder_input_ids=tokens(length=5), use_cache=False), 12, 2),
+    Model("longt5", hf("LongT5ForConditionalGeneration", "LongT5Config", local_radius=3, **T5), seq2seq, 0, 0),
+    Model("m2m_100", hf("M2M100ForConditionalGeneration", "M2M100Config", **BART), seq2seq, 12, 12),
+    Model("marian", hf("MarianMTModel", "MarianConfig", **BART), seq2seq, 10, 0),
+    Model("mbart", hf("MBartForConditionalGeneration", "MBartConfig", **BART), seq2seq, 14, 14, 2),
+    Model("mvp", hf("MvpForConditionalGeneration", "MvpConfig", **BART), seq2seq, 12, 2),
+    Model("nllb_moe", hf("NllbMoeForConditionalGeneration", "NllbMoeConfig", num_experts=4, encoder_sparse_step=2, decoder_sparse_step=2,
+                         **BART), seq2seq, 0, 0),
+    Model("pegasus", hf("PegasusForConditionalGeneration", "PegasusConfig", **BART), seq2seq, 12, 12),
+    Model("pegasus_x", hf("PegasusXForConditionalGeneration", "PegasusXConfig", num_global_tokens=4, block_size=4,
+                          **BART), fixed(input_ids=tokens(length=8), attention_mask=torch.ones(2, 8, dtype=torch.long),
+                                         decoder_input_ids=tokens(length=5), use_cache=False), 0, 0),
+    Model("plbart", hf("PLBartForConditionalGeneration", "PLBartConfig", **BART), seq2seq, 12, 2),
+    Model("prophetnet", hf("ProphetNetForConditionalGeneration", "ProphetNetConfig", hidden_size=32,
+                           num_encoder_layers=2, num_decoder_layers=2, num_encoder_attention_heads=4,
+                           num_decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, ngram=2,
+                           max_position_embeddings=64, decoder_start_token_id=1, **TEXT), seq2seq, 0, 0),
+    Model("t5", hf("T5ForConditionalGeneration", "T5Config", **T5), seq2seq, 0, 0),
+]  # fmt: skip
+
+MORE_ARCHITECTURES = [*TEXT_ENCODERS, *TEXT_DECODERS, *SEQ2SEQ]

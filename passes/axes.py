@@ -12,6 +12,7 @@ or free::
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -89,6 +90,14 @@ class Axes:
     """
 
     dimensions: tuple[Dimension, ...]
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(self.dimensions)
+
+    def __hash__(self) -> int:
+        # Axes are half of the keys of everything that follows; their hash is asked for again and again.
+        return self._hash
 
     @staticmethod
     def trailing(shape: Sequence[Size], count: int) -> Axes:

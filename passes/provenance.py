@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 from torch import fx
@@ -14,6 +15,7 @@ _ITEM = re.compile(r"\[(['\"]?)([^\]'\"]+)\1\]")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 
+@functools.lru_cache(maxsize=65536)
 def dotted(source: str) -> str:
     """Turn Dynamo's source expression into the dotted name of ``named_parameters()``.
 

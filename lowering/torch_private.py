@@ -198,9 +198,11 @@ def schemas_of(packet: Any) -> list[Any]:
 version_of: Callable[[Tensor], int] = operator.attrgetter("_version")
 
 
-def fake_mode_of(value: Any) -> Any:
-    """Return the mode in which operations on this fake tensor are traced, to be entered as a context."""
-    return value.fake_mode
+def fake_mode_of(values: Sequence[Any]) -> Any:
+    """Return the mode of the fake tensors among some values, to be entered as a context; None without any."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
 
 
 def static_fake_tensors(values: Sequence[Tensor]) -> list[Tensor]:

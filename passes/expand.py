@@ -8,7 +8,6 @@ that lets a norm fold, and hands it to Inductor as it was otherwise.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -16,7 +15,7 @@ from torch.nn import functional
 
 from lncompile.lowering import emit, torch_private
 from lncompile.passes import provenance
-from lncompile.passes.canonical import tensor_of, value_of
+from lncompile.passes.canonical import tensor_of
 from lncompile.passes.sites import SITE_NAME
 
 # Where the operator's mask stands among its arguments; what follows it describes the mask.
@@ -115,28 +114,18 @@ def expand_opaque_layers(graph: fx.Graph, names: Collection[str]) -> None:
         with graph.inserting_before(node):
             result = emit(graph, node.name, transformer_encoder_layer, *node.args[:_MASK])
         added = [new for new in graph.nodes if new not in before]
-        _propagate(node, added)
+        _inherit(node, added)
         node.replace_all_uses_with(result)
         graph.erase_node(node)
 
 
-def _propagate(origin: fx.Node, added: Sequence[fx.Node]) -> None:
-    """Give new nodes the fake values and the provenance that Dynamo gives its own."""
+def _inherit(origin: fx.Node, added: Sequence[fx.Node]) -> None:
+    """Give new nodes the provenance of the operator they were written out of, and norms a name of their own."""
     layer = provenance.module_path(origin) or origin.name
     norms = 0
-    fake_mode = torch_private.fake_mode_of(tensor_of(origin))
     for node in added:
         node.meta[EXPANDED_FROM] = origin.name
         node.meta.update({k: origin.meta[k] for k in ("nn_module_stack", "stack_trace") if k in origin.meta})
-        args: Any = fx.map_arg(node.args, value_of)
-        kwargs: Any = fx.map_arg(node.kwargs, value_of)
-        with torch.no_grad(), fake_mode:
-            target: Any = node.target
-            if node.op == "call_method":
-                value = getattr(args[0], target)(*args[1:], **kwargs)
-            else:
-                value = target(*args, **kwargs)
-        node.meta["example_value"] = value
         if node.target is functional.layer_norm:
             norms += 1
             node.meta[SITE_NAME] = f"{layer}.norm{norms}"

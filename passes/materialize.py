@@ -214,6 +214,7 @@ def hoist(graph: fx.Graph, roots: Sequence[fx.Node]) -> tuple[list[Expression], 
         with graph.inserting_before(insertion_point):
             placeholder = graph.placeholder(f"{root.name}_materialized")
         torch_private.mark_static_input(placeholder)
+        placeholder.meta["example_value"] = root.meta.get("example_value")
         root.replace_all_uses_with(placeholder)
         new.append(placeholder)
     for root in roots:

@@ -94,7 +94,7 @@ def _make_centered(graph: fx.Graph, key: VariableKey, is_stream: bool, variable:
     assert tensor is not None  # variables without a single tensor have no centering cost, so are never chosen
     with graph.inserting_before(_after_definition(node)):
         if variable.is_parameter:
-            centered = emit(graph, f"{node.name}_centered", center_weight, node, axes, tensor.dtype)
+            centered = emit(graph, f"{node.name}_centered", center_weight, node, axes, tensor.dtype, value=tensor)
             done.weights.append(centered)
         else:
             centered = emit(graph, f"{node.name}_centered", center_activation, node, axes, tensor.dtype)
@@ -147,7 +147,9 @@ def _compose_scale(graph: fx.Graph, variable: Variable, done: Rewrite) -> None:
             name = f"{parameter.name}_scaled_centered"
             tensor = tensor_of(parameter)
             assert tensor is not None  # its shape was read when the source was found
-            centered = emit(graph, name, center_scaled_weight, parameter, source.scale, dimension, axes, tensor.dtype)
+            centered = emit(
+                graph, name, center_scaled_weight, parameter, source.scale, dimension, axes, tensor.dtype, value=tensor
+            )
         done.weights.append(centered)
         replacements[key] = centered
     source.linear.replace(replacements)

@@ -27,7 +27,7 @@ What it cannot see:
   later view merges, or (LayerScale) with anything but dropouts and views of one use between the two.
 - What a run-time centering would free: it answers for ``assist=False`` alone.
 - Anything about other inputs, dtypes or shapes than those it is given: invariance is tested at one random point.
-- LayerNorms that are written out by hand: its sites are those of ``find_sites``.
+- LayerNorms that ``find_sites`` does not see.
 """
 
 from __future__ import annotations
@@ -242,7 +242,7 @@ def judge(captured: Captured, model: nn.Module) -> Verdict:
         return Verdict((), (), 0, 0, 0.0)
     run = _Run(module, captured.example_inputs)
     generator = torch.Generator().manual_seed(0)
-    shapes = {site.normalized_shape for site in sites}
+    shapes = {_normalised_sizes(run, site) for site in sites}
     found: dict[Use, list[Direction]] = {}
     tested = 0
 
@@ -251,7 +251,7 @@ def judge(captured: Captured, model: nn.Module) -> Verdict:
         tested += 1
         return not run.changes(use, direction.shifted(run.base[use[0]], generator))
 
-    uses = _uses(run, model)
+    uses = _uses(run, sites, model)
     for use in uses:
         for whole, parts in _directions(tuple(run.base[use[0]].shape), shapes):
             if invariant(use, whole):
@@ -274,15 +274,21 @@ def _copied(graph: fx.Graph) -> fx.Graph:
     return copy
 
 
-def _uses(run: _Run, model: nn.Module) -> list[Use]:
-    """Every read of a floating-point parameter expression by a node that is none itself."""
+def _normalised_sizes(run: _Run, site: NormSite) -> tuple[int, ...]:
+    shape = run.base[site.input].shape
+    return tuple(shape[dimension] for dimension in site.axes.normalised_dimensions)
+
+
+def _uses(run: _Run, sites: Sequence[NormSite], model: nn.Module) -> list[Use]:
+    """Every read of a floating-point parameter expression by a node that is none itself, or by a norm."""
     known = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    norms = {user for site in sites for user in site.input.users}
     parametric: set[fx.Node] = set()
     for node in run.nodes:
         if node.op == "placeholder":
             if id(run.inputs[node]) in known or _is_parameter(run.inputs[node]):
                 parametric.add(node)
-        elif node is not run.output and node.all_input_nodes and parametric.issuperset(node.all_input_nodes):
+        elif node not in norms and node.all_input_nodes and parametric.issuperset(node.all_input_nodes):
             parametric.add(node)
     return [
         (node, user)
@@ -375,10 +381,9 @@ def _tolerance(run: _Run) -> float:
 
 
 def _zero_mean(run: _Run, site: NormSite) -> bool:
-    value = run.env[site.input].double()
-    axes = tuple(range(value.dim() - len(site.normalized_shape), value.dim()))
+    value = run.replaced.get((site.input, site.node), run.env[site.input]).double()
     size = float(value.square().mean().sqrt())
-    return float(value.mean(axes).abs().max()) <= _tolerance(run) * max(size, 1e-30)
+    return float(value.mean(site.axes.normalised_dimensions).abs().max()) <= _tolerance(run) * max(size, 1e-30)
 
 
 def capture_all(

@@ -416,3 +416,16 @@ def test_materialized_weights_have_fixed_shapes(monkeypatch: pytest.MonkeyPatch)
     torch.compile(net, backend="lnfold", dynamic=True)(value())
     assert sources, "the control: the caller's tensor has symbols"
     assert not [source for source in sources if "unknown" in source]
+
+
+def test_caches_of_inductor_and_autograd_hit() -> None:
+    """A second process, or a second compilation, finds what the first one compiled: as with stock torch.compile."""
+    from torch._dynamo.utils import counters
+
+    net, x = randomise(Residual()), torch.randn(5, 16)
+    torch.compile(net, backend="lnfold")(x)
+    torch._dynamo.reset()
+    counters.clear()
+    torch.compile(net, backend="lnfold")(x)
+    assert counters["aot_autograd"]["autograd_cache_hit"] == 1, dict(counters["aot_autograd"])
+    assert counters["inductor"]["fxgraph_cache_hit"] == 1

@@ -351,9 +351,11 @@ def log_softmax(input: Any, dim: Any = None, *rest: Any, **keywords: Any) -> Non
 # --- reads of shape, dtype and device only ---
 
 
-@spelled(torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like, torch.rand_like, torch.randn_like,
+@spelled(torch.zeros, torch.zeros_like, aten.zeros.default, aten.zeros_like.default, methods="new_zeros")
+def zeros(*rest: Any, **keywords: Any) -> None: ...
+@spelled(torch.ones_like, torch.empty_like, torch.full_like, torch.rand_like, torch.randn_like,
          torch.numel, torch.is_tensor, torch.is_floating_point, torch.result_type,
-         methods="size dim ndimension numel new_zeros new_ones new_full new_empty new_tensor is_floating_point "
+         methods="size dim ndimension numel new_ones new_full new_empty new_tensor is_floating_point "
                  "get_device element_size")  # fmt: skip
 def metadata(input: Any, *rest: Any, **keywords: Any) -> None: ...
 

@@ -81,11 +81,14 @@ def place(sites: Sequence[NormSite], variables: Mapping[VariableKey, Variable], 
 def _add_variable(graph: networkx.DiGraph, key: VariableKey, variable: Variable, assist: bool) -> None:
     stream, available = ("s", key), ("a", key)
     graph.add_edge(stream, available)  # an edge without a capacity is infinite
-    at_run_time = not (variable.is_parameter or variable.is_zero_mean)
+    at_run_time = not (variable.is_parameter or variable.is_zero_mean or variable.is_recomputed)
     if variable.centering_cost is None or (at_run_time and not assist):
         graph.add_edge(available, stream)
     else:
         graph.add_edge(available, stream, capacity=variable.centering_cost)
+    if variable.is_recomputed:
+        for need in variable.needs.items():
+            graph.add_edge(available, ("a", need))
     if variable.blocker is not None:
         graph.add_edge(stream, _SINK)
         return

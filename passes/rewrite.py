@@ -90,6 +90,9 @@ def _make_centered(graph: fx.Graph, key: VariableKey, is_stream: bool, variable:
     if is_stream or variable.is_zero_mean:
         done.centered[key] = node
         return
+    if variable.is_recomputed:
+        done.centered[key] = _recomputed(graph, variable, done)
+        return
     tensor = tensor_of(node)
     assert tensor is not None  # variables without a single tensor have no centering cost, so are never chosen
     with graph.inserting_before(_after_definition(node)):
@@ -100,6 +103,17 @@ def _make_centered(graph: fx.Graph, key: VariableKey, is_stream: bool, variable:
             centered = emit(graph, f"{node.name}_centered", center_activation, node, axes, tensor.dtype)
             done.activations[node] = centered
     done.centered[key] = centered
+
+
+def _recomputed(graph: fx.Graph, variable: Variable, done: Rewrite) -> fx.Node:
+    """Do a view of a parameter once more, on the centered parameter."""
+    node = variable.node
+    with graph.inserting_before(_after_definition(node)):
+        again = graph.node_copy(node)
+        again.meta = dict(node.meta)
+    for source, axes in variable.needs.items():
+        again.replace_input_with(source, done.centered[(source, axes)])
+    return again
 
 
 def _after_definition(node: fx.Node) -> fx.Node:

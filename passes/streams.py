@@ -44,6 +44,7 @@ class Variable:
             centered once and not per call); None where that cannot be done.
         is_parameter: whether ``v`` is a parameter expression.
         is_zero_mean: whether ``v`` has zero mean along ``A`` as it is.
+        is_recomputed: whether ``Cv`` is had for nothing by doing the (view of a parameter) once more, centered.
         scaled_source: set where ``v`` is a linear layer times a parameter (LayerScale), which compose first.
     """
 
@@ -57,6 +58,7 @@ class Variable:
     centering_cost: int | None = None
     is_parameter: bool = False
     is_zero_mean: bool = False
+    is_recomputed: bool = False
     scaled_source: ScaledSource | None = None
 
     @property
@@ -99,8 +101,9 @@ def build_streams(sites: Sequence[NormSite], facts: GraphFacts) -> dict[Variable
             continue
         variable = _explore(*key, facts)
         variables[key] = variable
-        if variable.blocker is None:
+        if variable.blocker is None or variable.is_recomputed:
             queue.extend(variable.needs.items())
+        if variable.blocker is None:
             queue.extend(variable.successors)
     return variables
 
@@ -120,7 +123,7 @@ def _explore(node: fx.Node, axes: Axes, facts: GraphFacts) -> Variable:
         variable.blocker = Blocker(Reason.MUTATION, facts.written[node], node)
         return variable
     operation = variable.operation = canonicalise(node)
-    if operation is not None and operation.name in ZERO_MEANS and ZERO_MEANS[operation.name](operation) == axes:
+    if operation is not None and operation.name in ZERO_MEANS and ZERO_MEANS[operation.name](operation, axes):
         variable.is_zero_mean, variable.centering_cost = True, 0
         variable.blocker = Blocker(Reason.NORM_OUTPUT, "its mean is zero already", node)
         return variable
@@ -128,13 +131,35 @@ def _explore(node: fx.Node, axes: Axes, facts: GraphFacts) -> Variable:
         variable.blocker = Blocker(Reason.UNKNOWN_OPERATION, f"a tensor of dtype {tensor.dtype} on the path", node)
         return variable
     _explore_producer(variable, facts)
+    # The needs are those of its view only if the view let the centering through.
+    can_be_redone = variable.blocker is None and bool(variable.needs) and not variable.zeros
     raw_is_read = _explore_consumers(variable)
     if tensor is not None:
         variable.is_parameter = node in facts.parametric
         # A centered copy next to a raw value that others still read is written to memory as well as reduced. A
         # parameter expression is centered once; the mark of 1 prefers to center the parameters it is made of.
-        variable.centering_cost = 1 if variable.is_parameter else element_count(tensor) * (2 if raw_is_read else 1)
+        variable.is_recomputed = can_be_redone and not variable.is_parameter and is_view_of_parameter(node, facts)
+        cheap = variable.is_parameter or variable.is_recomputed
+        variable.centering_cost = 1 if cheap else element_count(tensor) * (2 if raw_is_read else 1)
     return variable
+
+
+# Views that are no parameter expressions, because the result is larger than the parameter or depends on the call.
+_VIEWS = frozenset(
+    "expand expand_as repeat view reshape view_as flatten unflatten squeeze unsqueeze permute transpose t mT movedim "
+    "cast to type_as".split()
+)
+
+
+def is_view_of_parameter(node: fx.Node, facts: GraphFacts) -> bool:
+    """Whether a tensor is a parameter in another shape (``token.expand(batch, -1, -1)``), however it is used."""
+    source: Any = node
+    while source not in facts.parametric:
+        operation = canonicalise(source) if isinstance(source, fx.Node) else None
+        if operation is None or operation.name not in _VIEWS or operation.in_place or source in facts.written:
+            return False
+        source = operation["input"]
+    return True
 
 
 def _explore_producer(variable: Variable, facts: GraphFacts) -> None:
@@ -258,7 +283,7 @@ def first_blocker(start: VariableKey, variables: Mapping[VariableKey, Variable])
     queue, seen = deque([start]), {start}
     while queue:
         variable = variables[queue.popleft()]
-        if variable.is_parameter or variable.is_zero_mean:
+        if variable.is_parameter or variable.is_zero_mean or variable.is_recomputed:
             continue
         if variable.blocker is not None:
             return variable.blocker

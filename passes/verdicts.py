@@ -54,6 +54,8 @@ def _centered_by(
         if key not in placement.streams:
             if variable.is_parameter:
                 parameters.update(dict.fromkeys(_parameter_names(variable.node)))
+            elif variable.is_recomputed:
+                queue.extend(variable.needs.items())
             elif not variable.is_zero_mean:
                 activations[variable.node] = None
             continue
@@ -89,7 +91,7 @@ def describe_centerings(
     centerings = []
     for key in placement.centered - placement.streams:
         variable = variables[key]
-        if variable.is_parameter or variable.is_zero_mean:
+        if variable.is_parameter or variable.is_zero_mean or variable.is_recomputed:
             continue
         served = sum(
             variable.node in _centered_by((site.input, site.axes), placement, variables)[1] for site in placement.folded

@@ -40,6 +40,7 @@ from typing import Any
 import torch
 from graphs import Captured
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 
 from lncompile.passes.expand import expand_opaque_layers, find_opaque_layers
 from lncompile.passes.sites import NormSite, find_sites
@@ -405,3 +406,15 @@ def capture_all(
     torch._dynamo.reset()
     compiled = torch.compile(function, backend=recording)
     return captured, compiled, compiled(**inputs)
+
+
+class Wide(TorchFunctionMode):
+    """Takes every cast to single precision as one to double precision, so that rounding hides nothing behind it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def wide(value: Any) -> Any:
+            return torch.float64 if value is torch.float32 else value
+
+        if func is Tensor.float:
+            func = Tensor.double
+        return func(*(wide(a) for a in args), **{name: wide(value) for name, value in (kwargs or {}).items()})

@@ -485,9 +485,11 @@ def embedding(w: Writer) -> str | None:
     ids = w.input(f"choices({{}}, {rows}, {w.batch}, {w.length})")
     spelling = w.pick([
         f"F.embedding({ids}, {table})", f"F.embedding({ids}, {table}, padding_idx=0)", f"{table}[{ids}]",
-        f"F.embedding_bag({ids}, {table}, mode='mean')", f"F.embedding({ids}, {table}, max_norm=1.0)",
+        f"F.embedding_bag({ids}, {table}, mode='{w.pick(['mean', 'sum', 'max'])}')",
+        f"F.embedding_bag({ids}, {table}, mode='sum', per_sample_weights={table}.new_full({ids}.shape, 0.5))",
+        f"torch.embedding({table}, {ids})", f"F.embedding({ids}[0], {table})", f"F.embedding({ids}, {table}, max_norm=1.0)",
         f"F.embedding({ids}, weight={table}, max_norm=1.0)", f"F.embedding_bag({ids}, {table}, max_norm=1.0)",
-    ][: 7 if w.chance(4) else 3])  # fmt: skip
+    ][: 10 if w.chance(4) else 6])  # fmt: skip
     return w.let(spelling, stream=True)
 
 
@@ -525,6 +527,35 @@ def convolution(w: Writer) -> str | None:
     if y is None or w.chance(4):
         return y
     return w.let(moved, stream=True)
+
+
+@instruction("source")
+def transposed_convolution(w: Writer) -> str | None:
+    """A transposed convolution over the tokens, perhaps grouped."""
+    x = w.some(lambda t: t.dim() == 3 and t.shape[1] % 2 == 0, stream=False)
+    x = x or w.input(f"values({{}}, {w.batch}, 4, 3)")
+    groups, channels = w.pick([1, 1, 2]), w.shape(x)[1]
+    weight, bias = w.parameter((channels, w.width // groups, 2)), w.pick([w.parameter((w.width,)), "None"])
+    y = w.let(f"F.conv_transpose1d({x}, {weight}, {bias}, groups={groups})", stream=True)
+    return y if y is None or w.chance(4) else w.let(f"{y}.transpose(1, 2)", stream=True)
+
+
+@instruction("source")
+def module(w: Writer) -> str | None:
+    """Modules of torch whose parameters are expressions, or part of a larger operator."""
+    h = w.some(lambda t: t.dim() == 3 and t.shape[-1] > 1, stream=False)
+    if h is None:
+        return None
+    k = w.shape(h)[-1]
+    heads = 2 if k % 2 == 0 else 1
+    parametrised = f"nn.utils.parametrizations.weight_norm(nn.Linear({k}, {w.width}))"
+    attention_ = w.pick([f"nn.MultiheadAttention({k}, {heads}, batch_first=True)", f"nn.MultiheadAttention({k}, 1)"])
+    spelling = w.pick([
+        lambda: f"{w.module(parametrised)}({h})", lambda: f"{w.module(attention_)}({h}, {h}, {h})[0]",
+        lambda: f"(n := {w.module(attention_)}({h}, {h}, {h}))[0] + 0.1 * n[1].mean()",
+        lambda: f"{w.module(attention_)}({h}, {h}, {h}, need_weights=False)[0]",
+    ])  # fmt: skip
+    return w.let(spelling(), stream=True)
 
 
 @instruction("source")
@@ -573,6 +604,23 @@ def scaling(w: Writer) -> str | None:
     return w.commuting(x, spelling.format(x=x, g=gate))
 
 
+@instruction("commuting")
+def expanded_gate(w: Writer) -> str | None:
+    """A gate that has the shape of what it multiplies and is constant along the features, unless written to."""
+    x = w.some(lambda t: t.dim() > 0, stream=True)
+    if x is None:
+        return None
+    shape = w.shape(x)
+    row = w.input(f"scales({{}}, {w._sizes((*shape[:-1], 1))})")
+    gate = w.let(f"{row}.{w.pick(['expand', 'expand', 'repeat'])}({w._sizes((*[1] * (len(shape) - 1), shape[-1]))})")
+    gate = w.let(f"{row}.expand({w._sizes(shape)}){w.pick(['', '.clone()', ' * 2', '.sigmoid()'])}") if not gate else gate
+    if gate is None:
+        return None
+    if w.chance(3):
+        w.do(w.pick([f"{gate}[..., 0] = 0.7", f"{gate} *= {x}.abs().clamp(0.5, 1)", f"{gate}[:1] = 0.7"]), gate)
+    return w.commuting(x, w.pick([f"{x} * {gate}", f"{gate} * {x}", f"{x} / {gate}", f"torch.lerp({x}, {x} + 1, {gate})"]))
+
+
 @instruction("commuting", 2)
 def layer_scale(w: Writer) -> str | None:
     """A product with a parameter along the features, perhaps straight after a linear layer."""
@@ -614,6 +662,8 @@ def masking(w: Writer) -> str | None:
         return None
     features = None if w.chance(4) else 1
     truth = w.input(f"mask({{}}, {w._sizes(w.broadcast(w.shape(x), features=features))})")
+    if w.chance(2):
+        truth += w.pick([f".expand_as({x})", f".expand({w._sizes(w.shape(x))}).logical_not()", ".clone()"])
     y = w.like(x)
     spelling = w.pick(["torch.where({m}, {x}, {y})", "torch.where({m}, {y}, {x})", "{x}.masked_fill({m}, {n})",
                        "{x} * {m}"])  # fmt: skip
@@ -808,6 +858,46 @@ def mixing(w: Writer) -> str | None:
     return w.commuting(x, w.pick(options)())
 
 
+@instruction("commuting", 2)
+def resampling(w: Writer) -> str | None:
+    """Pooling, interpolation, padding, running sums and gathers along another axis, seldom along the features."""
+    x = w.some(lambda t: t.dim() >= 2, stream=True)
+    if x is None:
+        return None
+    shape = w.shape(x)
+    axis = _axis(w, len(shape))
+    size, last = shape[axis], shape[-1]
+    y = w.some(lambda t: tuple(t.shape) == shape, stream=True)
+    part = last // 2 if w.chance(3) else last
+    lead = shape[:-1]
+    options: list[Callable[[], str]] = [
+        lambda: f"F.pad({x}, (0, 0, 1, 2))",
+        lambda: f"F.pad({x}, (0, 0, 1, 0), value=1.5)",
+        lambda: f"F.pad({x}, (0, 0, -1, 0), 'constant', 2.0)",
+        lambda: f"F.pad({x}, (1, 0))",
+        lambda: f"{x}.cumsum({axis}) * 0.5",
+        lambda: f"torch.repeat_interleave({x}, 2, dim={axis})",
+        lambda: f"{x}.repeat_interleave({w.input(f'choices({{}}, 2, {size})')} + 1, {axis}, output_size={2 * size})",
+        lambda: f"{x}.index_add({axis}, {w.input(f'choices({{}}, {size}, {size})')}, {y}, alpha={w.number()})",
+        lambda: f"{x}.gather(-2, {w.input(f'choices({{}}, {shape[-2]}, {w._sizes((*lead, 1))})')}.expand(*{lead}, {part}))",
+        lambda: f"torch.lerp({x}, {y}, {w.number()})",
+        lambda: f"torch.lerp({x}, {y}, {w.parameter((last,) if w.chance(3) else (1,), 'scales')})",
+    ]
+    if len(shape) == 3:
+        options += [
+            lambda: f"F.avg_pool1d({x}.mT, 2).mT",
+            lambda: f"F.avg_pool1d({x}, 2)",
+            lambda: f"F.avg_pool1d({x}.mT, 3, stride=1, padding=1).mT",
+            lambda: f"F.adaptive_avg_pool1d({x}.mT, 2).mT",
+            lambda: f"F.interpolate({x}.mT, scale_factor=2, mode='linear').mT",
+            lambda: f"F.interpolate({x}.mT, size=3).mT",
+            lambda: f"F.pad({x}.mT, (1, 1), mode='reflect').mT",
+        ]
+    if len(shape) == 4:
+        options += [lambda: f"F.avg_pool2d({x}, 2)", lambda: f"F.interpolate({x}, size=(3, 2), mode='bilinear')"]
+    return w.commuting(x, w.pick(options)())
+
+
 # Traps: they do not commute, or they are readers that notice.
 
 
@@ -870,7 +960,8 @@ def other_norm(w: Writer) -> str | None:
         f"F.max_pool1d({x}, 2)" if len(shape) == 3 else f"torch.amax({x}, {axis})", f"{x}.max({axis})[0]",
         f"F.avg_pool1d({x}, 2)" if len(shape) == 3 else f"torch.logsumexp({x}, {axis})", f"{x}.amax({axis}, keepdim=True)",
         f"F.instance_norm({x}, eps=0.1)" if len(shape) == 3 else f"{x}.std(0, keepdim=True)",
-        f"F.batch_norm({x}, {x}.flatten(0, 0).mean(0).flatten()[:1].expand({channels}) * 0, {w.parameter((channels,), 'scales')})",
+        f"F.batch_norm({x}, {w.parameter((channels,))}, {w.parameter((channels,), 'scales')}, eps=0.1)",
+        f"F.batch_norm({x}, {w.parameter((channels,))}, {w.parameter((channels,), 'scales')}, training=True, eps=0.1)",
     ]  # fmt: skip
     expression = w.pick(options)
     return w.let(expression, stream="keepdim" in expression or "softmax" in expression)
@@ -933,6 +1024,33 @@ def two_norms(w: Writer) -> str | None:
     if x is None or y is None:
         return None
     return _layer_norm(w, w.pick([x, y, y]), 1)
+
+
+@instruction("norm")
+def handwritten_norm(w: Writer) -> str | None:
+    """A LayerNorm in the author's own words, some of whose lines write in place or read the wrong tensor."""
+    x = w.some(lambda t: t.dim() >= 1 and t.shape[-1] > 1, stream=True)
+    if x is None or float(w.tensor(x).detach().var(-1, unbiased=False).min()) < SMALLEST_VARIANCE:
+        return None
+    mean = w.let(w.pick([f"{x}.mean(-1, keepdim=True)", f"torch.mean({x}, -1, True)", f"{x}.mean(dim=[-1], keepdim=True)"]))
+    if w.chance(6):
+        w.do(w.pick([f"{mean} *= 0.5", f"{mean}.mul_(0.5)", f"{x}[:1] = 0.5", f"{x} += 1"]), x)
+    difference = mean and w.let(f"{x} - {mean}")
+    variance = difference and w.let(w.pick([
+        f"{difference}.pow(2).mean(-1, keepdim=True)", f"torch.mean({difference} * {difference}, dim=-1, keepdim=True)",
+        f"({difference} ** 2).mean(-1, True)", f"{x}.var(-1, keepdim=True, unbiased=False)", f"{x}.var(-1, keepdim=True)",
+        f"torch.var({x}, dim=-1, correction=0, keepdim=True)",
+    ]))  # fmt: skip
+    if difference is None or variance is None:
+        return None
+    root = w.pick([f"torch.rsqrt({variance} + 1e-5)", f"({variance} + 1e-5).rsqrt()"])
+    if w.chance(4):
+        w.do(w.pick([f"{difference} *= {root}", f"{difference}.mul_({root})", f"{difference}.add_({x})"]), difference)
+        return difference
+    if w.chance(4):
+        return w.let(f"{difference}.div_(torch.sqrt({variance} + 1e-5)) * {w.parameter((w.shape(x)[-1],))}")
+    y = w.let(w.pick([f"{difference} * {root}", f"{difference} / ({variance} + 1e-5).sqrt()", f"{root} * {difference}"]))
+    return y and w.let(w.pick([f"{y} * {w.parameter((w.shape(x)[-1],))}", f"{w.parameter((1,))} + {y}"]))
 
 
 def _layer_norm(w: Writer, x: str, count: int) -> str | None:

@@ -11,6 +11,8 @@ from torch._dynamo.utils import counters
 
 from lncompile import demo
 from lncompile.models import ModelError, load_model, randomise
+from lncompile.report import FoldReport
+from lncompile.timing import PairedTimings
 from lncompile.verify import OutputError, Verification
 
 TINY = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 61}
@@ -21,6 +23,15 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("models") / "tiny-gpt2"
     randomise(transformers.GPT2LMHeadModel(transformers.GPT2Config(**TINY))).save_pretrained(path)
     return path
+
+
+@pytest.fixture
+def one_thread():
+    """Two threads on a machine shared with others wait for each other far longer than a tiny model takes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def assert_refused(capsys, arguments, *words):
@@ -36,6 +47,7 @@ def assert_refused(capsys, arguments, *words):
 # --- End to end ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_the_demo_runs_on_a_local_folder(folder, tmp_path, capsys):
     counters.clear()
     written = tmp_path / "found.json"
@@ -69,6 +81,19 @@ def test_a_model_without_layer_norms_is_said_to_be_left_as_it_is(tmp_path, capsy
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
     assert demo.main(["--model", str(tmp_path)]) == 0
     assert "The model has no LayerNorm" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("load", "caveat"), [(0.0, False), (1000.0, True), (None, False)])
+def test_latency_measured_on_a_busy_machine_is_not_to_be_relied_on(load, caveat, folder):
+    found = demo.Demonstration(
+        load_model(str(folder)),
+        {"load_average": load},
+        FoldReport(()),
+        Verification((OutputError(".logits", "float32", 1e-7, 1e-7, 1e-7, True),)),
+        PairedTimings(dict.fromkeys(("eager", "inductor", "lnfold"), (1.0, 1.1, 1.2))),
+    )
+    assert "no difference" in found.sentence()
+    assert ("not to be relied on" in found.sentence()) == caveat
 
 
 # --- Models that cannot be had ---------------------------------------------------------------------------------------

@@ -66,6 +66,21 @@ def written_mask(mask: Tensor) -> Tensor:
     return mask
 
 
+def filled(x: Tensor, y: Tensor) -> Tensor:
+    x[:, 1:] = y[:, 1:]
+    return x
+
+
+def cut_token(m: Around) -> Tensor:
+    token = m.scale.expand(5, D).reshape(12, 5)
+    return token + torch.relu(token).mean(-1, keepdim=True)
+
+
+def raw_token(m: Around, x: Tensor) -> Tensor:
+    token = m.scale[None, None].expand(2, 1, -1)
+    return torch.cat((token, x), 1) + torch.relu(token).mean(-1, keepdim=True)
+
+
 def with_weights(m: Around, x: Tensor) -> Tensor:
     output, weights = m.attention(torch.relu(x), torch.relu(x), torch.relu(x), need_weights=True)
     return output + weights.sum(-1, keepdim=True)
@@ -272,6 +287,13 @@ CASES = {
         x, 1, e["columns"].view(1, 3, 1).repeat(2, 1, D))),
     "gather_by_feature": stays("gather", Reason.VARYING_SCALE, lambda m, x, y, e: torch.gather(
         x, 1, (e["u"] > 0).long())),
+    "gather_then_view_upstream": folds("gather", lambda m, x, y, e: torch.gather(
+        x.view(2, 5, 3, 4).flatten(2), 1, e["columns"][None, :2, None].expand(2, 2, D))),
+    "zeros": folds(
+        "", lambda m, x, y, e: torch.zeros_like(e["u"]) + x + x.new_zeros(D) + torch.zeros(2, 5, D).double()),
+    "zeros_written_to": stays("", Reason.MUTATION, lambda m, x, y, e: filled(torch.zeros_like(x), y) + x),
+    "parameter_cut_and_read_raw": stays("", Reason.DIFFERENT_AXES, lambda m, x, y, e: cut_token(m), norm=5),
+    "parameter_expanded_and_read_raw": folds("expand", lambda m, x, y, e: raw_token(m, x)),
     "lerp": folds("lerp", lambda m, x, y, e: torch.lerp(x, y, e["row"])),
     "lerp_number": folds("lerp", lambda m, x, y, e: x.lerp(y, 0.25)),
     "lerp_by_feature": stays("lerp", Reason.VARYING_SCALE, lambda m, x, y, e: torch.lerp(x, y, e["u"])),

@@ -51,7 +51,7 @@ class Linear:
 
 Rule = Callable[[Operation], Sequence[Linear]]
 Invariance = Callable[[Operation, Key, Axes], bool]
-ZeroMean = Callable[[Operation], Axes | None]
+ZeroMean = Callable[[Operation, Axes], bool]
 
 RULES: dict[str, Rule] = {}
 INVARIANCES: dict[str, Invariance] = {}
@@ -84,7 +84,7 @@ def invariant(*names: str) -> Callable[[Invariance], Invariance]:
 
 
 def zero_mean(*names: str) -> Callable[[ZeroMean], ZeroMean]:
-    """Register a function that gives the axes over which an operation's result has zero mean, or None."""
+    """Register a function that says whether an operation's result has zero mean over given axes as it is."""
 
     def register(fact: ZeroMean) -> ZeroMean:
         for name in names:

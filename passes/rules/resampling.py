@@ -109,7 +109,7 @@ def gather(operation: Operation) -> Sequence[Linear]:
     def to_operand(axes: Axes) -> Axes:
         require_free(axes, dimension, "gather")
         for other, size in enumerate(operand):
-            if other != dimension and axes.is_free(other):
+            if axes.is_free(other):
                 axes = axes.with_free(other, size)
         return axes
 

@@ -35,7 +35,7 @@ def softmax(operation: Operation, key: Key, axes: Axes) -> bool:
     return True
 
 
-@invariant("metadata")
+@invariant("metadata", "zeros")
 def metadata(operation: Operation, key: Key, axes: Axes) -> bool:
     """Reads of shape, dtype or device see no values at all."""
     return True
@@ -76,15 +76,21 @@ def variance(operation: Operation, key: Key, axes: Axes) -> bool:
 
 
 @zero_mean("sub")
-def centered_difference(operation: Operation) -> Axes | None:
+def centered_difference(operation: Operation, axes: Axes) -> bool:
     """``x - mean_A(x)`` has zero mean over A."""
     taken = difference_from_mean(operation)
-    return None if taken is None or operation.in_place else taken[1]
+    return taken is not None and not operation.in_place and taken[1] == axes
 
 
 @zero_mean("layer_norm")
-def plain_layer_norm(operation: Operation) -> Axes | None:
+def plain_layer_norm(operation: Operation, axes: Axes) -> bool:
     """A LayerNorm without weight and bias puts out zero mean over its axes: ``C LN(x) = LN(x)``."""
-    if operation["weight"] is None and operation["bias"] is None:
-        return Axes.trailing(shape(operation["input"]), len(operation["normalized_shape"]))
-    return None
+    if operation["weight"] is not None or operation["bias"] is not None:
+        return False
+    return axes == Axes.trailing(shape(operation["input"]), len(operation["normalized_shape"]))
+
+
+@zero_mean("zeros")
+def zeros(operation: Operation, axes: Axes) -> bool:
+    """``C 0 = 0`` over any axes: the queries of DETR start as zeros."""
+    return True

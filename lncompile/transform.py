@@ -42,28 +42,31 @@ def transform(analysis: Analysis, options: Options) -> Transformed:
         expressions, _ = hoist(graph, rewritten.weights)
         for site in analysis.placement.folded:
             if site.handwritten is not None:
-                centered = rewritten.centered[(site.input, site.axes)]
-                fold_handwritten_norm(graph, site.handwritten, centered)
-        lower_to_rms_norm(graph, [_call(site) for site in calls if site.node in folded])
+                fold_handwritten_norm(graph, site.handwritten, _input(site))
+        # One at a time: lowering a norm exchanges the input of a norm of that norm.
+        lower_to_rms_norm(graph, (_call(site) for site in calls if site.node in folded))
     if options.nonfoldable == "eager":
-        lower_to_aten(graph, [_call(site) for site in calls if site.node not in folded])
+        lower_to_aten(graph, (_call(site) for site in calls if site.node not in folded))
     graph.lint()
     graph_module.recompile()
     return Transformed(graph_module, tuple(expressions))
 
 
-def _call(site: NormSite) -> NormCall:
+def _input(site: NormSite) -> fx.Node:
     # Read from the node, not from the site: the rewrite may have exchanged the input.
-    key = ("input", None)
-    source = next(node for k, node in site.current().operands() if k == key)
+    return next(node for key, node in site.current().operands() if key == ("input", None))
+
+
+def _call(site: NormSite) -> NormCall:
+    operation = site.current()
     tensor = tensor_of(site.input)
     assert tensor is not None  # what find_sites requires of a site
     return NormCall(
         site.node,
-        source,
+        _input(site),
         site.normalized_shape,
-        site.weight,
-        site.bias,
+        operation["weight"],
+        operation["bias"],
         site.eps,
         tensor.dtype,
         site.output_dtype,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ class NormCall:
     returns_statistics: bool = False
 
 
-def lower_to_rms_norm(graph: fx.Graph, calls: Sequence[NormCall]) -> None:
+def lower_to_rms_norm(graph: fx.Graph, calls: Iterable[NormCall]) -> None:
     """Replace LayerNorm calls whose input has zero mean by RMSNorms, written out for Inductor to fuse.
 
     Before::
@@ -62,7 +62,7 @@ def lower_to_rms_norm(graph: fx.Graph, calls: Sequence[NormCall]) -> None:
         _replace(graph, call, result)
 
 
-def lower_to_aten(graph: fx.Graph, calls: Sequence[NormCall]) -> None:
+def lower_to_aten(graph: fx.Graph, calls: Iterable[NormCall]) -> None:
     """Replace LayerNorm calls by an operator that runs ATen's eager kernel (``lnfold.nonfoldable="eager"``).
 
     Args:

@@ -299,7 +299,7 @@ def baddbmm(input: Any, mat1: Any, mat2: Any, *, beta: Any = 1, alpha: Any = 1) 
 @spelled(operator.matmul, torch.matmul, torch.mm, torch.bmm, aten.mm.default, aten.bmm.default, aten.matmul.default,
          methods="matmul mm bmm __matmul__")  # fmt: skip
 def matmul(input: Any, other: Any) -> None: ...
-@spelled(functional.embedding, torch.embedding)
+@spelled(functional.embedding)
 def embedding(
     input: Any, weight: Any, padding_idx: Any = None, max_norm: Any = None, norm_type: Any = 2.0,
     scale_grad_by_freq: Any = False, sparse: Any = False
@@ -434,6 +434,8 @@ def _bind(node: fx.Node, spelling: _Spelling) -> Operation | None:
             arguments[parameter.name] = parameter.default
     if rest is not None and rest.name not in arguments:
         arguments[rest.name] = ()
+    if spelling.name == "view" and any(isinstance(size, torch.dtype) for size in arguments["shape"]):
+        return None  # the same bits read as another dtype: no view in the sense of the rules
     in_place = spelling.in_place or bool(arguments.get("inplace", False))
     return Operation(node, spelling.name, arguments, places, in_place)
 

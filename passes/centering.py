@@ -9,6 +9,8 @@ from lncompile.passes.axes import Axes, Factor
 
 
 def _subtract_mean(value: Tensor, axes: Axes) -> Tensor:
+    if not axes.normalised_dimensions:
+        return torch.sub(value, value)  # a norm over a single element; a mean over no dimensions would be one over all
     if axes.whole:
         return torch.sub(value, torch.mean(value, list(axes.normalised_dimensions), True))
     # Dimensions normalised in part are unfolded into their factors: [tokens, 12·64] → [tokens, 12, 64]. Read from the

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from lncompile.lowering import torch_private
-from lncompile.passes.canonical import canonicalise, tensor_of
+from lncompile.passes.canonical import canonicalise, tensor_of, value_of
 from lncompile.passes.operands import WRITTEN
 from lncompile.passes.provenance import parameter_name
 
@@ -55,9 +55,13 @@ class GraphFacts:
         real: dict[int, object] = {}
         for node in graph.nodes:
             tensor = tensor_of(node)
-            storage = None if tensor is None else torch_private.storage_identity(tensor)
+            storage: object = None if tensor is None else torch_private.storage_identity(tensor)
             if storage is None:
                 continue
+            # In evaluation dropout returns its very operand; what Dynamo computes with says it were a copy.
+            operation = canonicalise(node)
+            if operation is not None and operation.name == "dropout" and operation["input"] in identity:
+                storage = identity[operation["input"]]
             identity[node] = storage
             example = self.examples.get(node)
             if isinstance(example, Tensor) and (real_storage := torch_private.storage_identity(example)) is not None:
@@ -89,6 +93,10 @@ class GraphFacts:
             return False
         if operation["input"] is not target:
             return False
+        tensor, other = tensor_of(target), operation["other"]
+        other = value_of(other) if isinstance(other, fx.Node) else other
+        if tensor is None or torch.result_type(tensor, other) != tensor.dtype:
+            return False  # x + y would have another dtype than x += y has
         here = self.position[node]
         for alias in group:
             if alias.op in ("placeholder", "get_attr"):
@@ -149,12 +157,23 @@ class GraphFacts:
 _IN_PLACE_OPERATORS = frozenset(
     "iadd iand iconcat ifloordiv ilshift imod imul imatmul ior ipow irshift isub itruediv ixor setitem delitem".split()
 )
+# Operations that write to some operands when asked: the parameter that asks, its position, its default, and the value
+# that does not ask.
+_WRITERS_IF_ASKED: dict[Any, tuple[str, int, object, object]] = {
+    functional.embedding: ("max_norm", 3, None, None),
+    functional.embedding_bag: ("max_norm", 3, None, None),
+    functional.batch_norm: ("training", 5, False, False),
+    torch.batch_norm: ("training", 5, True, False),
+    torch.native_batch_norm: ("training", 5, True, False),
+    functional.instance_norm: ("use_input_stats", 5, True, False),
+    torch.instance_norm: ("use_input_stats", 5, True, False),
+}
 _TORCH_MODULES = ("torch", "_operator", "operator", "builtins", "math", "_VariableFunctions")
 
 
 def written_arguments(node: fx.Node) -> list[fx.Node]:
     """Return the arguments that a node writes into. What is not known to be pure is taken to write into everything."""
-    first = [node.args[0]] if node.args and isinstance(node.args[0], fx.Node) else []
+    first = _nodes(node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("self")))
     if node.op == "call_method":
         name = str(node.target)
         in_place = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or name.startswith("__i")
@@ -178,11 +197,11 @@ def written_arguments(node: fx.Node) -> list[fx.Node]:
         return list(node.all_input_nodes)
     if name.endswith("_") and not name.endswith("__"):
         return first
-    if target is functional.batch_norm and (node.kwargs.get("training") or (len(node.args) > 5 and node.args[5])):
-        return [a for a in (*node.args[1:3], node.kwargs.get("running_mean"), node.kwargs.get("running_var"))
-                if isinstance(a, fx.Node)]  # fmt: skip
-    if target is functional.embedding and (node.kwargs.get("max_norm") or (len(node.args) > 3 and node.args[3])):
-        return [a for a in node.args[1:2] if isinstance(a, fx.Node)]
+    if target in _WRITERS_IF_ASKED:
+        # Running statistics, a table renormalised: all but the first operand count as written, whatever their order.
+        flag, position, default, quiet = _WRITERS_IF_ASKED[target]
+        asked = node.kwargs.get(flag, node.args[position] if len(node.args) > position else default)
+        return [] if asked is quiet else [other for other in node.all_input_nodes if other not in first]
     operation = canonicalise(node)
     if operation is not None and operation.name == "dropout" and operation["training"] is False:
         return []  # `nn.Dropout(inplace=True)` in evaluation gives back what it gets
@@ -190,8 +209,11 @@ def written_arguments(node: fx.Node) -> list[fx.Node]:
 
 
 def _out(node: fx.Node) -> list[fx.Node]:
-    out = node.kwargs.get("out")
-    items = out if isinstance(out, tuple | list) else [out]
+    return _nodes(node.kwargs.get("out"))
+
+
+def _nodes(argument: Any) -> list[fx.Node]:
+    items = argument if isinstance(argument, tuple | list) else [argument]
     return [item for item in items if isinstance(item, fx.Node)]
 
 

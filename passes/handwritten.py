@@ -181,7 +181,10 @@ def fold_handwritten_norm(graph: fx.Graph, norm: HandwrittenNorm, centered: fx.N
         centered: the node that carries its centered input.
     """
     for node in norm.differences:
-        node.replace_all_uses_with(centered)
+        # A copy, which Inductor takes out: authors go on with `d *= ...`, and that must not write into the stream.
+        with graph.inserting_before(node):
+            copy = graph.create_node("call_function", torch.clone, (centered,), name=f"{node.name}_copy")
+        node.replace_all_uses_with(copy)
         graph.erase_node(node)
     for node in norm.variances:
         operation = canonicalise(node)

@@ -77,6 +77,9 @@ def _linear_behind(value: fx.Node, features: int, facts: GraphFacts) -> Operatio
         operation = canonicalise(node)
         if operation is None or len(node.users) != 1 or node in facts.written or operation.in_place:
             return None
+        tensor = tensor_of(node)
+        if tensor is None or not tensor.is_floating_point():
+            return None  # a cast to integers on the way is not one that a scale may pass
         if operation.name in ("linear", "addmm"):
             return operation
         source = operation.arguments.get("input")

@@ -17,15 +17,17 @@ After::
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
 
 from lncompile.lowering import emit
 from lncompile.passes.axes import Axes
-from lncompile.passes.canonical import tensor_of, value_of
+from lncompile.passes.canonical import aten, tensor_of, value_of
 from lncompile.passes.centering import center_activation, center_scaled_weight, center_weight
 from lncompile.passes.placement import Placement
 from lncompile.passes.streams import Variable, VariableKey
@@ -78,7 +80,7 @@ def rewrite(graph: fx.Graph, placement: Placement, variables: Mapping[VariableKe
         _exchange_operands(graph, variables[key], done)
     for site in placement.folded:
         source = done.centered[(site.input, site.axes)]
-        if source is not site.input and site.handwritten is None:
+        if source is not site.input:
             site.operation.replace({("input", None): source})
     for node in done.dead:
         graph.erase_node(node)
@@ -149,6 +151,18 @@ def _exchange_operands(graph: fx.Graph, variable: Variable, done: Rewrite) -> No
             number = value_of(argument) if isinstance(argument, fx.Node) else argument
             replacements[(name, index)] = 0 if isinstance(number, int | torch.SymInt) else 0.0
     operation.replace(replacements)
+    if operation.in_place:
+        # ``x += y`` becomes ``x' = x + y``: the centered x may be a materialised weight, which the next call needs too.
+        operation.node.target = _OUT_OF_PLACE.get(operation.node.target, operation.node.target)
+
+
+# The in-place operations that facts read as plain updates, each with the one that leaves its operand alone.
+_OUT_OF_PLACE: dict[Any, Any] = {
+    operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,
+    operator.itruediv: operator.truediv, "add_": "add", "sub_": "sub", "mul_": "mul", "div_": "div",
+    aten.add_.Tensor: aten.add.Tensor, aten.add_.Scalar: aten.add.Scalar, aten.sub_.Tensor: aten.sub.Tensor,
+    aten.mul_.Tensor: aten.mul.Tensor, aten.div_.Tensor: aten.div.Tensor,
+}  # fmt: skip
 
 
 def _compose_scale(graph: fx.Graph, variable: Variable, done: Rewrite) -> None:

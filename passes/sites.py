@@ -71,7 +71,8 @@ class NormSite:
 def find_sites(graph: fx.Graph) -> Sequence[NormSite]:
     """Return every LayerNorm of the graph, in order: calls in any spelling, and chains written by hand.
 
-    A call whose input is no floating-point tensor of known shape is left out: it is no site for anybody.
+    A call whose input is no floating-point tensor of known shape is left out, it is no site for anybody; so is one
+    whose mean is read (``native_layer_norm`` returns it).
     """
     sites = []
     handwritten = {norm.mean: norm for norm in find_handwritten_norms(graph)}
@@ -87,6 +88,10 @@ def find_sites(graph: fx.Graph) -> Sequence[NormSite]:
         tensor = tensor_of(source) if isinstance(source, fx.Node) else None
         if tensor is None or value_of(node) is None or not tensor.is_floating_point():
             continue
+        if operation.name == "native_layer_norm" and not all(
+            len(u.args) == 2 and u.args[1] in (0, 2) for u in node.users
+        ):
+            continue  # somebody reads the mean of the input, which therefore has to stay
         axes = Axes.trailing(shape_of(tensor), len(operation["normalized_shape"]))
         sites.append(NormSite(operation, source, axes, _site_name(node), provenance.location(node)))
     return sites

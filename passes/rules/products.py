@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lncompile.passes.axes import Axes, Size, shape_of
+from lncompile.passes.axes import Axes, Dimension, Size, shape_of
 from lncompile.passes.canonical import Key, Operation, value_of
 from lncompile.passes.decisions import Blocked, Reason
 from lncompile.passes.operands import result_shape, shape
@@ -109,6 +109,15 @@ def embedding(operation: Operation) -> Sequence[Linear]:
     return [Linear({("weight", None): one_dimension(weight, 1, result, len(result) - 1, "embedding")})]
 
 
+def _within_a_block(factors: Dimension, size: Size) -> bool:
+    """Whether elements centered together always lie in one of the blocks of this size that a dimension is cut into."""
+    outermost = next((i for i, factor in enumerate(factors) if factor.normalised), len(factors))
+    span: Size = 1
+    for factor in factors[outermost:]:
+        span = span * factor.size
+    return bool(size % span == 0)
+
+
 @linear_rule("convolution")
 def convolution(operation: Operation) -> Sequence[Linear]:
     """``C(W * x + b) = (CW) * x + Cb`` over output channels, weight axis 0.
@@ -127,8 +136,7 @@ def convolution(operation: Operation) -> Sequence[Linear]:
 
         def backward(axes: Axes) -> Axes | None:
             operand = map_.backward(axes)
-            factors = axes.dimensions[channel]
-            if groups != 1 and not (factors and factors[-1].normalised and per_group % factors[-1].size == 0):
+            if groups != 1 and not _within_a_block(axes.dimensions[channel], per_group):
                 raise Blocked(
                     Reason.DIFFERENT_AXES, "a grouped convolution mixes only within a group, the norm goes across them"
                 )

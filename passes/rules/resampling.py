@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from lncompile.passes.axes import Axes
+from lncompile.passes.axes import Axes, same_size
 from lncompile.passes.canonical import Key, Operation
 from lncompile.passes.decisions import Blocked, Reason
 from lncompile.passes.operands import dimension_of, other_operands, result_shape, shape
@@ -111,6 +111,8 @@ def gather(operation: Operation) -> Sequence[Linear]:
         for other, size in enumerate(operand):
             if axes.is_free(other):
                 axes = axes.with_free(other, size)
+            elif other != dimension and not same_size(size, index[other]):
+                raise Blocked(Reason.DIFFERENT_AXES, "gather takes a part of the normalised axis")
         return axes
 
     def to_result(axes: Axes) -> Axes:

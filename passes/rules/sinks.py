@@ -6,7 +6,7 @@ from lncompile.passes.axes import Axes
 from lncompile.passes.canonical import Key, Operation, canonicalise
 from lncompile.passes.decisions import Blocked, Reason
 from lncompile.passes.handwritten import difference_from_mean, mean_of
-from lncompile.passes.operands import dimension_of, dimensions_of, shape
+from lncompile.passes.operands import WRITTEN, dimension_of, dimensions_of, shape
 from lncompile.passes.rules.base import invariant, zero_mean
 
 
@@ -78,6 +78,8 @@ def variance(operation: Operation, key: Key, axes: Axes) -> bool:
 @zero_mean("sub")
 def centered_difference(operation: Operation, axes: Axes) -> bool:
     """``x - mean_A(x)`` has zero mean over A."""
+    if any(node.meta.get(WRITTEN) for _, node in operation.operands()):
+        return False  # between the mean and the difference one of them may have changed
     taken = difference_from_mean(operation)
     return taken is not None and not operation.in_place and taken[1] == axes
 

@@ -1,0 +1,150 @@
+"""What random modules found: each a wrong answer or a crash once, shrunk to the operation that made it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from architectures import randomise
+from torch import Tensor, nn
+from torch.nn import functional
+
+pytestmark = pytest.mark.usefixtures("without_inductor")
+D = 6
+
+
+class Parts(nn.Module):
+    """Parameters to draw on, and a function that uses them."""
+
+    def __init__(self, function: Callable[[Parts, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.one, self.two, self.single = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, 1)
+        self.scale = nn.Parameter(torch.zeros(D))
+        self.norm, self.other = nn.LayerNorm(D), nn.LayerNorm(D)
+        self.table = nn.Parameter(torch.zeros(9, D))
+        self.batch_norm = nn.BatchNorm1d(D)
+        self.grouped = nn.Conv1d(D, 12, 1, groups=2)
+        self.function = function
+
+    def forward(self, value: Tensor) -> Tensor:
+        return self.function(self, value)
+
+
+def mean_of_a_native_norm_is_read(m: Parts, x: Tensor) -> Tensor:
+    output, mean, _ = torch.native_layer_norm(m.one(x), (D,), m.norm.weight, m.norm.bias, 1e-5)
+    return output + mean
+
+
+def norm_of_a_norm(m: Parts, x: Tensor) -> Tensor:
+    return m.other(functional.layer_norm(m.one(x), (D,)))
+
+
+def norm_whose_bias_is_a_norm(m: Parts, x: Tensor) -> Tensor:
+    bias = functional.layer_norm(m.scale * 2, (D,))
+    return functional.layer_norm(m.one(x), (D,), m.norm.weight, bias)
+
+
+def dropout_is_its_operand(m: Parts, x: Tensor) -> Tensor:
+    stream = m.one(x)
+    same = functional.dropout(stream, 0.5, training=False)
+    stream += m.two(x)
+    return m.norm(stream) + m.other(same)
+
+
+def update_keeps_the_dtype(m: Parts, x: Tensor) -> Tensor:
+    stream = m.one(x).float()
+    stream += m.two(x)
+    return m.norm(stream.double())
+
+
+def bits_read_as_another_dtype(m: Parts, x: Tensor) -> Tensor:
+    return m.norm(m.one(x).view(torch.int64).view(torch.float64))
+
+
+def norm_over_one_element(m: Parts, x: Tensor) -> Tensor:
+    return functional.layer_norm(m.single(x), (1,)) + m.norm(m.one(x))
+
+
+def cast_to_integers_before_a_scale(m: Parts, x: Tensor) -> Tensor:
+    return m.norm((m.one(x) * 8).to(torch.int64).to(torch.float64) * m.scale)
+
+
+def difference_that_is_written_to(m: Parts, x: Tensor) -> Tensor:
+    stream = m.one(x)
+    difference = stream - stream.mean(-1, keepdim=True)
+    variance = difference.pow(2).mean(-1, keepdim=True)
+    normed = difference * torch.rsqrt(variance + 1e-5)
+    difference *= 3.0
+    return normed + difference + m.other(stream)
+
+
+def mean_changed_before_the_difference(m: Parts, x: Tensor) -> Tensor:
+    stream = m.one(x)
+    mean = stream.mean(-1, keepdim=True)
+    mean[:1] = 2.0
+    return m.norm(torch.relu(stream) + (stream - mean))
+
+
+def running_statistics_are_written(m: Parts, x: Tensor) -> Tensor:
+    weight = m.batch_norm.running_mean + m.scale
+    functional.batch_norm(
+        input=x, running_mean=m.batch_norm.running_mean, running_var=m.batch_norm.running_var, training=True
+    )
+    return m.norm(m.one(x) + m.batch_norm.running_mean + weight)
+
+
+def table_that_is_renormalised(m: Parts, x: Tensor) -> Tensor:
+    ids = torch.tensor([[1, 2], [3, 4]])
+    bag = functional.embedding_bag(ids, m.table, max_norm=0.5, mode="sum")
+    return m.norm(bag) + m.other(functional.embedding(ids[0], m.table))
+
+
+def blocks_across_groups(m: Parts, x: Tensor) -> Tensor:
+    # 12 channels in 2 groups of 6: channels [12] → [3, 4] puts a block of 4 across the groups.
+    out = m.grouped(x.T[None])[0].T.reshape(-1, 3, 4)
+    return functional.layer_norm(out, (4,)).sum((-1, -2)) + functional.layer_norm(out.mT, (3,)).sum((-1, -2))
+
+
+def embedding_with_its_arguments_swapped(m: Parts, x: Tensor) -> Tensor:
+    return m.norm(torch.embedding(m.table, torch.tensor([1, 4, 2])))
+
+
+def a_parameter_updated_in_place_after_expansion(m: Parts, x: Tensor) -> Tensor:
+    stream = m.scale + x.new_zeros(4, D)
+    stream += m.one(x)
+    return m.norm(stream)
+
+
+FUNCTIONS = [
+    mean_of_a_native_norm_is_read,
+    norm_of_a_norm,
+    norm_whose_bias_is_a_norm,
+    dropout_is_its_operand,
+    update_keeps_the_dtype,
+    bits_read_as_another_dtype,
+    norm_over_one_element,
+    cast_to_integers_before_a_scale,
+    difference_that_is_written_to,
+    mean_changed_before_the_difference,
+    running_statistics_are_written,
+    table_that_is_renormalised,
+    blocks_across_groups,
+    embedding_with_its_arguments_swapped,
+    a_parameter_updated_in_place_after_expansion,
+]
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+def test_found_by_fuzzing(function: Callable[[Parts, Tensor], Tensor]) -> None:
+    model, reference = (randomise(Parts(function).double().eval()) for _ in range(2))
+    value = torch.randn(4, D, dtype=torch.float64)
+    compiled = torch.compile(model, backend="lnfold", fullgraph=True)
+    for call in range(3):
+        torch.testing.assert_close(compiled(value), reference(value), rtol=1e-9, atol=1e-9, msg=f"call {call}")
+        if call == 1:
+            for net in (model, reference):
+                for parameter in net.parameters():
+                    parameter.mul_(0.9).add_(0.05)
+    for left, right in zip(model.state_dict().values(), reference.state_dict().values(), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-9)

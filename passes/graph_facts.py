@@ -50,25 +50,27 @@ class GraphFacts:
     # --- writes ---
 
     def _storages(self, graph: fx.Graph) -> dict[fx.Node, object]:
-        """Storage of each node; placeholders of one real storage (two Parameters on one tensor) count as one."""
+        """Storage of each node, where several that Dynamo's fake tensors take for distinct are really one.
+
+        Those are placeholders of one real storage (two Parameters on one tensor), and dropout in evaluation, which
+        returns its very operand. Views of either are views of the one storage.
+        """
         identity: dict[fx.Node, object] = {}
+        same_as: dict[object, object] = {}
         real: dict[int, object] = {}
         for node in graph.nodes:
             tensor = tensor_of(node)
-            storage: object = None if tensor is None else torch_private.storage_identity(tensor)
-            if storage is None:
+            fake: object = None if tensor is None else torch_private.storage_identity(tensor)
+            if fake is None:
                 continue
-            # In evaluation dropout returns its very operand; what Dynamo computes with says it were a copy.
+            storage = same_as.get(fake, fake)
             operation = canonicalise(node)
+            example = self.examples.get(node)
             if operation is not None and operation.name == "dropout" and operation["input"] in identity:
                 storage = identity[operation["input"]]
-            identity[node] = storage
-            example = self.examples.get(node)
-            if isinstance(example, Tensor) and (real_storage := torch_private.storage_identity(example)) is not None:
-                canonical = real.setdefault(real_storage, storage)
-                if canonical != storage:
-                    for other in [n for n, s in identity.items() if s == storage]:
-                        identity[other] = canonical
+            elif isinstance(example, Tensor) and (held := torch_private.storage_identity(example)) is not None:
+                storage = real.setdefault(held, storage)
+            same_as[fake] = identity[node] = storage
         return identity
 
     def _find_writes(self, graph: fx.Graph) -> None:

@@ -78,6 +78,7 @@ def is_biased_variance(operation: Operation) -> bool:
 
 def find_handwritten_norms(graph: fx.Graph) -> Iterator[HandwrittenNorm]:
     """Yield every hand-written LayerNorm of a graph, in the order of their means."""
+    claimed: set[fx.Node] = set()
     for node in graph.nodes:
         taken = mean_of(node)
         if taken is None:
@@ -94,7 +95,10 @@ def find_handwritten_norms(graph: fx.Graph) -> Iterator[HandwrittenNorm]:
         else:
             variances = tuple(user for user in source.users if _is_variance(user, source, axes))
             if differences and _is_normalised(differences, variances, axes):
-                yield HandwrittenNorm(source, axes, node, tuple(differences), variances)
+                # Two norms of one tensor may share a variance, which is exchanged once.
+                own = tuple(variance for variance in variances if variance not in claimed)
+                claimed.update(own)
+                yield HandwrittenNorm(source, axes, node, tuple(differences), own)
 
 
 def _is_variance(node: fx.Node, source: fx.Node, axes: Axes) -> bool:

@@ -52,6 +52,22 @@ def dropout_is_its_operand(m: Parts, x: Tensor) -> Tensor:
     return m.norm(stream) + m.other(same)
 
 
+def view_of_a_dropout_is_written_to(m: Parts, x: Tensor) -> Tensor:
+    stream = m.one(x)
+    view = functional.dropout(stream, 0.5, training=False).t()
+    normed = m.norm(stream)
+    view.sub_(normed.t(), alpha=3)
+    return m.other(stream) + m.norm(view.t())
+
+
+def two_norms_share_a_variance(m: Parts, x: Tensor) -> Tensor:
+    stream = m.one(x)
+    variance = stream.var(-1, keepdim=True, unbiased=False)
+    first = (stream - stream.mean(-1, keepdim=True)) / torch.sqrt(variance + 1e-5)
+    second = (stream - stream.mean(dim=-1, keepdim=True)) * torch.rsqrt(variance + 1e-3)
+    return first * m.scale + second
+
+
 def update_keeps_the_dtype(m: Parts, x: Tensor) -> Tensor:
     stream = m.one(x).float()
     stream += m.two(x)
@@ -121,6 +137,8 @@ FUNCTIONS = [
     norm_of_a_norm,
     norm_whose_bias_is_a_norm,
     dropout_is_its_operand,
+    view_of_a_dropout_is_written_to,
+    two_norms_share_a_variance,
     update_keeps_the_dtype,
     bits_read_as_another_dtype,
     norm_over_one_element,

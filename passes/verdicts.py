@@ -52,8 +52,8 @@ def _centered_by(
         key = queue.popleft()
         variable = variables[key]
         if key not in placement.streams:
-            if variable.is_parameter:
-                parameters.update(dict.fromkeys(_parameter_names(variable.node)))
+            if variable.parameter is not None:
+                parameters.update(dict.fromkeys(_parameter_names(variable.parameter)))
             elif variable.is_recomputed:
                 queue.extend(variable.needs.items())
             elif not variable.is_zero_mean:
@@ -91,7 +91,7 @@ def describe_centerings(
     centerings = []
     for key in placement.centered - placement.streams:
         variable = variables[key]
-        if variable.is_parameter or variable.is_zero_mean or variable.is_recomputed:
+        if not variable.centered_at_run_time:
             continue
         served = sum(
             variable.node in _centered_by((site.input, site.axes), placement, variables)[1] for site in placement.folded

@@ -32,12 +32,10 @@ def left_alone(sites: Sequence[NormSite], reason: Reason, detail: str) -> tuple[
 
 def _folded_site(site: NormSite, placement: Placement, variables: Mapping[VariableKey, Variable]) -> Site:
     parameters, activations = _centered_by((site.input, site.axes), placement, variables)
-    words = f"centered in {len(parameters)} parameter{'s' if len(parameters) != 1 else ''}"
+    places = [f"in {len(parameters)} parameter{'s' if len(parameters) != 1 else ''}"] if parameters else []
     if activations:
-        names = ", ".join(provenance.describe(node) for node in activations)
-        words += f" and at run time after {names}"
-    if not parameters and not activations:
-        words = "its input has zero mean as it is"
+        places.append(f"at run time after {', '.join(provenance.describe(node) for node in activations)}")
+    words = f"centered {' and '.join(places)}" if places else "its input has zero mean as it is"
     return Site(site.name, site.location, True, "rms_norm", None, words, tuple(parameters))
 
 

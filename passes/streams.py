@@ -295,7 +295,9 @@ class _Explorer:
             try:
                 successor = self.follow(variable.node, variable.axes, user)
             except Blocked as blocked:
-                variable.reader_blocker = Blocker(blocked.reason, blocked.sentence, user)
+                # The output has no place in the model's source; what is returned has.
+                place = variable.node if user.op == "output" else user
+                variable.reader_blocker = Blocker(blocked.reason, blocked.sentence, place)
                 return
             if successor is not None:
                 variable.successors.append(successor)
@@ -417,6 +419,6 @@ def first_blocker(start: VariableKey, variables: Mapping[VariableKey, Variable])
 
 def describe_blocker(blocker: Blocker) -> str:
     """Return a blocker in words: what, at which operation, where it stands."""
-    if blocker.node is None or blocker.node.op == "output":
+    if blocker.node is None:
         return blocker.sentence
     return f"{blocker.sentence}: {provenance.describe(blocker.node)}"

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from torch import fx
 
 from lncompile.passes import provenance
+from lncompile.passes.costs import NOTHING
 from lncompile.passes.decisions import Blocker, Reason, RuntimeCentering, Site
-from lncompile.passes.placement import Placement
+from lncompile.passes.placement import Placement, benefit
 from lncompile.passes.sites import NormSite
 from lncompile.passes.streams import Variable, VariableKey, describe_blocker, first_blocker
 
@@ -91,16 +92,20 @@ def describe_centerings(
         variable = variables[key]
         if not variable.centered_at_run_time:
             continue
-        served = sum(
-            variable.node in _centered_by((site.input, site.axes), placement, variables)[1] for site in placement.folded
-        )
-        norms = f"{served} norm{'s' if served != 1 else ''}"
+        served = [
+            site
+            for site in placement.folded
+            if variable.node in _centered_by((site.input, site.axes), placement, variables)[1]
+        ]
+        saved = sum((benefit(site) for site in served), NOTHING)
+        norms = f"{len(served)} norm{'s' if len(served) != 1 else ''}"
         why = describe_blocker(variable.blocker) if variable.blocker else "a cheaper place than its parameters"
+        cost = f"{variable.centering_cost} bytes of memory traffic a call, saves {saved}"
         centerings.append(
             RuntimeCentering(
                 provenance.module_path(variable.node) or variable.node.name,
                 provenance.location(variable.node),
-                f"one centering lets {norms} fold ({why})",
+                f"one centering lets {norms} fold: costs {cost} ({why})",
             )
         )
     return tuple(sorted(centerings, key=lambda centering: centering.after))

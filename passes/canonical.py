@@ -67,7 +67,8 @@ class Operation:
                 items[index] = value
                 changed[name] = items
         for name, value in changed.items():
-            kind, place = self.places[name]
+            # A parameter that the call leaves at its default is given by its name.
+            kind, place = self.places.get(name, ("kwargs", name))
             if kind == "args":
                 original = args[place]
                 args[place] = tuple(value) if isinstance(original, tuple) else value
@@ -111,6 +112,7 @@ _KEYWORD_ALIASES = {
     "sizes": "shape",
     "repeats": "repeats",
     "input1": "input",
+    "cudnn_enabled": "cudnn_enable",
 }
 
 
@@ -305,16 +307,24 @@ def embedding(
     scale_grad_by_freq: Any = False, sparse: Any = False
 ) -> None: ...  # fmt: skip
 @spelled(functional.conv1d, functional.conv2d, functional.conv3d, torch.conv1d, torch.conv2d, torch.conv3d,
-         aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)  # fmt: skip
+         aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
+         aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding)  # fmt: skip
 def convolution(
     input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: Any = 1
 ) -> None: ...
 
 
-@spelled(functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d)
+@spelled(functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d,
+         torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d,
+         aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)  # fmt: skip
 def transposed_convolution(
     input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, output_padding: Any = 0,
     groups: Any = 1, dilation: Any = 1
+) -> None: ...  # fmt: skip
+@spelled(torch.convolution, aten.convolution.default)
+def any_convolution(
+    input: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: Any, output_padding: Any,
+    groups: Any
 ) -> None: ...  # fmt: skip
 @spelled(functional.embedding_bag)
 def embedding_bag(
@@ -333,6 +343,18 @@ def weight_norm(v: Any, g: Any, dim: Any = 0) -> None: ...
 
 
 # --- norms and other shift-invariant operations ---
+
+
+@spelled(functional.batch_norm)
+def batch_norm(
+    input: Any, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None, training: Any = False,
+    momentum: Any = 0.1, eps: Any = 1e-5
+) -> None: ...  # fmt: skip
+@spelled(torch.batch_norm, aten.batch_norm.default)
+def batch_norm_(
+    input: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any, training: Any, momentum: Any, eps: Any,
+    cudnn_enable: Any = True
+) -> None: ...  # fmt: skip
 
 
 @spelled(functional.layer_norm, torch.layer_norm, aten.layer_norm.default)

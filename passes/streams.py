@@ -18,9 +18,9 @@ from lncompile.lowering import torch_private
 from lncompile.passes import provenance
 from lncompile.passes.axes import Axes
 from lncompile.passes.canonical import Key, Operation, canonicalise, tensor_of
+from lncompile.passes.composed_sources import ComposedSource, find_composed_source
 from lncompile.passes.decisions import Blocked, Blocker, Reason
 from lncompile.passes.graph_facts import GraphFacts
-from lncompile.passes.layer_scale import ScaledSource, find_scaled_source
 from lncompile.passes.operands import is_constant_along
 from lncompile.passes.rules import INVARIANCES, RULES, ZERO_MEANS, Linear, blockers
 from lncompile.passes.sites import NormSite
@@ -45,7 +45,7 @@ class Variable:
         is_parameter: whether ``v`` is a parameter expression.
         is_zero_mean: whether ``v`` has zero mean along ``A`` as it is.
         is_recomputed: whether ``Cv`` is had for nothing by doing the (view of a parameter) once more, centered.
-        scaled_source: set where ``v`` is a linear layer times a parameter (LayerScale), which compose first.
+        composed_source: set where ``v`` is a product whose channels parameters scale and shift, which compose first.
     """
 
     node: fx.Node
@@ -59,7 +59,7 @@ class Variable:
     is_parameter: bool = False
     is_zero_mean: bool = False
     is_recomputed: bool = False
-    scaled_source: ScaledSource | None = None
+    composed_source: ComposedSource | None = None
 
     @property
     def key(self) -> VariableKey:
@@ -170,8 +170,8 @@ def _explore_producer(variable: Variable, facts: GraphFacts) -> None:
     try:
         resolved = resolve(operation, variable.axes)
     except Blocked as blocked:
-        variable.scaled_source = find_scaled_source(operation, variable.axes, facts)
-        if variable.scaled_source is None:
+        variable.composed_source = find_composed_source(operation, variable.axes, facts)
+        if variable.composed_source is None:
             variable.blocker = Blocker(blocked.reason, blocked.sentence, node)
         return
     variable.needs, variable.zeros = dict(resolved.needs), resolved.zeros

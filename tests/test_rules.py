@@ -44,6 +44,11 @@ class Around(nn.Module):
         self.image_convolution = nn.Conv2d(3, D, 2, stride=2)
         self.grouped = nn.Conv1d(6, D, 3, padding=1, groups=3)
         self.transposed = nn.ConvTranspose2d(3, D, 2)
+        self.transposed_in_groups = nn.ConvTranspose1d(6, D, 3, groups=3)
+        self.batch_norm, self.row_batch_norm = nn.BatchNorm1d(D).eval(), nn.BatchNorm1d(5).eval()
+        self.plain_batch_norm = nn.BatchNorm1d(D, affine=False).eval()
+        self.training_batch_norm = nn.BatchNorm1d(D).train()
+        self.image_batch_norm = nn.BatchNorm2d(D).eval()
         self.attention = nn.MultiheadAttention(D, 3, batch_first=True)
         self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(D, D))
         self.operation = operation
@@ -134,7 +139,7 @@ CASES = {
     "layer_scale_on_a_sum": stays("mul", Reason.VARYING_SCALE, lambda m, x, y, e: (x + y) * m.scale),
     "layer_scale_of_something_used_twice": stays(
         "mul", Reason.VARYING_SCALE, lambda m, x, y, e: x * m.scale + torch.relu(x).mean(-1, keepdim=True)),
-    "div_by_features": stays("div", Reason.VARYING_SCALE, lambda m, x, y, e: x / (m.scale + 5)),
+    "div_by_features": stays("div", Reason.VARYING_SCALE, lambda m, x, y, e: x / (e["u"] + 5)),
     "div_rounding": stays("div", Reason.NON_COMMUTING, lambda m, x, y, e: torch.div(x, 0.1, rounding_mode="floor")),
     "number_over": stays("div", Reason.VARYING_SCALE, lambda m, x, y, e: 1 / x),
     # --- casts, copies, dropout ---
@@ -251,6 +256,91 @@ CASES = {
         "convolution", Reason.DIFFERENT_AXES, lambda m, x, y, e: m.image_convolution(e["image"]), norm=(D, 2, 2)),
     "transposed_convolution": folds(
         "transposed_convolution", lambda m, x, y, e: m.transposed(e["image"]).flatten(2).transpose(1, 2)),
+    "transposed_convolution_in_groups": stays(
+        "transposed_convolution", Reason.DIFFERENT_AXES, lambda m, x, y, e: m.transposed_in_groups(e["six"]).mT),
+    "transposed_convolution_norm_inside_groups": folds(
+        "transposed_convolution", lambda m, x, y, e: m.transposed_in_groups(e["six"]).mT.unflatten(-1, (3, 4)), norm=4),
+    "transposed_convolution_norm_inside_half_groups": folds(
+        "transposed_convolution", lambda m, x, y, e: m.transposed_in_groups(e["six"]).mT.unflatten(-1, (6, 2)), norm=2),
+    "transposed_convolution_norm_inside_two_groups": stays(
+        "transposed_convolution", Reason.DIFFERENT_AXES,
+        lambda m, x, y, e: m.transposed_in_groups(e["six"]).mT.unflatten(-1, (2, 6)), norm=6),
+    "transposed_convolution_aten": folds("transposed_convolution", lambda m, x, y, e: aten.conv_transpose2d.input(
+        e["image"], m.transposed.weight).flatten(2).mT),
+    "any_convolution": folds("any_convolution", lambda m, x, y, e: aten.convolution.default(
+        e["image"], m.image_convolution.weight, m.image_convolution.bias, [2, 2], [0, 0], [1, 1], False, [0, 0], 1
+        ).flatten(2).mT),
+    "any_convolution_transposed": folds("any_convolution", lambda m, x, y, e: torch.convolution(
+        e["image"], m.transposed.weight, m.transposed.bias, [1, 1], [0, 0], [1, 1], True, [0, 0], 1).flatten(2).mT),
+    "convolution_padding_in_words": folds("convolution", lambda m, x, y, e: torch.conv1d(
+        e["u"], m.convolution.weight, padding="same").mT),
+    "convolution_3d": folds("convolution", lambda m, x, y, e: functional.conv3d(
+        e["image"][:, None], m.image_convolution.weight[:, None], m.bias, padding="valid").flatten(2).mT),
+    "convolution_unbatched": folds("convolution", lambda m, x, y, e: functional.conv1d(
+        e["u"][0], m.convolution.weight, m.bias).mT),
+    # --- composed sources: C(s ⊙ (Wh + b) + t) = (C diag(s) W)h + C(s ⊙ b + t) ---
+    "batch_norm_over_other_axes": folds("batch_norm", lambda m, x, y, e: m.row_batch_norm(x) + y),
+    "batch_norm_torch": folds("batch_norm", lambda m, x, y, e: torch.batch_norm(
+        x, m.row_batch_norm.weight, None, m.row_batch_norm.running_mean, m.row_batch_norm.running_var, False, 0.1, 1e-3,
+        False)),
+    "batch_norm_aten": folds("batch_norm", lambda m, x, y, e: aten.batch_norm.default(
+        x, None, m.row_batch_norm.bias, m.row_batch_norm.running_mean, m.row_batch_norm.running_var, False, 0.1, 1e-3,
+        False)),
+    "batch_norm_of_a_convolution": folds(
+        "convolution", lambda m, x, y, e: m.batch_norm(m.convolution(e["u"])).transpose(1, 2)),
+    "batch_norm_of_a_convolution_without_bias": folds("convolution", lambda m, x, y, e: m.batch_norm(
+        functional.conv1d(e["u"], m.convolution.weight, padding=1)).transpose(1, 2)),
+    "batch_norm_without_affine": folds(
+        "convolution", lambda m, x, y, e: m.plain_batch_norm(m.convolution(e["u"])).transpose(1, 2)),
+    "batch_norm_of_a_transposed_convolution": folds("transposed_convolution", lambda m, x, y, e: m.image_batch_norm(
+        m.transposed(e["image"])).flatten(2).mT),
+    "batch_norm_of_any_convolution": folds("any_convolution", lambda m, x, y, e: m.image_batch_norm(torch.convolution(
+        e["image"], m.transposed.weight, None, [1, 1], [0, 0], [1, 1], True, [0, 0], 1)).flatten(2).mT),
+    "batch_norm_of_a_grouped_convolution_norm_inside_groups": folds("convolution", lambda m, x, y, e: m.batch_norm(
+        m.grouped(e["six"])).mT.unflatten(-1, (3, 4)), norm=4),
+    "batch_norm_of_a_transposed_grouped_convolution_norm_inside_groups": folds(
+        "transposed_convolution", lambda m, x, y, e: m.batch_norm(
+            m.transposed_in_groups(e["six"])).mT.unflatten(-1, (6, 2)), norm=2),
+    "batch_norm_of_a_grouped_convolution": stays(
+        "convolution", Reason.VARYING_SCALE, lambda m, x, y, e: m.batch_norm(m.grouped(e["six"])).mT),
+    "batch_norm_of_a_linear_layer": folds("linear", lambda m, x, y, e: m.batch_norm(functional.dropout(
+        m.one(e["seven"]), 0.5, False))),
+    "batch_norm_of_a_linear_layer_of_tokens": folds(
+        "linear", lambda m, x, y, e: m.batch_norm(m.one(e["seven"]).view(-1, D)).view(1, 2, D)),
+    "batch_norm_of_addmm": folds("addmm", lambda m, x, y, e: m.batch_norm(
+        torch.addmm(m.bias, torch.relu(x[0]), m.weight))),
+    "batch_norm_of_addmm_with_factors": stays("addmm", Reason.VARYING_SCALE, lambda m, x, y, e: m.batch_norm(
+        torch.addmm(m.bias, torch.relu(x[0]), m.weight, beta=2))),
+    "batch_norm_then_layer_scale": folds("convolution", lambda m, x, y, e: m.scale * m.batch_norm(
+        m.convolution(e["u"])).transpose(1, 2)),
+    "layer_scale_then_batch_norm": folds("convolution", lambda m, x, y, e: m.batch_norm(
+        m.scale[:, None] * m.convolution(e["u"])).transpose(1, 2)),
+    "two_batch_norms": folds("convolution", lambda m, x, y, e: m.plain_batch_norm(m.batch_norm(
+        m.convolution(e["u"]))).transpose(1, 2)),
+    "layer_scale_of_a_convolution": folds("convolution", lambda m, x, y, e: (
+        m.image_convolution(e["image"]) * m.scale[:, None, None]).flatten(2).mT),
+    "layer_scale_of_matmul": folds("matmul", lambda m, x, y, e: (torch.relu(x) @ m.weight) * m.scale),
+    "layer_scale_of_an_embedding": folds("embedding", lambda m, x, y, e: m.scale * m.table(e["columns"])),
+    "layer_scale_by_division": folds("linear", lambda m, x, y, e: x / (m.scale + 5)),
+    "layer_scale_norm_inside_heads": folds("linear", lambda m, x, y, e: (x * m.scale).unflatten(-1, (3, 4)), norm=4),
+    "batch_norm_of_matmul": stays(
+        "matmul", Reason.VARYING_SCALE, lambda m, x, y, e: m.batch_norm(torch.relu(x[0]) @ m.weight)),
+    "layer_scale_that_widens": stays("linear", Reason.VARYING_SCALE, lambda m, x, y, e: x[:, :1] * (
+        m.scale * (m.row + 2))),
+    "layer_scale_along_other_channels": stays("linear", Reason.VARYING_SCALE, lambda m, x, y, e: x.view(
+        2, 5, 3, 4) * m.scale.view(3, 4), norm=(3, 4)),
+    "layer_scale_of_permuted_channels": stays("linear", Reason.VARYING_SCALE, lambda m, x, y, e: x.view(
+        2, 5, 3, 4).mT.flatten(2) * m.scale),
+    "batch_norm_in_training": stays("batch_norm", Reason.NON_COMMUTING, lambda m, x, y, e: m.training_batch_norm(
+        m.convolution(e["u"])).transpose(1, 2)),
+    "batch_norm_of_something_used_twice": stays("batch_norm", Reason.VARYING_SCALE, lambda m, x, y, e: m.batch_norm(
+        z := m.convolution(e["u"])).transpose(1, 2) + torch.relu(z).transpose(1, 2).mean(-1, keepdim=True)),
+    "batch_norm_of_a_sum": stays(
+        "batch_norm", Reason.VARYING_SCALE, lambda m, x, y, e: m.batch_norm((x + y).mT).mT),
+    "batch_norm_of_another_dtype": stays("batch_norm", Reason.VARYING_SCALE, lambda m, x, y, e: m.batch_norm(
+        m.convolution(e["u"]).float().double()).mT),
+    "batch_norm_by_tensors_of_the_caller": stays("batch_norm", Reason.VARYING_SCALE, lambda m, x, y, e:
+        functional.batch_norm(m.convolution(e["u"]), e["u"][0, 0], e["u"][0, 1] ** 2).mT),
     "embedding_bag": folds("embedding_bag", lambda m, x, y, e: functional.embedding_bag(
         e["columns"][None].expand(2, 3), m.table.weight, mode="sum")),
     "embedding_bag_max": stays("embedding_bag", Reason.NON_COMMUTING, lambda m, x, y, e: functional.embedding_bag(
@@ -363,7 +453,7 @@ def extra_inputs() -> dict[str, Tensor]:
     return {
         "u": rand(2, 5, D), "row": rand(2, 5, 1), "mask": rand(2, 5, 1) > 0.5, "rows": torch.tensor([1, 0, 1]),
         "columns": torch.tensor([4, 2, 0]), "features": torch.tensor([1, 5, 7]), "image": rand(2, 3, 4, 4),
-        "six": rand(2, 6, 5),
+        "six": rand(2, 6, 5), "seven": rand(2, 7),
     }  # fmt: skip
 
 

@@ -416,8 +416,9 @@ def _attribute(node: fx.Node) -> Operation | None:
     name = node.args[1]
     if name in _METADATA_ATTRIBUTES:
         return Operation(node, "metadata", {"input": node.args[0]}, {"input": ("args", 0)})
-    if name in ("T", "mT"):
-        return Operation(node, "t" if name == "T" else "mT", {"input": node.args[0]}, {"input": ("args", 0)})
+    tensor = value_of(node.args[0]) if isinstance(node.args[0], fx.Node) else None
+    if name in ("T", "mT") or (name in ("H", "mH") and isinstance(tensor, Tensor) and not tensor.is_complex()):
+        return Operation(node, "t" if name in ("T", "H") else "mT", {"input": node.args[0]}, {"input": ("args", 0)})
     return None
 
 

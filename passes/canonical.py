@@ -113,6 +113,13 @@ _KEYWORD_ALIASES = {
     "repeats": "repeats",
     "input1": "input",
     "cudnn_enabled": "cudnn_enable",
+    "vec": "other",
+    "mat2": "other",
+    "src": "source",
+    "value": "source",
+    "upscale_factor": "factor",
+    "downscale_factor": "factor",
+    "dimension": "dim",
 }
 
 
@@ -272,6 +279,46 @@ def var(input: Any, dim: Any = None, unbiased: Any = None, keepdim: Any = False,
 def std(input: Any, dim: Any = None, unbiased: Any = None, keepdim: Any = False, *, correction: Any = None) -> None: ...
 @spelled(torch.where, aten.where.self)
 def where(condition: Any, input: Any, other: Any) -> None: ...
+@spelled(torch.scatter, aten.scatter.src, aten.scatter.value, methods="scatter")
+def scatter(input: Any, dim: Any, index: Any, source: Any, *, reduce: Any = None) -> None: ...
+@spelled(torch.scatter_add, aten.scatter_add.default, methods="scatter_add")
+def scatter_add(input: Any, dim: Any, index: Any, source: Any) -> None: ...
+@spelled(torch.scatter_reduce, aten.scatter_reduce.two, methods="scatter_reduce")
+def scatter_reduce(
+    input: Any, dim: Any, index: Any, source: Any, reduce: Any, *, include_self: Any = True
+) -> None: ...  # fmt: skip
+@spelled(torch.index_copy, aten.index_copy.default, methods="index_copy")
+def index_copy(input: Any, dim: Any, index: Any, source: Any) -> None: ...
+@spelled(torch.index_fill, aten.index_fill.int_Scalar, methods="index_fill")
+def index_fill(input: Any, dim: Any, index: Any, value: Any) -> None: ...
+@spelled(torch.index_put, aten.index_put.default, methods="index_put")
+def index_put(input: Any, indices: Any, values: Any, accumulate: Any = False) -> None: ...
+@spelled(torch.slice_scatter, aten.slice_scatter.default, methods="slice_scatter")
+def slice_scatter(
+    input: Any, source: Any, dim: Any = 0, start: Any = None, end: Any = None, step: Any = 1
+) -> None: ...  # fmt: skip
+@spelled(torch.select_scatter, aten.select_scatter.default, methods="select_scatter")
+def select_scatter(input: Any, source: Any, dim: Any, index: Any) -> None: ...
+@spelled(torch.masked_scatter, aten.masked_scatter.default, methods="masked_scatter")
+def masked_scatter(input: Any, mask: Any, source: Any) -> None: ...
+@spelled(torch.take_along_dim, aten.take_along_dim.default, methods="take_along_dim")
+def take_along_dim(input: Any, indices: Any, dim: Any = None) -> None: ...
+@spelled(aten.unfold.default, methods="unfold")
+def unfold(input: Any, dim: Any, size: Any, step: Any) -> None: ...
+@spelled(functional.unfold, aten.im2col.default)
+def unfold_image(
+    input: Any, kernel_size: Any, dilation: Any = 1, padding: Any = 0, stride: Any = 1
+) -> None: ...  # fmt: skip
+@spelled(functional.fold, aten.col2im.default)
+def fold_image(
+    input: Any, output_size: Any, kernel_size: Any, dilation: Any = 1, padding: Any = 0, stride: Any = 1
+) -> None: ...  # fmt: skip
+@spelled(functional.pixel_shuffle, torch.pixel_shuffle, aten.pixel_shuffle.default)
+def pixel_shuffle(input: Any, factor: Any) -> None: ...
+@spelled(functional.pixel_unshuffle, torch.pixel_unshuffle, aten.pixel_unshuffle.default)
+def pixel_unshuffle(input: Any, factor: Any) -> None: ...
+@spelled(functional.channel_shuffle, torch.channel_shuffle, aten.channel_shuffle.default)
+def channel_shuffle(input: Any, groups: Any) -> None: ...
 @spelled(torch.masked_fill, aten.masked_fill.Scalar, methods="masked_fill masked_fill_")
 def masked_fill(input: Any, mask: Any, value: Any) -> None: ...
 
@@ -298,9 +345,20 @@ def linear(input: Any, weight: Any, bias: Any = None) -> None: ...
 def addmm(input: Any, mat1: Any, mat2: Any, *, beta: Any = 1, alpha: Any = 1) -> None: ...
 @spelled(torch.baddbmm, aten.baddbmm.default, methods="baddbmm")
 def baddbmm(input: Any, mat1: Any, mat2: Any, *, beta: Any = 1, alpha: Any = 1) -> None: ...
-@spelled(operator.matmul, torch.matmul, torch.mm, torch.bmm, aten.mm.default, aten.bmm.default, aten.matmul.default,
-         methods="matmul mm bmm __matmul__")  # fmt: skip
+@spelled(operator.matmul, torch.matmul, torch.mm, torch.bmm, torch.mv, torch.linalg.matmul, aten.mm.default,
+         aten.bmm.default, aten.mv.default, aten.matmul.default, methods="matmul mm bmm mv __matmul__")  # fmt: skip
 def matmul(input: Any, other: Any) -> None: ...
+@spelled(torch.addmv, aten.addmv.default, methods="addmv")
+def addmv(input: Any, mat: Any, vec: Any, *, beta: Any = 1, alpha: Any = 1) -> None: ...
+@spelled(torch.einsum, aten.einsum.default)
+def einsum(equation: Any, *operands: Any, path: Any = None) -> None: ...
+@spelled(functional.bilinear, torch.bilinear, aten.bilinear.default)
+def bilinear(input: Any, input2: Any, weight: Any, bias: Any = None) -> None: ...
+@spelled(torch.embedding, aten.embedding.default)
+def embedding_(
+    weight: Any, input: Any, padding_idx: Any = -1, scale_grad_by_freq: Any = False, sparse: Any = False, *,
+    max_norm: Any = None
+) -> None: ...  # fmt: skip
 @spelled(functional.embedding)
 def embedding(
     input: Any, weight: Any, padding_idx: Any = None, max_norm: Any = None, norm_type: Any = 2.0,

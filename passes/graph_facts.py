@@ -104,8 +104,8 @@ class GraphFacts:
     # --- parameters ---
 
     def _find_parameters(self, graph: fx.Graph) -> None:
-        # Known are also masks and numbers, which cannot be centered themselves: buffers of integers, constants. And what
-        # was enlarged is better centered before that than kept in a copy.
+        # Known are also masks and numbers, which cannot be centered themselves: buffers of integers, constants.
+        # What was enlarged is better centered before that than kept in a copy.
         known: set[fx.Node] = set()
         from_parameters: set[fx.Node] = set()
         enlarged: set[fx.Node] = set()

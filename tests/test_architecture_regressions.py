@@ -160,9 +160,9 @@ FOLDS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "queries_from_zeros": (QueriesFromZeros, 1, 1),
     "expanded_parameter_read_twice": (ExpandedParameterReadTwice, 1, 1),
     "gather_behind_flatten": (GatherBehindFlatten, 1, 1),
+    "image_features_among_tokens": (ImageFeaturesAmongTokens, 1, 1),
 }
 FOLDS_LATER: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
-    "image_features_among_tokens": (ImageFeaturesAmongTokens, 1, 1),
     "joint_projection": (JointProjection, 2, 2),
     "shift_tolerant_neighbour": (ShiftTolerantNeighbour, 1, 2),
 }

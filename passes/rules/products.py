@@ -85,13 +85,35 @@ def addmm(operation: Operation) -> Sequence[Linear]:
     ]
 
 
+def _summed_over(dimension: int, size: Size, what: str) -> AxisMap:
+    """A product with a vector takes one dimension away, off A."""
+
+    def forward(axes: Axes) -> Axes:
+        require_uncontracted(axes, dimension, what)
+        return axes.remove(dimension)
+
+    return AxisMap(forward, lambda axes: axes.insert_free(dimension, size))
+
+
+@linear_rule("addmv")
+def addmv(operation: Operation) -> Sequence[Linear]:
+    """``C(βm + αAv) = βCm + α(CA)v`` over A's rows."""
+    matrix = shape(operation["mat"])
+    addend = aligned(shape(operation["input"]), result_shape(operation))
+    return [Linear({("mat", None): _summed_over(1, matrix[1], "addmv"), ("input", None): addend})]
+
+
 @linear_rule("matmul")
 def matmul(operation: Operation) -> Sequence[Linear]:
     """``C(AB) = A(CB)`` over B's columns (attention's ``P @ v``, ``x @ W``) and ``(CA)B`` over A's rows."""
     result = result_shape(operation)
     left, right = shape(operation["input"]), shape(operation["other"])
-    if len(left) < 2 or len(right) < 2:
-        raise Blocked(Reason.UNKNOWN_OPERATION, "a product with a vector")
+    if not result:
+        raise Blocked(Reason.DIFFERENT_AXES, "a product of two vectors")
+    if len(right) == 1:
+        return [Linear({("input", None): _summed_over(len(left) - 1, left[-1], "matmul")})]
+    if len(left) == 1:
+        return [Linear({("other", None): _summed_over(len(right) - 2, right[-2], "matmul")})]
     last = len(result) - 1
     return [
         Linear({("other", None): one_dimension(right, len(right) - 1, result, last, "matmul")}),

@@ -433,7 +433,7 @@ def log_softmax(input: Any, dim: Any = None, *rest: Any, **keywords: Any) -> Non
 
 @spelled(torch.zeros, torch.zeros_like, aten.zeros.default, aten.zeros_like.default, methods="new_zeros")
 def zeros(*rest: Any, **keywords: Any) -> None: ...
-@spelled(torch.ones_like, torch.empty_like, torch.full_like, torch.rand_like, torch.randn_like,
+@spelled(torch.ones_like, torch.empty_like, torch.full_like, torch.rand_like, torch.randn_like, aten.sym_size.int,
          torch.numel, torch.is_tensor, torch.is_floating_point, torch.result_type,
          methods="size dim ndimension numel new_ones new_full new_empty new_tensor is_floating_point "
                  "get_device element_size")  # fmt: skip

@@ -7,7 +7,7 @@ reason is checked. A rule without a case fails ``test_every_rule_has_a_case``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -209,8 +209,18 @@ CASES = {
     "index_tensor_and_number": folds("getitem", lambda m, x, y, e: x[0, e["columns"]]),
     "slice_features": stays("getitem", Reason.DIFFERENT_AXES, lambda m, x, y, e: x[..., :6], norm=6),
     "index_features": stays("getitem", Reason.DIFFERENT_AXES, lambda m, x, y, e: x[:, :, e["features"]], norm=3),
-    "boolean_index": stays(
-        "getitem", Reason.UNKNOWN_OPERATION, lambda m, x, y, e: x[torch.tensor([True, False])]),
+    "index_tensors_apart": folds("getitem", lambda m, x, y, e: x[:, :, None][e["rows"], :, e["zeros"]]),
+    "index_tensors_with_a_new_axis_between": folds("getitem", lambda m, x, y, e: x[e["rows"], None, e["columns"]]),
+    "index_tensor_behind_a_slice": folds("getitem", lambda m, x, y, e: x[:, e["columns"]]),
+    "index_tensor_and_number_apart": folds("getitem", lambda m, x, y, e: x[:, :, None][0, :, e["zeros"]]),
+    "index_tensor_twice": folds("getitem", lambda m, x, y, e: x[e["rows"], e["rows"]]),
+    "index_tensors_apart_take_features": stays(
+        "getitem", Reason.DIFFERENT_AXES, lambda m, x, y, e: x + x[e["rows"], :, e["features"]].sum()),
+    "boolean_index": folds("getitem", lambda m, x, y, e: x[e["mask"][:, 0, 0]]),
+    "boolean_index_of_two_axes": folds("getitem", lambda m, x, y, e: x[e["mask"][..., 0]]),
+    "boolean_index_behind_a_slice": folds("getitem", lambda m, x, y, e: x[:, e["mask"][0, :, 0]]),
+    "boolean_index_of_features": stays(
+        "getitem", Reason.DIFFERENT_AXES, lambda m, x, y, e: x + x[:, :, e["u"][0, 0] > 0.5].sum(-1, keepdim=True)),
     "narrow": folds("narrow", lambda m, x, y, e: x.narrow(1, 1, 3)),
     "aten_slice": folds("slice", lambda m, x, y, e: aten.slice.Tensor(x, 1, 1, 4)),
     "select": folds("select", lambda m, x, y, e: x.select(1, 2)),
@@ -605,7 +615,7 @@ def extra_inputs() -> dict[str, Tensor]:
     return {
         "u": rand(2, 5, D), "row": rand(2, 5, 1), "mask": rand(2, 5, 1) > 0.5, "rows": torch.tensor([1, 0, 1]),
         "columns": torch.tensor([4, 2, 0]), "features": torch.tensor([1, 5, 7]), "image": rand(2, 3, 4, 4),
-        "six": rand(2, 6, 5), "seven": rand(2, 7), "square": rand(2, 5, 5),
+        "six": rand(2, 6, 5), "zeros": torch.tensor([0, 0, 0]), "seven": rand(2, 7), "square": rand(2, 5, 5),
     }  # fmt: skip
 
 
@@ -616,6 +626,13 @@ def run(case: Case) -> tuple[Any, Tensor, Tensor]:
     actual = compiled(value, extra_inputs())
     (report,) = lncompile.reports(compiled)
     return report, actual, module(value, extra_inputs())
+
+
+@pytest.fixture(autouse=True)
+def data_dependent_sizes() -> Iterator[None]:
+    """A boolean index makes a tensor whose size is known at run time only; Dynamo captures it when asked to."""
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        yield
 
 
 @pytest.mark.parametrize("name", CASES)

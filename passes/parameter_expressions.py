@@ -44,7 +44,7 @@ _WIDENED_NAMES = frozenset(
     "log2 log10 log1p sigmoid tanh softplus softmax log_softmax logsigmoid logsumexp relu elu silu gelu erf sin cos "
     "tan atan sinh cosh reciprocal sign clamp clamp_min clamp_max clip maximum minimum norm vector_norm matrix_norm "
     "normalize sum mean var std prod amax amin cumsum cumprod eq ne lt le gt ge logical_not logical_and logical_or "
-    "invert and_ or_ ones_like full_like broadcast_to meshgrid outer ger kron addcmul addcdiv hypot atan2 remainder "
+    "invert and_ or_ ones_like full_like outer ger kron addcmul addcdiv hypot atan2 remainder "
     "round floor ceil trunc mH H".split()
 )
 _NARROWED_NAMES = frozenset(

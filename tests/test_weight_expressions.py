@@ -166,6 +166,23 @@ class FrozenBatchNorm(nn.Module):
         return (self.convolution(value[..., None]) * scale + shift).squeeze(-1)
 
 
+class Experts(nn.Module):
+    """A mixture of experts: each token's rows weighted by its gate and added where they belong."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(6, 3)
+        self.experts = nn.ModuleList([nn.Linear(6, 8) for _ in range(3)])
+
+    def forward(self, value: Tensor) -> Tensor:
+        gates = torch.softmax(self.router(value), -1)
+        combined = value.new_zeros(value.shape[0], 8)
+        for number, expert in enumerate(self.experts):
+            rows = torch.arange(number, value.shape[0])
+            combined = combined.index_add(0, rows, expert(value[rows]) * gates[rows, number, None])
+        return combined
+
+
 MODULES: dict[str, Callable[[], nn.Module]] = {
     "spectral_norm": lambda: nn.utils.parametrizations.spectral_norm(linear()),
     "spectral_norm_hook": lambda: nn.utils.spectral_norm(linear()),
@@ -182,6 +199,7 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "bounded_low_rank": BoundedLowRank,
     "low_rank_branch": LowRankBranch,
     "standardised_convolution": StandardisedConvolution,
+    "experts": Experts,
     "frozen_batch_norm": FrozenBatchNorm,
 }
 

@@ -85,8 +85,8 @@ class FoldReport:
             )
         yield table
         yield Text(self.summary(), style="bold")
-        for reason in dict.fromkeys(site.reason for site in self.sites if site.reason is not None):
-            yield Text(f"{reason.value} would fold with {REMEDIES[reason]}")
+        for left in dict.fromkeys(site.reason for site in self.sites if site.reason is not None):
+            yield Text(f"{left.value} would fold with {REMEDIES[left]}")
         for centering in self.centerings:
             yield Text(f"centered at run time after {centering.after} ({centering.location}): {centering.detail}")
 

@@ -33,6 +33,10 @@ ATEN_LOG_SOFTMAX: Any = torch.ops.aten._log_softmax.default
 # What torch.nn.utils.parametrizations.weight_norm computes a weight with: v · g / ‖v‖.
 WEIGHT_NORM: Any = torch._weight_norm
 
+# What Dynamo writes where the model itself turns autocast on or off.
+ENTER_AUTOCAST: Any = torch.amp.autocast_mode._enter_autocast
+EXIT_AUTOCAST: Any = torch.amp.autocast_mode._exit_autocast
+
 # The one opaque operator that nn.TransformerEncoderLayer becomes in eval mode under no_grad ("fast path").
 TRANSFORMER_ENCODER_LAYER_FORWARD: Any = torch._transformer_encoder_layer_fwd
 

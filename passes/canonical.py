@@ -67,7 +67,8 @@ class Operation:
                 items[index] = value
                 changed[name] = items
         for name, value in changed.items():
-            kind, place = self.places[name]
+            # A parameter that the call leaves at its default is given by its name.
+            kind, place = self.places.get(name, ("kwargs", name))
             if kind == "args":
                 original = args[place]
                 args[place] = tuple(value) if isinstance(original, tuple) else value
@@ -111,6 +112,14 @@ _KEYWORD_ALIASES = {
     "sizes": "shape",
     "repeats": "repeats",
     "input1": "input",
+    "cudnn_enabled": "cudnn_enable",
+    "vec": "other",
+    "mat2": "other",
+    "src": "source",
+    "value": "source",
+    "upscale_factor": "factor",
+    "downscale_factor": "factor",
+    "dimension": "dim",
 }
 
 
@@ -273,6 +282,46 @@ def var(input: Any, dim: Any = None, unbiased: Any = None, keepdim: Any = False,
 def std(input: Any, dim: Any = None, unbiased: Any = None, keepdim: Any = False, *, correction: Any = None) -> None: ...
 @spelled(torch.where, aten.where.self)
 def where(condition: Any, input: Any, other: Any) -> None: ...
+@spelled(torch.scatter, aten.scatter.src, aten.scatter.value, methods="scatter")
+def scatter(input: Any, dim: Any, index: Any, source: Any, *, reduce: Any = None) -> None: ...
+@spelled(torch.scatter_add, aten.scatter_add.default, methods="scatter_add")
+def scatter_add(input: Any, dim: Any, index: Any, source: Any) -> None: ...
+@spelled(torch.scatter_reduce, aten.scatter_reduce.two, methods="scatter_reduce")
+def scatter_reduce(
+    input: Any, dim: Any, index: Any, source: Any, reduce: Any, *, include_self: Any = True
+) -> None: ...  # fmt: skip
+@spelled(torch.index_copy, aten.index_copy.default, methods="index_copy")
+def index_copy(input: Any, dim: Any, index: Any, source: Any) -> None: ...
+@spelled(torch.index_fill, aten.index_fill.int_Scalar, methods="index_fill")
+def index_fill(input: Any, dim: Any, index: Any, value: Any) -> None: ...
+@spelled(torch.index_put, aten.index_put.default, methods="index_put")
+def index_put(input: Any, indices: Any, values: Any, accumulate: Any = False) -> None: ...
+@spelled(torch.slice_scatter, aten.slice_scatter.default, methods="slice_scatter")
+def slice_scatter(
+    input: Any, source: Any, dim: Any = 0, start: Any = None, end: Any = None, step: Any = 1
+) -> None: ...  # fmt: skip
+@spelled(torch.select_scatter, aten.select_scatter.default, methods="select_scatter")
+def select_scatter(input: Any, source: Any, dim: Any, index: Any) -> None: ...
+@spelled(torch.masked_scatter, aten.masked_scatter.default, methods="masked_scatter")
+def masked_scatter(input: Any, mask: Any, source: Any) -> None: ...
+@spelled(torch.take_along_dim, aten.take_along_dim.default, methods="take_along_dim")
+def take_along_dim(input: Any, indices: Any, dim: Any = None) -> None: ...
+@spelled(aten.unfold.default, methods="unfold")
+def unfold(input: Any, dim: Any, size: Any, step: Any) -> None: ...
+@spelled(functional.unfold, aten.im2col.default)
+def unfold_image(
+    input: Any, kernel_size: Any, dilation: Any = 1, padding: Any = 0, stride: Any = 1
+) -> None: ...  # fmt: skip
+@spelled(functional.fold, aten.col2im.default)
+def fold_image(
+    input: Any, output_size: Any, kernel_size: Any, dilation: Any = 1, padding: Any = 0, stride: Any = 1
+) -> None: ...  # fmt: skip
+@spelled(functional.pixel_shuffle, torch.pixel_shuffle, aten.pixel_shuffle.default)
+def pixel_shuffle(input: Any, factor: Any) -> None: ...
+@spelled(functional.pixel_unshuffle, torch.pixel_unshuffle, aten.pixel_unshuffle.default)
+def pixel_unshuffle(input: Any, factor: Any) -> None: ...
+@spelled(functional.channel_shuffle, torch.channel_shuffle, aten.channel_shuffle.default)
+def channel_shuffle(input: Any, groups: Any) -> None: ...
 @spelled(torch.masked_fill, aten.masked_fill.Scalar, methods="masked_fill masked_fill_")
 def masked_fill(input: Any, mask: Any, value: Any) -> None: ...
 
@@ -299,25 +348,44 @@ def linear(input: Any, weight: Any, bias: Any = None) -> None: ...
 def addmm(input: Any, mat1: Any, mat2: Any, *, beta: Any = 1, alpha: Any = 1) -> None: ...
 @spelled(torch.baddbmm, aten.baddbmm.default, methods="baddbmm")
 def baddbmm(input: Any, mat1: Any, mat2: Any, *, beta: Any = 1, alpha: Any = 1) -> None: ...
-@spelled(operator.matmul, torch.matmul, torch.mm, torch.bmm, aten.mm.default, aten.bmm.default, aten.matmul.default,
-         methods="matmul mm bmm __matmul__")  # fmt: skip
+@spelled(operator.matmul, torch.matmul, torch.mm, torch.bmm, torch.mv, torch.linalg.matmul, aten.mm.default,
+         aten.bmm.default, aten.mv.default, aten.matmul.default, methods="matmul mm bmm mv __matmul__")  # fmt: skip
 def matmul(input: Any, other: Any) -> None: ...
+@spelled(torch.addmv, aten.addmv.default, methods="addmv")
+def addmv(input: Any, mat: Any, vec: Any, *, beta: Any = 1, alpha: Any = 1) -> None: ...
+@spelled(torch.einsum, aten.einsum.default)
+def einsum(equation: Any, *operands: Any, path: Any = None) -> None: ...
+@spelled(functional.bilinear, torch.bilinear, aten.bilinear.default)
+def bilinear(input: Any, input2: Any, weight: Any, bias: Any = None) -> None: ...
+@spelled(torch.embedding, aten.embedding.default)
+def embedding_(
+    weight: Any, input: Any, padding_idx: Any = -1, scale_grad_by_freq: Any = False, sparse: Any = False, *,
+    max_norm: Any = None
+) -> None: ...  # fmt: skip
 @spelled(functional.embedding)
 def embedding(
     input: Any, weight: Any, padding_idx: Any = None, max_norm: Any = None, norm_type: Any = 2.0,
     scale_grad_by_freq: Any = False, sparse: Any = False
 ) -> None: ...  # fmt: skip
 @spelled(functional.conv1d, functional.conv2d, functional.conv3d, torch.conv1d, torch.conv2d, torch.conv3d,
-         aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)  # fmt: skip
+         aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
+         aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding)  # fmt: skip
 def convolution(
     input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: Any = 1
 ) -> None: ...
 
 
-@spelled(functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d)
+@spelled(functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d,
+         torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d,
+         aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)  # fmt: skip
 def transposed_convolution(
     input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, output_padding: Any = 0,
     groups: Any = 1, dilation: Any = 1
+) -> None: ...  # fmt: skip
+@spelled(torch.convolution, aten.convolution.default)
+def any_convolution(
+    input: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: Any, output_padding: Any,
+    groups: Any
 ) -> None: ...  # fmt: skip
 @spelled(functional.embedding_bag)
 def embedding_bag(
@@ -338,6 +406,18 @@ def weight_norm(v: Any, g: Any, dim: Any = 0) -> None: ...
 # --- norms and other shift-invariant operations ---
 
 
+@spelled(functional.batch_norm)
+def batch_norm(
+    input: Any, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None, training: Any = False,
+    momentum: Any = 0.1, eps: Any = 1e-5
+) -> None: ...  # fmt: skip
+@spelled(torch.batch_norm, aten.batch_norm.default)
+def batch_norm_(
+    input: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any, training: Any, momentum: Any, eps: Any,
+    cudnn_enable: Any = True
+) -> None: ...  # fmt: skip
+
+
 @spelled(functional.layer_norm, torch.layer_norm, aten.layer_norm.default)
 def layer_norm(
     input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: Any = 1e-5, cudnn_enable: Any = True
@@ -356,7 +436,7 @@ def log_softmax(input: Any, dim: Any = None, *rest: Any, **keywords: Any) -> Non
 
 @spelled(torch.zeros, torch.zeros_like, aten.zeros.default, aten.zeros_like.default, methods="new_zeros")
 def zeros(*rest: Any, **keywords: Any) -> None: ...
-@spelled(torch.ones_like, torch.empty_like, torch.full_like, torch.rand_like, torch.randn_like,
+@spelled(torch.ones_like, torch.empty_like, torch.full_like, torch.rand_like, torch.randn_like, aten.sym_size.int,
          torch.numel, torch.is_tensor, torch.is_floating_point, torch.result_type,
          methods="size dim ndimension numel new_ones new_full new_empty new_tensor is_floating_point "
                  "get_device element_size")  # fmt: skip
@@ -397,8 +477,9 @@ def _attribute(node: fx.Node) -> Operation | None:
     name = node.args[1]
     if name in _METADATA_ATTRIBUTES:
         return Operation(node, "metadata", {"input": node.args[0]}, {"input": ("args", 0)})
-    if name in ("T", "mT"):
-        return Operation(node, "t" if name == "T" else "mT", {"input": node.args[0]}, {"input": ("args", 0)})
+    tensor = value_of(node.args[0]) if isinstance(node.args[0], fx.Node) else None
+    if name in ("T", "mT") or (name in ("H", "mH") and isinstance(tensor, Tensor) and not tensor.is_complex()):
+        return Operation(node, "t" if name in ("T", "H") else "mT", {"input": node.args[0]}, {"input": ("args", 0)})
     return None
 
 

@@ -82,25 +82,112 @@ def center_weight(weight: Tensor, axes: Axes | Sequence[Axes], dtype: torch.dtyp
     return centered.to(dtype or weight.dtype)
 
 
+def channel_scale(scale: Tensor, divides: bool = False) -> Tensor:
+    """The scale of LayerScale as a row of channels: ``s``, or ``1 / s`` where the graph divides by it.
+
+    Args:
+        scale: ``s`` with any number of dimensions of size 1 beside the channels, of any floating dtype.
+        divides: whether the graph divides by it.
+
+    Returns:
+        ``[channels]`` in float64.
+    """
+    row = scale.to(torch.float64).reshape([-1])
+    return torch.reciprocal(row) if divides else row
+
+
+def batch_norm_scale(running_var: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """What a batch norm in evaluation multiplies each channel by: ``s = γ / sqrt(var + ε)``.
+
+    Args:
+        running_var: ``[channels]``, of any floating dtype.
+        weight: γ ``[channels]``, or None for ones.
+        eps: ε.
+
+    Returns:
+        ``[channels]`` in float64.
+    """
+    scale = torch.rsqrt(torch.add(running_var.to(torch.float64), eps))
+    return scale if weight is None else torch.mul(weight.to(torch.float64), scale)
+
+
+def batch_norm_shift(running_mean: Tensor, bias: Tensor | None, scale: Tensor) -> Tensor:
+    """What a batch norm in evaluation adds to each channel: ``t = β - s ⊙ mean``.
+
+    Args:
+        running_mean: ``[channels]``, of any floating dtype.
+        bias: β ``[channels]``, or None for zeros.
+        scale: ``s`` in float64, from :func:`batch_norm_scale`.
+
+    Returns:
+        ``[channels]`` in float64.
+    """
+    moved = torch.mul(scale, running_mean.to(torch.float64))
+    return torch.neg(moved) if bias is None else torch.sub(bias.to(torch.float64), moved)
+
+
+def compose_scales(outer: Tensor, inner: Tensor) -> Tensor:
+    """Two scales in a row: ``s₂ ⊙ (s₁ ⊙ x + t₁) + t₂`` scales x by ``s₂ ⊙ s₁``. Float64 ``[channels]`` each."""
+    return torch.mul(outer, inner)
+
+
+def compose_shifts(outer_scale: Tensor, inner: Tensor, outer: Tensor | None) -> Tensor:
+    """Two shifts in a row: ``s₂ ⊙ (s₁ ⊙ x + t₁) + t₂`` shifts by ``s₂ ⊙ t₁ + t₂``. Float64 ``[channels]`` each."""
+    scaled = torch.mul(outer_scale, inner)
+    return scaled if outer is None else torch.add(scaled, outer)
+
+
 def center_scaled_weight(
-    weight: Tensor, scale: Tensor, dimension: int, axes: Axes, dtype: torch.dtype | None = None
+    weight: Tensor, scale: Tensor, dimension: int, axes: Axes, dtype: torch.dtype | None = None, groups: int = 1
 ) -> Tensor:
-    """Compose a scale into a weight, then center it: ``W ← C diag(s) W`` (LayerScale).
+    """Compose a scale into a weight, then center it: ``W ← C diag(s) W`` (LayerScale, batch norm).
 
     Args:
         weight: a parameter of any floating dtype.
-        scale: ``s``, with as many elements as ``weight`` has along ``dimension``.
+        scale: ``s``, one number for each channel.
         dimension: the dimension of ``weight`` that ``s`` multiplies.
         axes: which elements of the weight are centered together.
         dtype: dtype of ``weight``, as in :func:`center_weight`.
+        groups: in how many groups the channels lie, where ``dimension`` holds those of one group and the first
+            dimension holds the groups (transposed convolutions: ``[groups · in, out / groups, ...]``).
 
     Returns:
         A new tensor of the weight's shape and dtype, rounded once.
     """
-    sizes = [1] * axes.rank
-    sizes[dimension] = -1
-    scaled = torch.mul(weight.to(torch.float64), scale.to(torch.float64).reshape(sizes))
+    wide, row = weight.to(torch.float64), scale.to(torch.float64)
+    if groups == 1:
+        sizes = [1] * axes.rank
+        sizes[dimension] = -1
+        scaled = torch.mul(wide, row.reshape(sizes))
+    else:
+        sizes = [1] * (axes.rank + 1)
+        sizes[0], sizes[dimension + 1] = groups, -1
+        scaled = torch.mul(torch.unflatten(wide, 0, [groups, -1]), row.reshape(sizes)).flatten(0, 1)
     return _subtract_mean(scaled, axes).to(dtype or weight.dtype)
+
+
+def center_composed_bias(
+    bias: Tensor | None, scale: Tensor, shift: Tensor | None, axes: Axes, dtype: torch.dtype
+) -> Tensor:
+    """Compose a scale and a shift into a bias, then center it: ``b ← C(s ⊙ b + t)``.
+
+    Args:
+        bias: ``[channels]`` of any floating dtype, or None for zeros.
+        scale: ``s``, one number for each channel, in float64.
+        shift: ``t`` likewise, or None for zeros. Not None where ``bias`` is.
+        axes: which channels are centered together.
+        dtype: dtype of the result.
+
+    Returns:
+        ``[channels]``, rounded once.
+    """
+    composed = shift
+    if bias is not None:
+        scaled = torch.mul(bias.to(torch.float64), scale)
+        composed = scaled if shift is None else torch.add(scaled, shift)
+    if composed is None:
+        raise ValueError("there is neither a bias nor a shift to compose")
+    return _subtract_mean(composed, axes).to(dtype)
 
 
 def center_activation(

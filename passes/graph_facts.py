@@ -17,15 +17,9 @@ from torch.nn import functional
 from lncompile.lowering import torch_private
 from lncompile.passes.canonical import canonicalise, tensor_of, value_of
 from lncompile.passes.operands import WRITTEN
+from lncompile.passes.parameter_expressions import Kind, find_autocast, is_settled, kind_of
 from lncompile.passes.provenance import parameter_name
 from lncompile.passes.writes import can_be_read
-
-# Operations that may stand in a parameter expression: pure, deterministic, untouched by autocast, and no larger in
-# memory than what they read (an expanded parameter is better centered before the expansion).
-_EXPRESSION_OPERATIONS = frozenset(
-    "add sub rsub neg mul div cast to type_as view reshape view_as flatten unflatten squeeze unsqueeze permute "
-    "transpose t mT movedim narrow slice select getitem split chunk unbind weight_norm".split()
-)
 
 
 class GraphFacts:
@@ -126,6 +120,12 @@ class GraphFacts:
     # --- parameters ---
 
     def _find_parameters(self, graph: fx.Graph) -> None:
+        # Known are also masks and numbers, which cannot be centered themselves: buffers of integers, constants.
+        # What was enlarged is better centered before that than kept in a copy.
+        known: set[fx.Node] = set()
+        from_parameters: set[fx.Node] = set()
+        enlarged: set[fx.Node] = set()
+        autocast = find_autocast(graph, list(self.examples.values()))
         for node in graph.nodes:
             if node.op == "placeholder":
                 example = self.examples[node]
@@ -137,13 +137,40 @@ class GraphFacts:
                     self.unsupported[node] = problem
                 else:
                     self.parametric.add(node)
-            elif node.op in ("call_function", "call_method"):
-                operation = canonicalise(node)
-                if operation is None or operation.name not in _EXPRESSION_OPERATIONS or operation.in_place:
+                if not problem or self._is_mask(node, example):
+                    known.add(node)
+                    from_parameters.add(node)
+            elif node.op in ("call_function", "call_method") and node not in self.written:
+                kind = kind_of(node)
+                if kind is None or not all(source in known for source in node.all_input_nodes):
                     continue
-                inputs = node.all_input_nodes
-                if inputs and all(source in self.parametric for source in inputs) and node not in self.written:
-                    self.parametric.add(node)
+                operands = [tensor for source in node.all_input_nodes if (tensor := tensor_of(source)) is not None]
+                if written_arguments(node) or not is_settled(kind, operands, node in autocast):
+                    continue
+                known.add(node)
+                if not any(source in from_parameters for source in node.all_input_nodes):
+                    continue
+                from_parameters.add(node)
+                tensor = tensor_of(node)
+                if kind is Kind.ENLARGING or self._is_enlarged(node, enlarged):
+                    enlarged.add(node)
+                elif tensor is None or tensor.is_floating_point():
+                    self.parametric.add(node)  # a tuple of pieces is as good as its pieces
+
+    @staticmethod
+    def _is_enlarged(node: fx.Node, enlarged: set[fx.Node]) -> bool:
+        """Whether an expression's value is larger than all it reads, by way of an expanded parameter."""
+        tensor = tensor_of(node)
+        if tensor is None or enlarged.isdisjoint(node.all_input_nodes):
+            return False
+        others = [operand for n in node.all_input_nodes if n not in enlarged and (operand := tensor_of(n)) is not None]
+        return tensor.numel() > max((operand.numel() for operand in others), default=0)
+
+    def _is_mask(self, node: fx.Node, example: Tensor) -> bool:
+        """Whether a buffer of integers or booleans may be read by a parameter expression."""
+        plain = example.layout is torch.strided and example.device.type != "meta" and not example.is_inference()
+        whole = not example.is_floating_point() and not torch_private.is_tensor_subclass(example)
+        return plain and whole and node not in self.written
 
     def _problem_with(self, node: fx.Node, example: Tensor) -> str | None:
         name = parameter_name(node)

@@ -55,7 +55,8 @@ WRITTEN = "lnfold_written"
 # Elementwise operations by the names of their functions: what is constant along A in all operands is so in the result.
 _ELEMENTWISE = frozenset(
     "add sub mul truediv neg eq ne lt le gt ge and_ or_ xor invert bitwise_and bitwise_or bitwise_not logical_and "
-    "logical_or logical_not to float double half bfloat16 bool long int contiguous clone detach sigmoid exp".split()
+    "logical_or logical_not to float double half bfloat16 bool long int contiguous clone detach to type_as sigmoid "
+    "exp".split()
 )
 
 

@@ -29,7 +29,18 @@ from torch import Tensor, fx
 from lncompile.lowering import emit
 from lncompile.passes.axes import Axes
 from lncompile.passes.canonical import Key, Operation, aten, tensor_of, value_of
-from lncompile.passes.centering import center_activation, center_scaled_weight, center_weight
+from lncompile.passes.centering import (
+    batch_norm_scale,
+    batch_norm_shift,
+    center_activation,
+    center_composed_bias,
+    center_scaled_weight,
+    center_weight,
+    channel_scale,
+    compose_scales,
+    compose_shifts,
+)
+from lncompile.passes.composed_sources import BatchNorm, ComposedSource
 from lncompile.passes.placement import Placement
 from lncompile.passes.streams import Variable, VariableKey
 
@@ -132,8 +143,8 @@ def _after_definition(node: fx.Node) -> fx.Node:
 def _exchange_operands(graph: fx.Graph, group: Sequence[Variable], done: Rewrite) -> None:
     """Let a node compute its streams: one, or several that center different parts of its result."""
     first = group[0]
-    if first.scaled_source is not None:
-        _compose_scale(graph, first, done)
+    if first.composed_source is not None:
+        _compose(graph, first.composed_source, done)
         return
     operation = first.operation
     assert operation is not None  # streams come out of operations with rules
@@ -200,24 +211,53 @@ _OUT_OF_PLACE: dict[Any, Any] = {
 }  # fmt: skip
 
 
-def _compose_scale(graph: fx.Graph, variable: Variable, done: Rewrite) -> None:
-    source = variable.scaled_source
-    assert source is not None
+def _compose(graph: fx.Graph, source: ComposedSource, done: Rewrite) -> None:
+    """Compose scales and shifts into the parameters of a product, center these, and take the stages out."""
+    product = source.product
+    weight = product[source.weight[0]]
+    bias = None if source.bias is None else product[source.bias[0]]
+    weight_tensor = tensor_of(weight)
+    assert weight_tensor is not None  # its shape was read when the source was found
     replacements: dict[tuple[str, int | None], object] = {}
-    for key, (axes, dimension) in source.parameters.items():
-        parameter = source.linear[key[0]]
-        with graph.inserting_before(source.linear.node):
-            name = f"{parameter.name}_scaled_centered"
-            tensor = tensor_of(parameter)
-            assert tensor is not None  # its shape was read when the source was found
-            centered = emit(
-                graph, name, center_scaled_weight, parameter, source.scale, dimension, axes, tensor.dtype, value=tensor
+    with graph.inserting_before(product.node):
+        scale, shift = _composed_stages(graph, source)
+        replacements[source.weight] = emit(
+            graph, f"{weight.name}_composed_centered", center_scaled_weight, weight, scale, source.dimension,
+            source.weight_axes, weight_tensor.dtype, source.groups, value=weight_tensor,
+        )  # fmt: skip
+        if source.bias is not None and (bias is not None or shift is not None):
+            name = f"{product.node.name if bias is None else bias.name}_composed_centered"
+            replacements[source.bias] = emit(
+                graph, name, center_composed_bias, bias, scale, shift, source.bias_axes, weight_tensor.dtype
             )
-        done.weights.append(centered)
-        replacements[key] = centered
-    source.linear.replace(replacements)
-    variable.node.replace_all_uses_with(source.value)
-    for variable_key, carrier in list(done.centered.items()):
-        if carrier is variable.node:
-            done.centered[variable_key] = source.value
-    done.dead.append(variable.node)
+    done.weights.extend(node for node in replacements.values() if isinstance(node, fx.Node))
+    product.replace(replacements)
+    carriers: dict[fx.Node, fx.Node] = {}
+    for stage in source.stages:
+        node, value = stage.operation.node, carriers.get(stage.value, stage.value)
+        carriers[node] = value
+        node.replace_all_uses_with(value)
+        for key, carrier in list(done.centered.items()):
+            if carrier is node:
+                done.centered[key] = value
+        done.dead.append(node)
+
+
+def _composed_stages(graph: fx.Graph, source: ComposedSource) -> tuple[fx.Node, fx.Node | None]:
+    """One scale and one shift of the channels for all stages of a source, in float64."""
+    total_scale: fx.Node | None = None
+    total_shift: fx.Node | None = None
+    for stage in source.stages:
+        name = f"{stage.operation.node.name}_composed"
+        shift = None
+        if isinstance(stage, BatchNorm):
+            scale = emit(graph, f"{name}_scale", batch_norm_scale, stage.running_var, stage.weight, stage.eps)
+            shift = emit(graph, f"{name}_shift", batch_norm_shift, stage.running_mean, stage.bias, scale)
+        else:
+            scale = emit(graph, f"{name}_scale", channel_scale, stage.scale, stage.divides)
+        if total_shift is not None:
+            shift = emit(graph, f"{name}_shift", compose_shifts, scale, total_shift, shift)
+        total_shift = shift
+        total_scale = scale if total_scale is None else emit(graph, f"{name}_scale", compose_scales, scale, total_scale)
+    assert total_scale is not None  # a composed source has a stage
+    return total_scale, total_shift

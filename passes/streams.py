@@ -26,10 +26,10 @@ from torch import Tensor, fx
 from lncompile.passes import provenance
 from lncompile.passes.axes import Axes
 from lncompile.passes.canonical import Key, Operation, canonicalise, tensor_of
+from lncompile.passes.composed_sources import ComposedSource, find_composed_source
 from lncompile.passes.costs import A_MARK, NOTHING, Bytes, one_pass
 from lncompile.passes.decisions import Blocked, Blocker, Reason
 from lncompile.passes.graph_facts import GraphFacts
-from lncompile.passes.layer_scale import ScaledSource, find_scaled_source
 from lncompile.passes.operands import WRITTEN
 from lncompile.passes.readings import Resolved, follow_reading, resolve_reading
 from lncompile.passes.rules import INVARIANCES, RULES, ZERO_MEANS, blockers
@@ -55,7 +55,7 @@ class Variable:
         parameter: the parameter expression whose values ``v`` has: itself, or what it is a cast of.
         is_zero_mean: whether ``v`` has zero mean along ``A`` as it is.
         is_recomputed: whether ``Cv`` is had for nothing by doing the (view of a parameter) once more, centered.
-        scaled_source: set where ``v`` is a linear layer times a parameter (LayerScale), which compose first.
+        composed_source: set where ``v`` is a product whose channels parameters scale and shift, which compose first.
         writes: assignments into ``v`` after it was made, whose values must be centered as well.
     """
 
@@ -71,7 +71,7 @@ class Variable:
     parameter: fx.Node | None = None
     is_zero_mean: bool = False
     is_recomputed: bool = False
-    scaled_source: ScaledSource | None = None
+    composed_source: ComposedSource | None = None
     writes: tuple[Write, ...] = ()
 
     @property
@@ -212,8 +212,8 @@ class _Explorer:
         try:
             resolved = self.resolve(operation, variable.axes)
         except Blocked as blocked:
-            variable.scaled_source = find_scaled_source(operation, variable.axes, self.facts)
-            if variable.scaled_source is None:
+            variable.composed_source = find_composed_source(operation, variable.axes, self.facts)
+            if variable.composed_source is None:
                 variable.source_blocker = Blocker(blocked.reason, blocked.sentence, node)
             return
         variable.needs, variable.zeros = dict(resolved.needs), resolved.zeros

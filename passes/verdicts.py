@@ -58,11 +58,9 @@ def _centered_by(
             elif not variable.is_zero_mean:
                 activations[variable.node] = None
             continue
-        if variable.scaled_source is not None:
-            source = variable.scaled_source
-            for name, _ in source.parameters:
-                parameters.update(dict.fromkeys(_parameter_names(source.linear[name])))
-            parameters.update(dict.fromkeys(_parameter_names(source.scale)))
+        if variable.composed_source is not None:
+            for parameter in variable.composed_source.parameters():
+                parameters.update(dict.fromkeys(_parameter_names(parameter)))
         for need in variable.needs.items():
             if need not in seen:
                 seen.add(need)

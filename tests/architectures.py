@@ -32,6 +32,10 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
             else:
                 value = 1.0 + 0.3 * noise
             parameter.copy_(value)
+        for name, buffer in model.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                noise = torch.randn(buffer.shape, generator=generator, dtype=torch.float64)
+                buffer.copy_(noise + 0.5 if name.endswith("mean") else noise.square() + 0.3)
     return model
 
 

@@ -7,7 +7,7 @@ reason is checked. A rule without a case fails ``test_every_rule_has_a_case``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,12 @@ class Around(nn.Module):
         self.image_convolution = nn.Conv2d(3, D, 2, stride=2)
         self.grouped = nn.Conv1d(6, D, 3, padding=1, groups=3)
         self.transposed = nn.ConvTranspose2d(3, D, 2)
+        self.cube, self.wide = nn.Parameter(torch.zeros(D, D, 7)), nn.Parameter(torch.zeros(240, 1))
+        self.transposed_in_groups = nn.ConvTranspose1d(6, D, 3, groups=3)
+        self.batch_norm, self.row_batch_norm = nn.BatchNorm1d(D).eval(), nn.BatchNorm1d(5).eval()
+        self.plain_batch_norm = nn.BatchNorm1d(D, affine=False).eval()
+        self.training_batch_norm = nn.BatchNorm1d(D).train()
+        self.image_batch_norm = nn.BatchNorm2d(D).eval()
         self.attention = nn.MultiheadAttention(D, 3, batch_first=True)
         self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(D, D))
         self.operation = operation
@@ -134,7 +140,7 @@ CASES = {
     "layer_scale_on_a_sum": stays("mul", Reason.VARYING_SCALE, lambda m, x, y, e: (x + y) * m.scale),
     "layer_scale_of_something_used_twice": stays(
         "mul", Reason.VARYING_SCALE, lambda m, x, y, e: x * m.scale + torch.relu(x).mean(-1, keepdim=True)),
-    "div_by_features": stays("div", Reason.VARYING_SCALE, lambda m, x, y, e: x / (m.scale + 5)),
+    "div_by_features": stays("div", Reason.VARYING_SCALE, lambda m, x, y, e: x / (e["u"] + 5)),
     "div_rounding": stays("div", Reason.NON_COMMUTING, lambda m, x, y, e: torch.div(x, 0.1, rounding_mode="floor")),
     "number_over": stays("div", Reason.VARYING_SCALE, lambda m, x, y, e: 1 / x),
     # --- casts, copies, dropout ---
@@ -203,8 +209,18 @@ CASES = {
     "index_tensor_and_number": folds("getitem", lambda m, x, y, e: x[0, e["columns"]]),
     "slice_features": folds("getitem", lambda m, x, y, e: x[..., :6], norm=6),
     "index_features": stays("getitem", Reason.DIFFERENT_AXES, lambda m, x, y, e: x[:, :, e["features"]], norm=3),
-    "boolean_index": stays(
-        "getitem", Reason.UNKNOWN_OPERATION, lambda m, x, y, e: x[torch.tensor([True, False])]),
+    "index_tensors_apart": folds("getitem", lambda m, x, y, e: x[:, :, None][e["rows"], :, e["zeros"]]),
+    "index_tensors_with_a_new_axis_between": folds("getitem", lambda m, x, y, e: x[e["rows"], None, e["columns"]]),
+    "index_tensor_behind_a_slice": folds("getitem", lambda m, x, y, e: x[:, e["columns"]]),
+    "index_tensor_and_number_apart": folds("getitem", lambda m, x, y, e: x[:, :, None][0, :, e["zeros"]]),
+    "index_tensor_twice": folds("getitem", lambda m, x, y, e: x[e["rows"], e["rows"]]),
+    "index_tensors_apart_take_features": stays(
+        "getitem", Reason.DIFFERENT_AXES, lambda m, x, y, e: x + x[e["rows"], :, e["features"]].sum()),
+    "boolean_index": folds("getitem", lambda m, x, y, e: x[e["mask"][:, 0, 0]]),
+    "boolean_index_of_two_axes": folds("getitem", lambda m, x, y, e: x[e["mask"][..., 0]]),
+    "boolean_index_behind_a_slice": folds("getitem", lambda m, x, y, e: x[:, e["mask"][0, :, 0]]),
+    "boolean_index_of_features": stays(
+        "getitem", Reason.DIFFERENT_AXES, lambda m, x, y, e: x + x[:, :, e["u"][0, 0] > 0.5].sum(-1, keepdim=True)),
     "narrow": folds("narrow", lambda m, x, y, e: x.narrow(1, 1, 3)),
     "aten_slice": folds("slice", lambda m, x, y, e: aten.slice.Tensor(x, 1, 1, 4)),
     "select": folds("select", lambda m, x, y, e: x.select(1, 2)),
@@ -251,6 +267,91 @@ CASES = {
         "convolution", Reason.DIFFERENT_AXES, lambda m, x, y, e: m.image_convolution(e["image"]), norm=(D, 2, 2)),
     "transposed_convolution": folds(
         "transposed_convolution", lambda m, x, y, e: m.transposed(e["image"]).flatten(2).transpose(1, 2)),
+    "transposed_convolution_in_groups": stays(
+        "transposed_convolution", Reason.DIFFERENT_AXES, lambda m, x, y, e: m.transposed_in_groups(e["six"]).mT),
+    "transposed_convolution_norm_inside_groups": folds(
+        "transposed_convolution", lambda m, x, y, e: m.transposed_in_groups(e["six"]).mT.unflatten(-1, (3, 4)), norm=4),
+    "transposed_convolution_norm_inside_half_groups": folds(
+        "transposed_convolution", lambda m, x, y, e: m.transposed_in_groups(e["six"]).mT.unflatten(-1, (6, 2)), norm=2),
+    "transposed_convolution_norm_inside_two_groups": stays(
+        "transposed_convolution", Reason.DIFFERENT_AXES,
+        lambda m, x, y, e: m.transposed_in_groups(e["six"]).mT.unflatten(-1, (2, 6)), norm=6),
+    "transposed_convolution_aten": folds("transposed_convolution", lambda m, x, y, e: aten.conv_transpose2d.input(
+        e["image"], m.transposed.weight).flatten(2).mT),
+    "any_convolution": folds("any_convolution", lambda m, x, y, e: aten.convolution.default(
+        e["image"], m.image_convolution.weight, m.image_convolution.bias, [2, 2], [0, 0], [1, 1], False, [0, 0], 1
+        ).flatten(2).mT),
+    "any_convolution_transposed": folds("any_convolution", lambda m, x, y, e: torch.convolution(
+        e["image"], m.transposed.weight, m.transposed.bias, [1, 1], [0, 0], [1, 1], True, [0, 0], 1).flatten(2).mT),
+    "convolution_padding_in_words": folds("convolution", lambda m, x, y, e: torch.conv1d(
+        e["u"], m.convolution.weight, padding="same").mT),
+    "convolution_3d": folds("convolution", lambda m, x, y, e: functional.conv3d(
+        e["image"][:, None], m.image_convolution.weight[:, None], m.bias, padding="valid").flatten(2).mT),
+    "convolution_unbatched": folds("convolution", lambda m, x, y, e: functional.conv1d(
+        e["u"][0], m.convolution.weight, m.bias).mT),
+    # --- composed sources: C(s ⊙ (Wh + b) + t) = (C diag(s) W)h + C(s ⊙ b + t) ---
+    "batch_norm_over_other_axes": folds("batch_norm", lambda m, x, y, e: m.row_batch_norm(x) + y),
+    "batch_norm_torch": folds("batch_norm", lambda m, x, y, e: torch.batch_norm(
+        x, m.row_batch_norm.weight, None, m.row_batch_norm.running_mean, m.row_batch_norm.running_var, False, 0.1, 1e-3,
+        False)),
+    "batch_norm_aten": folds("batch_norm", lambda m, x, y, e: aten.batch_norm.default(
+        x, None, m.row_batch_norm.bias, m.row_batch_norm.running_mean, m.row_batch_norm.running_var, False, 0.1, 1e-3,
+        False)),
+    "batch_norm_of_a_convolution": folds(
+        "convolution", lambda m, x, y, e: m.batch_norm(m.convolution(e["u"])).transpose(1, 2)),
+    "batch_norm_of_a_convolution_without_bias": folds("convolution", lambda m, x, y, e: m.batch_norm(
+        functional.conv1d(e["u"], m.convolution.weight, padding=1)).transpose(1, 2)),
+    "batch_norm_without_affine": folds(
+        "convolution", lambda m, x, y, e: m.plain_batch_norm(m.convolution(e["u"])).transpose(1, 2)),
+    "batch_norm_of_a_transposed_convolution": folds("transposed_convolution", lambda m, x, y, e: m.image_batch_norm(
+        m.transposed(e["image"])).flatten(2).mT),
+    "batch_norm_of_any_convolution": folds("any_convolution", lambda m, x, y, e: m.image_batch_norm(torch.convolution(
+        e["image"], m.transposed.weight, None, [1, 1], [0, 0], [1, 1], True, [0, 0], 1)).flatten(2).mT),
+    "batch_norm_of_a_grouped_convolution_norm_inside_groups": folds("convolution", lambda m, x, y, e: m.batch_norm(
+        m.grouped(e["six"])).mT.unflatten(-1, (3, 4)), norm=4),
+    "batch_norm_of_a_transposed_grouped_convolution_norm_inside_groups": folds(
+        "transposed_convolution", lambda m, x, y, e: m.batch_norm(
+            m.transposed_in_groups(e["six"])).mT.unflatten(-1, (6, 2)), norm=2),
+    "batch_norm_of_a_grouped_convolution": stays(
+        "convolution", Reason.VARYING_SCALE, lambda m, x, y, e: m.batch_norm(m.grouped(e["six"])).mT),
+    "batch_norm_of_a_linear_layer": folds("linear", lambda m, x, y, e: m.batch_norm(functional.dropout(
+        m.one(e["seven"]), 0.5, False))),
+    "batch_norm_of_a_linear_layer_of_tokens": folds(
+        "linear", lambda m, x, y, e: m.batch_norm(m.one(e["seven"]).view(-1, D)).view(1, 2, D)),
+    "batch_norm_of_addmm": folds("addmm", lambda m, x, y, e: m.batch_norm(
+        torch.addmm(m.bias, torch.relu(x[0]), m.weight))),
+    "batch_norm_of_addmm_with_factors": stays("addmm", Reason.VARYING_SCALE, lambda m, x, y, e: m.batch_norm(
+        torch.addmm(m.bias, torch.relu(x[0]), m.weight, beta=2))),
+    "batch_norm_then_layer_scale": folds("convolution", lambda m, x, y, e: m.scale * m.batch_norm(
+        m.convolution(e["u"])).transpose(1, 2)),
+    "layer_scale_then_batch_norm": folds("convolution", lambda m, x, y, e: m.batch_norm(
+        m.scale[:, None] * m.convolution(e["u"])).transpose(1, 2)),
+    "two_batch_norms": folds("convolution", lambda m, x, y, e: m.plain_batch_norm(m.batch_norm(
+        m.convolution(e["u"]))).transpose(1, 2)),
+    "layer_scale_of_a_convolution": folds("convolution", lambda m, x, y, e: (
+        m.image_convolution(e["image"]) * m.scale[:, None, None]).flatten(2).mT),
+    "layer_scale_of_matmul": folds("matmul", lambda m, x, y, e: (torch.relu(x) @ m.weight) * m.scale),
+    "layer_scale_of_an_embedding": folds("embedding", lambda m, x, y, e: m.scale * m.table(e["columns"])),
+    "layer_scale_by_division": folds("linear", lambda m, x, y, e: x / (m.scale + 5)),
+    "layer_scale_norm_inside_heads": folds("linear", lambda m, x, y, e: (x * m.scale).unflatten(-1, (3, 4)), norm=4),
+    "batch_norm_of_matmul": stays(
+        "matmul", Reason.VARYING_SCALE, lambda m, x, y, e: m.batch_norm(torch.relu(x[0]) @ m.weight)),
+    "layer_scale_that_widens": stays("linear", Reason.VARYING_SCALE, lambda m, x, y, e: x[:, :1] * (
+        m.scale * (m.row + 2))),
+    "layer_scale_along_other_channels": stays("linear", Reason.VARYING_SCALE, lambda m, x, y, e: x.view(
+        2, 5, 3, 4) * m.scale.view(3, 4), norm=(3, 4)),
+    "layer_scale_of_permuted_channels": stays("linear", Reason.VARYING_SCALE, lambda m, x, y, e: x.view(
+        2, 5, 3, 4).mT.flatten(2) * m.scale),
+    "batch_norm_in_training": stays("batch_norm", Reason.NON_COMMUTING, lambda m, x, y, e: m.training_batch_norm(
+        m.convolution(e["u"])).transpose(1, 2)),
+    "batch_norm_of_something_used_twice": stays("batch_norm", Reason.VARYING_SCALE, lambda m, x, y, e: m.batch_norm(
+        z := m.convolution(e["u"])).transpose(1, 2) + torch.relu(z).transpose(1, 2).mean(-1, keepdim=True)),
+    "batch_norm_of_a_sum": stays(
+        "batch_norm", Reason.VARYING_SCALE, lambda m, x, y, e: m.batch_norm((x + y).mT).mT),
+    "batch_norm_of_another_dtype": stays("batch_norm", Reason.VARYING_SCALE, lambda m, x, y, e: m.batch_norm(
+        m.convolution(e["u"]).float().double()).mT),
+    "batch_norm_by_tensors_of_the_caller": stays("batch_norm", Reason.VARYING_SCALE, lambda m, x, y, e:
+        functional.batch_norm(m.convolution(e["u"]), e["u"][0, 0], e["u"][0, 1] ** 2).mT),
     "embedding_bag": folds("embedding_bag", lambda m, x, y, e: functional.embedding_bag(
         e["columns"][None].expand(2, 3), m.table.weight, mode="sum")),
     "embedding_bag_max": stays("embedding_bag", Reason.NON_COMMUTING, lambda m, x, y, e: functional.embedding_bag(
@@ -301,6 +402,153 @@ CASES = {
         ~e["mask"].expand(2, 5, D), x, y)),
     "where_expanded_mask_that_is_written_to": stays("where", Reason.VARYING_SCALE, lambda m, x, y, e: torch.where(
         written_mask(e["mask"]), x, y)),
+    # --- einsum: linear in each operand, A followed through its labels ---
+    "einsum": folds("einsum", lambda m, x, y, e: torch.einsum("bti,io->bto", torch.relu(x), m.weight)),
+    "einsum_transposed_weight": folds("einsum", lambda m, x, y, e: torch.einsum("oi, bti", m.weight, torch.relu(x)).mT),
+    "einsum_without_arrow": folds("einsum", lambda m, x, y, e: torch.einsum("ab,bc", torch.relu(x[0]), m.weight)),
+    "einsum_ellipsis": folds("einsum", lambda m, x, y, e: torch.einsum("...i,oi->...o", [torch.relu(x), m.weight])),
+    "einsum_ellipsis_in_both": folds("einsum", lambda m, x, y, e: torch.einsum("...st,...td->...sd", e["square"], x)),
+    "einsum_heads": folds("einsum", lambda m, x, y, e: torch.einsum(
+        "bthi,hio->bto", torch.relu(x).view(2, 5, 3, 4), m.weight.view(3, 4, D))),
+    "einsum_split_heads": folds("einsum", lambda m, x, y, e: torch.einsum(
+        "bti,hoi->btho", torch.relu(x), m.weight.view(3, 4, D)), norm=4),
+    "einsum_over_all_heads": folds("einsum", lambda m, x, y, e: torch.einsum(
+        "bti,hoi->btho", torch.relu(x), m.weight.view(3, 4, D)), norm=(3, 4)),
+    "einsum_attention": folds("einsum", lambda m, x, y, e: torch.einsum("bst,btd->bsd", e["square"], x)),
+    "einsum_three_operands": folds("einsum", lambda m, x, y, e: torch.einsum(
+        "bt,bti,io->bto", e["row"][..., 0], torch.relu(x), m.weight)),
+    "einsum_sum_over_tokens": folds("einsum", lambda m, x, y, e: torch.einsum("btd->bd", x)),
+    "einsum_gate_of_size_one": folds("einsum", lambda m, x, y, e: torch.einsum("btd,btd->btd", x, e["row"])),
+    "einsum_aten": folds("einsum", lambda m, x, y, e: aten.einsum.default("btd,b->btd", [x, e["row"][:, 0, 0]])),
+    "einsum_gate_along_features": stays("einsum", Reason.VARYING_SCALE, lambda m, x, y, e: torch.einsum(
+        "btd,btd->btd", x, e["u"])),
+    "einsum_scale_along_features": stays("einsum", Reason.VARYING_SCALE, lambda m, x, y, e: torch.einsum(
+        "btd,d->btd", x, m.scale)),
+    "einsum_ellipsis_along_features": stays("einsum", Reason.VARYING_SCALE, lambda m, x, y, e: torch.einsum(
+        "...,...->...", x, e["u"])),
+    "einsum_of_one_tensor_twice": stays("einsum", Reason.NON_COMMUTING, lambda m, x, y, e: torch.einsum(
+        "st,td->sd", (sliced := x[0, :, :5]), sliced), norm=5),
+    "einsum_outer_product": stays("einsum", Reason.DIFFERENT_AXES, lambda m, x, y, e: torch.einsum(
+        "bti,btj->btij", x, y), norm=(D, D)),
+    "einsum_diagonal": stays("einsum", Reason.UNKNOWN_OPERATION, lambda m, x, y, e: torch.einsum(
+        "btt,btd->btd", e["square"], x)),
+    "einsum_sublists": stays("einsum", Reason.UNKNOWN_OPERATION, lambda m, x, y, e: torch.einsum(
+        x, [0, 1, 2], [1, 0, 2])),
+    "einsum_also_contracted": stays("einsum", Reason.VISIBLE, lambda m, x, y, e: x + torch.einsum(
+        "btd,btd->bt", x, e["u"])[..., None]),
+    "bilinear": folds("bilinear", lambda m, x, y, e: functional.bilinear(
+        torch.relu(x), torch.relu(y[..., :7]), m.cube, m.bias)),
+    "bilinear_no_bias": folds("bilinear", lambda m, x, y, e: torch.bilinear(
+        torch.relu(x), torch.relu(y[..., :7]), m.cube, None)),
+    "bilinear_reads": stays("bilinear", Reason.VISIBLE, lambda m, x, y, e: x + functional.bilinear(
+        x, y[..., :7], m.cube).mean(-1, keepdim=True)),
+    # --- products with vectors ---
+    "mv": folds("matmul", lambda m, x, y, e: torch.mv(m.weight, e["u"][0, 0])),
+    "matmul_vector": folds("matmul", lambda m, x, y, e: x.mT @ e["u"][0, :, 0]),
+    "vector_matmul": folds("matmul", lambda m, x, y, e: e["row"][0, :, 0] @ x),
+    "bmm": folds("matmul", lambda m, x, y, e: torch.bmm(e["square"], x)),
+    "bmm_aten": folds("matmul", lambda m, x, y, e: aten.bmm.default(e["square"], mat2=x)),
+    "addmv": folds("addmv", lambda m, x, y, e: torch.addmv(m.bias, m.weight, e["u"][0, 0], beta=2, alpha=3)),
+    "addmv_aten": folds("addmv", lambda m, x, y, e: aten.addmv.default(m.bias, m.weight, e["u"][0, 0])),
+    "matmul_vector_sees": stays("matmul", Reason.VISIBLE, lambda m, x, y, e: x + (x @ e["u"][0, 0])[..., None]),
+    "embedding_torch": folds("embedding", lambda m, x, y, e: torch.embedding(m.table.weight, e["columns"])),
+    "embedding_aten": folds("embedding", lambda m, x, y, e: aten.embedding.default(m.table.weight, e["columns"], 0)),
+    # --- rows written into rows ---
+    "scatter": folds("scatter", lambda m, x, y, e: x.scatter(1, rows(e), y)),
+    "scatter_number": folds("scatter", lambda m, x, y, e: torch.scatter(x, 1, rows(e), 3.0)),
+    "scatter_aten": folds("scatter", lambda m, x, y, e: aten.scatter.src(x, 1, rows(e), y)),
+    "scatter_by_feature": stays(
+        "scatter", Reason.VARYING_SCALE, lambda m, x, y, e: x.scatter(1, (e["u"] > 0).long(), y)),
+    "scatter_a_part": stays("scatter", Reason.DIFFERENT_AXES, lambda m, x, y, e: x.scatter(1, rows(e)[..., :7], y)),
+    "scatter_along_features": stays("scatter", Reason.DIFFERENT_AXES, lambda m, x, y, e: x.scatter(2, rows(e), y)),
+    "scatter_infinity": stays(
+        "scatter", Reason.NON_COMMUTING, lambda m, x, y, e: x.scatter(1, rows(e), float("-inf"))[:, 1::2]),
+    "scatter_that_multiplies": stays(
+        "scatter", Reason.NON_COMMUTING, lambda m, x, y, e: x.scatter(1, rows(e), y, reduce="multiply")),
+    "scatter_add": folds("scatter_add", lambda m, x, y, e: x.scatter_add(1, rows(e), y)),
+    "scatter_add_aten": folds("scatter_add", lambda m, x, y, e: aten.scatter_add.default(x, 1, rows(e), y)),
+    "scatter_reduce": folds("scatter_reduce", lambda m, x, y, e: x.scatter_reduce(1, rows(e), y, "mean")),
+    "scatter_reduce_sum": folds("scatter_reduce", lambda m, x, y, e: torch.scatter_reduce(
+        x, 1, rows(e), y, reduce="sum", include_self=False)),
+    "scatter_reduce_maximum": stays(
+        "scatter_reduce", Reason.NON_COMMUTING, lambda m, x, y, e: x.scatter_reduce(1, rows(e), y, "amax")),
+    "index_copy": folds("index_copy", lambda m, x, y, e: x.index_copy(1, e["columns"], y[:, :3])),
+    "index_copy_aten": folds("index_copy", lambda m, x, y, e: aten.index_copy.default(x, 1, e["columns"], y[:, :3])),
+    "index_copy_features": stays("index_copy", Reason.DIFFERENT_AXES, lambda m, x, y, e: x.index_copy(
+        2, e["columns"], y[..., :3])),
+    "index_fill": folds("index_fill", lambda m, x, y, e: x.index_fill(1, e["columns"], 2.5)),
+    "index_fill_nan": stays("index_fill", Reason.NON_COMMUTING, lambda m, x, y, e: x.index_fill(
+        1, e["columns"], float("nan"))[:, 1::2]),
+    "index_put": folds("index_put", lambda m, x, y, e: x.index_put((e["rows"][:2], e["columns"][:2]), y[0, :2])),
+    "index_put_broadcast": folds("index_put", lambda m, x, y, e: torch.index_put(
+        x, (e["rows"][:2], e["columns"][:2]), m.scale)),
+    "index_put_number": folds("index_put", lambda m, x, y, e: x.index_put(
+        (e["rows"][:2], e["columns"][:2]), e["row"][0, 0, 0])),
+    "index_put_rows": folds("index_put", lambda m, x, y, e: torch.index_put(x, [e["rows"][:2]], y)),
+    "index_put_accumulate": folds("index_put", lambda m, x, y, e: aten.index_put.default(
+        x, [e["rows"], e["columns"]], y[0, :3], True)),
+    "index_put_mask": folds("index_put", lambda m, x, y, e: x.index_put((e["mask"][..., 0],), m.scale)),
+    "index_put_mask_of_features": stays("index_put", Reason.DIFFERENT_AXES, lambda m, x, y, e: x.index_put(
+        (e["u"] > 0,), e["row"][0, 0, 0])),
+    "index_put_features": stays("index_put", Reason.DIFFERENT_AXES, lambda m, x, y, e: x.index_put(
+        (e["rows"], e["columns"], e["features"]), y[0, 0, :3])),
+    "slice_scatter": folds("slice_scatter", lambda m, x, y, e: torch.slice_scatter(x, y[:, :2], 1, 1, 3)),
+    "slice_scatter_aten": folds("slice_scatter", lambda m, x, y, e: aten.slice_scatter.default(x, y[:, 2:], 1, 2)),
+    "slice_scatter_features": stays("slice_scatter", Reason.DIFFERENT_AXES, lambda m, x, y, e: torch.slice_scatter(
+        x, y[..., :2], 2, 1, 3)),
+    "select_scatter": folds("select_scatter", lambda m, x, y, e: x.select_scatter(y[:, 3], 1, 2)),
+    "select_scatter_features": stays("select_scatter", Reason.DIFFERENT_AXES, lambda m, x, y, e: torch.select_scatter(
+        x, y[..., 3], 2, 2)),
+    "masked_scatter": folds("masked_scatter", lambda m, x, y, e: x.masked_scatter(
+        e["mask"].expand_as(x), y.view(10, D))),
+    "masked_scatter_flat": folds("masked_scatter", lambda m, x, y, e: torch.masked_scatter(
+        x, e["mask"].expand_as(x).to(x.device), y.flatten())),
+    "masked_scatter_two_axes": folds("masked_scatter", lambda m, x, y, e: x.view(2, 5, 3, 4).masked_scatter(
+        e["mask"][..., None].expand(2, 5, 3, 4), y), norm=(3, 4)),
+    "masked_scatter_narrow_mask": folds("masked_scatter", lambda m, x, y, e: x.masked_scatter(e["mask"], y)),
+    "masked_scatter_by_feature": stays(
+        "masked_scatter", Reason.VARYING_SCALE, lambda m, x, y, e: x.masked_scatter(e["u"] > 0, y)),
+    "masked_scatter_other_axes": stays("masked_scatter", Reason.DIFFERENT_AXES, lambda m, x, y, e: x.mT.masked_scatter(
+        e["mask"].mT.expand(2, D, 5), y).mT),
+    "masked_scatter_other_rows": stays("masked_scatter", Reason.DIFFERENT_AXES, lambda m, x, y, e: x.masked_scatter(
+        e["mask"].expand_as(x), y[..., :10].transpose(0, 1))),
+    "take_along_dim": folds("take_along_dim", lambda m, x, y, e: torch.take_along_dim(
+        x, e["columns"][None, :, None], 1)),
+    "take_along_dim_expanded": folds("take_along_dim", lambda m, x, y, e: x.take_along_dim(rows(e), dim=1)),
+    "take_along_features": stays("take_along_dim", Reason.VARYING_SCALE, lambda m, x, y, e: torch.take_along_dim(
+        x, (e["u"] > 0).long(), 2)),
+    "take_along_dim_by_feature": stays("take_along_dim", Reason.VARYING_SCALE, lambda m, x, y, e: torch.take_along_dim(
+        x, (e["u"] > 0).long(), 1)),
+    # --- windows, blocks, groups ---
+    "unfold_tokens": folds("unfold", lambda m, x, y, e: x.unfold(1, 3, 1).transpose(-1, -2)),
+    "unfold_features": stays("unfold", Reason.DIFFERENT_AXES, lambda m, x, y, e: x.unfold(2, 3, 3), norm=3),
+    "unfold_image": folds("unfold_image", lambda m, x, y, e: functional.unfold(
+        m.image_convolution(e["image"]), 2, padding=1).unflatten(1, (D, 4)).transpose(1, 3)),
+    "unfold_image_norm_over_windows": stays("unfold_image", Reason.DIFFERENT_AXES, lambda m, x, y, e: functional.unfold(
+        m.image_convolution(e["image"]), 2).mT, norm=4 * D),
+    "fold_image": folds("fold_image", lambda m, x, y, e: functional.fold(
+        functional.unfold(m.image_convolution(e["image"]), 2, padding=1), (2, 2), 2, padding=1).flatten(2).mT),
+    "fold_image_of_a_convolution": folds("fold_image", lambda m, x, y, e: functional.fold(
+        functional.conv1d(e["u"][..., :9], m.wide.view(48, 5, 1)), (4, 4), 2, padding=1, stride=2).flatten(2).mT),
+    "pixel_shuffle": folds("pixel_shuffle", lambda m, x, y, e: functional.pixel_shuffle(
+        functional.conv2d(e["image"], m.wide.view(48, 5)[:, :3, None, None]), 2).flatten(2).mT),
+    "pixel_shuffle_over_pixels": stays(
+        "pixel_shuffle", Reason.DIFFERENT_AXES, lambda m, x, y, e: functional.pixel_shuffle(
+            m.image_convolution(e["image"]), 2).flatten(2).mT, norm=(16, 3)),
+    "pixel_unshuffle": folds("pixel_unshuffle", lambda m, x, y, e: functional.pixel_unshuffle(
+        m.image_convolution(e["image"]), 2).unflatten(1, (D, 4)).transpose(1, -1)),
+    "pixel_unshuffle_norm_over_blocks": stays(
+        "pixel_unshuffle", Reason.DIFFERENT_AXES, lambda m, x, y, e: functional.pixel_unshuffle(
+            m.image_convolution(e["image"]), 2).flatten(1), norm=4 * D),
+    "channel_shuffle": folds("channel_shuffle", lambda m, x, y, e: functional.channel_shuffle(
+        m.convolution(e["u"])[..., None], 3).flatten(2).mT),
+    "channel_shuffle_norm_inside_groups": folds("channel_shuffle", lambda m, x, y, e: functional.channel_shuffle(
+        m.convolution(e["u"]), 3).mT.unflatten(-1, (4, 3)), norm=3),
+    "channel_shuffle_norm_across_groups": stays("channel_shuffle", Reason.DIFFERENT_AXES, lambda m, x, y, e:
+        functional.channel_shuffle(m.convolution(e["u"]), 4).mT.unflatten(-1, (2, 6)), norm=6),
+    "tile": folds("repeat", lambda m, x, y, e: torch.tile(x, (3, 1))),
+    "pad_replicate": folds("pad", lambda m, x, y, e: functional.pad(x.mT, (1, 1), mode="replicate").mT),
+    "pad_circular": folds("pad", lambda m, x, y, e: functional.pad(x.mT, (1, 1), mode="circular").mT),
     # --- traps and other blockers ---
     "activation": stays("", Reason.NON_COMMUTING, lambda m, x, y, e: functional.gelu(x)),
     "input": stays("", Reason.USER_TENSOR, lambda m, x, y, e: e["u"]),
@@ -328,6 +576,10 @@ CASES = {
     "written_through_a_view": stays("", Reason.MUTATION, lambda m, x, y, e: written_through_view(x, y)),
     "inplace_activation": stays("", Reason.MUTATION, lambda m, x, y, e: inplace_relu(x)),
 }  # fmt: skip
+
+
+def rows(extra: dict[str, Tensor]) -> Tensor:
+    return extra["columns"][None, :, None].expand(2, 3, D)
 
 
 def overwritten(x: Tensor, y: Tensor) -> Tensor:
@@ -363,7 +615,7 @@ def extra_inputs() -> dict[str, Tensor]:
     return {
         "u": rand(2, 5, D), "row": rand(2, 5, 1), "mask": rand(2, 5, 1) > 0.5, "rows": torch.tensor([1, 0, 1]),
         "columns": torch.tensor([4, 2, 0]), "features": torch.tensor([1, 5, 7]), "image": rand(2, 3, 4, 4),
-        "six": rand(2, 6, 5),
+        "six": rand(2, 6, 5), "zeros": torch.tensor([0, 0, 0]), "seven": rand(2, 7), "square": rand(2, 5, 5),
     }  # fmt: skip
 
 
@@ -374,6 +626,13 @@ def run(case: Case) -> tuple[Any, Tensor, Tensor]:
     actual = compiled(value, extra_inputs())
     (report,) = lncompile.reports(compiled)
     return report, actual, module(value, extra_inputs())
+
+
+@pytest.fixture(autouse=True)
+def data_dependent_sizes() -> Iterator[None]:
+    """A boolean index makes a tensor whose size is known at run time only; Dynamo captures it when asked to."""
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        yield
 
 
 @pytest.mark.parametrize("name", CASES)

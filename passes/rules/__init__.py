@@ -1,6 +1,16 @@
 """The rule table: importing this package fills it. One function an operation, its identity in the docstring."""
 
-from lncompile.passes.rules import blockers, pointwise, products, resampling, shapes, sinks
+from lncompile.passes.rules import (
+    blockers,
+    contractions,
+    pointwise,
+    products,
+    rearrangements,
+    resampling,
+    rows,
+    shapes,
+    sinks,
+)
 from lncompile.passes.rules.base import INVARIANCES, RULES, ZERO_MEANS, AxisMap, Linear
 
 __all__ = [
@@ -10,9 +20,12 @@ __all__ = [
     "AxisMap",
     "Linear",
     "blockers",
+    "contractions",
     "pointwise",
     "products",
+    "rearrangements",
     "resampling",
+    "rows",
     "shapes",
     "sinks",
 ]

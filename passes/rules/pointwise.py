@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from lncompile.passes.canonical import Operation
+from lncompile.passes.axes import Axes
+from lncompile.passes.canonical import Key, Operation
 from lncompile.passes.decisions import Blocked, Reason
 from lncompile.passes.operands import other_operands, result_shape, shape
 from lncompile.passes.rules.base import SAME, AxisMap, Linear, aligned, linear_rule
@@ -95,3 +96,28 @@ def masked_fill(operation: Operation) -> Sequence[Linear]:
             {("mask", None): _broadcast(operation, "mask")},
         )
     ]
+
+
+def _row_of_channels(axes: Axes) -> None:
+    """A row of channels is constant along an A that does not touch the channels, dimension 1."""
+    if not axes.is_free(1):
+        raise Blocked(Reason.VARYING_SCALE, "a batch norm scales each channel of the normalised axes by its own number")
+
+
+def _no_stream(axes: Axes) -> Axes:
+    raise Blocked(Reason.VISIBLE, "a batch norm uses it as a statistic or parameter")
+
+
+@linear_rule("batch_norm")
+def batch_norm(operation: Operation) -> Sequence[Linear]:
+    """``C(s ⊙ x + t) = s ⊙ Cx``: in evaluation a batch norm is a scale and a shift of channels, here constant along A.
+
+    With ``s = γ / sqrt(var + ε)`` and ``t = β - s ⊙ mean``, both of which center to zero off the channels. Over the
+    channels themselves it may be composed into what makes them, see ``composed_sources``.
+    """
+    if operation["training"] is not False:
+        raise Blocked(Reason.NON_COMMUTING, "a batch norm in training mode takes its statistics from the batch")
+    row = AxisMap(_no_stream, _row_of_channels)
+    shifts: dict[Key, AxisMap] = {(name, None): row for name in ("running_mean", "bias")}
+    scales: dict[Key, AxisMap] = {(name, None): row for name in ("weight", "running_var")}
+    return [Linear({("input", None): SAME, **shifts}, scales)]

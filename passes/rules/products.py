@@ -85,13 +85,35 @@ def addmm(operation: Operation) -> Sequence[Linear]:
     ]
 
 
+def _summed_over(dimension: int, size: Size, what: str) -> AxisMap:
+    """A product with a vector takes one dimension away, off A."""
+
+    def forward(axes: Axes) -> Axes:
+        require_uncontracted(axes, dimension, what)
+        return axes.remove(dimension)
+
+    return AxisMap(forward, lambda axes: axes.insert_free(dimension, size))
+
+
+@linear_rule("addmv")
+def addmv(operation: Operation) -> Sequence[Linear]:
+    """``C(βm + αAv) = βCm + α(CA)v`` over A's rows."""
+    matrix = shape(operation["mat"])
+    addend = aligned(shape(operation["input"]), result_shape(operation))
+    return [Linear({("mat", None): _summed_over(1, matrix[1], "addmv"), ("input", None): addend})]
+
+
 @linear_rule("matmul")
 def matmul(operation: Operation) -> Sequence[Linear]:
     """``C(AB) = A(CB)`` over B's columns (attention's ``P @ v``, ``x @ W``) and ``(CA)B`` over A's rows."""
     result = result_shape(operation)
     left, right = shape(operation["input"]), shape(operation["other"])
-    if len(left) < 2 or len(right) < 2:
-        raise Blocked(Reason.UNKNOWN_OPERATION, "a product with a vector")
+    if not result:
+        raise Blocked(Reason.DIFFERENT_AXES, "a product of two vectors")
+    if len(right) == 1:
+        return [Linear({("input", None): _summed_over(len(left) - 1, left[-1], "matmul")})]
+    if len(left) == 1:
+        return [Linear({("other", None): _summed_over(len(right) - 2, right[-2], "matmul")})]
     last = len(result) - 1
     return [
         Linear({("other", None): one_dimension(right, len(right) - 1, result, last, "matmul")}),
@@ -149,15 +171,54 @@ def convolution(operation: Operation) -> Sequence[Linear]:
 
 @linear_rule("transposed_convolution")
 def transposed_convolution(operation: Operation) -> Sequence[Linear]:
-    """``C(W *ᵀ x + b) = (CW) *ᵀ x + Cb`` over output channels, weight axis 1; in groups they are not one axis."""
+    """``C(W *ᵀ x + b) = (CW) *ᵀ x + Cb`` over output channels, weight axis 1.
+
+    The weight of a grouped one is ``[in, out / groups, ...]``: axis 1 holds the channels of one group, and the groups
+    stand along axis 0. An A inside each group is an A inside axis 1, the same one for all groups.
+    """
     result, weight = result_shape(operation), shape(operation["weight"])
     channel = len(result) - (len(weight) - 2) - 1
-    if operation["groups"] != 1:
-        raise Blocked(Reason.DIFFERENT_AXES, "a grouped transposed convolution mixes only within a group")
-    carriers: dict[Key, AxisMap] = {("weight", None): one_dimension(weight, 1, result, channel, "convolution")}
+    groups = operation["groups"]
+    if not isinstance(groups, int):
+        raise Blocked(Reason.UNKNOWN_OPERATION, "a convolution whose number of groups is not a plain number")
+    per_group = result[channel] // groups
+    to_channels = one_dimension(weight, 1, result, channel, "convolution")
+
+    def forward(axes: Axes) -> Axes | None:
+        spread = to_channels.forward(axes)
+        if groups == 1 or spread is None:
+            return spread
+        # [groups] × [channels of one group], as one dimension again
+        channels = Axes((*Axes.of((groups,), ()).dimensions, axes.dimensions[1])).reshape((result[channel],))
+        if channels is None:
+            raise Blocked(Reason.DIFFERENT_AXES, "the channels of a grouped convolution")
+        dimensions = list(spread.dimensions)
+        (dimensions[channel],) = channels.dimensions
+        return Axes(tuple(dimensions))
+
+    def backward(axes: Axes) -> Axes | None:
+        _only(axes, channel, "convolution")
+        if groups == 1:
+            return to_channels.backward(axes)
+        cut = Axes((axes.dimensions[channel],)).reshape((groups, per_group))
+        if cut is None or not cut.is_free(0):
+            raise Blocked(
+                Reason.DIFFERENT_AXES, "a grouped convolution mixes only within a group, the norm goes across them"
+            )
+        dimensions = list(Axes.of(weight, ()).dimensions)
+        dimensions[1] = cut.dimensions[1]
+        return Axes(tuple(dimensions))
+
+    carriers: dict[Key, AxisMap] = {("weight", None): AxisMap(forward, backward)}
     if operation["bias"] is not None:
         carriers["bias", None] = one_dimension(shape(operation["bias"]), 0, result, channel, "convolution")
     return [Linear(carriers)]
+
+
+@linear_rule("any_convolution")
+def any_convolution(operation: Operation) -> Sequence[Linear]:
+    """A convolution or a transposed one, by its argument ``transposed``."""
+    return transposed_convolution(operation) if operation["transposed"] else convolution(operation)
 
 
 @linear_rule("embedding_bag")

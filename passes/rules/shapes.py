@@ -212,47 +212,37 @@ def read_index(index: object, source: Sequence[Size], result: Sequence[Size]) ->
         result: shape of what is taken.
 
     Raises:
-        Blocked: for an expression without a rule (boolean masks, lists, index tensors that stand apart).
+        Blocked: for an expression without a rule (lists, index tensors without dimensions beside others).
     """
     items = list(index) if isinstance(index, tuple | list) else [index]
     if any(isinstance(item, list | tuple) for item in items):
         raise Blocked(Reason.UNKNOWN_OPERATION, "an index that is a list")
-    tensors = [item for item in items if isinstance(item, fx.Node) and tensor_of(item) is not None]
-    if any(tensor_of(item).dtype in (torch.bool, torch.uint8) for item in tensors):  # type: ignore[union-attr]
-        raise Blocked(Reason.UNKNOWN_OPERATION, "an index with a boolean mask")
-    consumed = sum(1 for item in items if item is not None and item is not Ellipsis)
     if Ellipsis not in [item for item in items if not isinstance(item, fx.Node)]:
         items.append(Ellipsis)
+    consumed = sum(_consumed(item) for item in items)
+    expanded: list[object] = []
+    for item in items:
+        expanded += [slice(None)] * (len(source) - consumed) if item is Ellipsis else [item]
+    first, rank = _advanced(expanded)
     # What becomes of each dimension: kept as result dimension j (perhaps with another size), or taken away.
     kept: list[tuple[int, int]] = []
     taken: list[int] = []
     chosen: dict[int, range | None] = {}
-    position, target = 0, 0
-    advanced: list[int] = []
-    tensor_rank = max((len(shape(item)) for item in tensors), default=0)
-    placed = False
-    for place, item in enumerate(items):
+    position, target = 0, rank if first is None else 0
+    placed = first is None
+    for item in expanded:
         if item is None:
             target += 1
-        elif item is Ellipsis:
-            for _ in range(len(source) - consumed):
-                kept.append((position, target))
-                position, target = position + 1, target + 1
         elif isinstance(item, slice):
             chosen[position] = _range_of_slice(item, source[position])
             kept.append((position, target))
             position, target = position + 1, target + 1
         else:
-            # Numbers take a dimension away; beside index tensors they count as index tensors themselves.
             chosen[position] = _range_of_number(item, source[position])
-            taken.append(position)
-            position += 1
-            if tensors:
-                advanced.append(place)
-                if not placed:
-                    target, placed = target + tensor_rank, True
-    if advanced and advanced != list(range(advanced[0], advanced[0] + len(advanced))):
-        raise Blocked(Reason.UNKNOWN_OPERATION, "index tensors that do not stand side by side")
+            taken += range(position, position + _consumed(item))
+            position += _consumed(item)
+            if item is first and not placed:
+                target, placed = target + rank, True
     if target != len(result):
         raise Blocked(Reason.UNKNOWN_OPERATION, "an index expression without a rule")
     changed = [(old, new) for old, new in kept if not same_size(source[old], result[new])]
@@ -271,7 +261,7 @@ def _range_of_slice(item: slice, size: Size) -> range | None:
 
 
 def _range_of_number(item: object, size: Size) -> range | None:
-    if not isinstance(item, int) or not isinstance(size, int) or not -size <= item < size:
+    if not isinstance(item, int) or isinstance(item, bool) or not isinstance(size, int) or not -size <= item < size:
         return None
     return range(item % size, item % size + 1)
 
@@ -320,6 +310,39 @@ def _surviving(
         return Axes(tuple(dimensions))
 
     return AxisMap(forward, backward)
+
+
+def _consumed(item: object) -> int:
+    """How many dimensions of the source an item of an index expression stands for."""
+    if item is None or item is Ellipsis:
+        return 0
+    if isinstance(item, fx.Node) and (tensor := tensor_of(item)) is not None and _is_mask(tensor):
+        return tensor.dim()
+    return 1
+
+
+def _is_mask(tensor: torch.Tensor) -> bool:
+    return tensor.dtype in (torch.bool, torch.uint8)
+
+
+def _advanced(items: Sequence[object]) -> tuple[object, int]:
+    """Where the dimensions that index tensors make together come in the result, and how many they are.
+
+    Side by side they come in the place of the first one, which is returned; apart from each other they come first of
+    all, for which None is returned. A number takes its dimension away before, a mask is a list of positions.
+    """
+    items = [item for item in items if not isinstance(item, int) or isinstance(item, bool)]
+    items = [item for item in items if not isinstance(item, fx.Node) or tensor_of(item) is not None]
+    tensors = [tensor for item in items if isinstance(item, fx.Node) and (tensor := tensor_of(item)) is not None]
+    if not tensors:
+        return None, 0
+    if len(tensors) > 1 and any(tensor.dim() == 0 for tensor in tensors):
+        # Is it a number or a tensor? It matters where others do not stand beside it.
+        raise Blocked(Reason.UNKNOWN_OPERATION, "index tensors without dimensions beside others")
+    rank = max(1 if _is_mask(tensor) else tensor.dim() for tensor in tensors)
+    places = [place for place, item in enumerate(items) if isinstance(item, fx.Node)]
+    side_by_side = places == list(range(places[0], places[0] + len(places)))
+    return (items[places[0]] if side_by_side else None), rank
 
 
 @linear_rule("narrow", "slice", "index_select")

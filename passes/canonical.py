@@ -111,6 +111,10 @@ _KEYWORD_ALIASES = {
     "sizes": "shape",
     "repeats": "repeats",
     "input1": "input",
+    "N": "batch",
+    "C": "channels",
+    "HxW": "spatial",
+    "group": "num_groups",
 }
 
 
@@ -341,6 +345,14 @@ def layer_norm(
 ) -> None: ...
 @spelled(torch.native_layer_norm, aten.native_layer_norm.default)
 def native_layer_norm(input: Any, normalized_shape: Any, weight: Any, bias: Any, eps: Any) -> None: ...
+@spelled(functional.group_norm, torch.group_norm, aten.group_norm.default)
+def group_norm(
+    input: Any, num_groups: Any, weight: Any = None, bias: Any = None, eps: Any = 1e-5, cudnn_enabled: Any = True
+) -> None: ...
+@spelled(torch.native_group_norm, aten.native_group_norm.default)
+def native_group_norm(
+    input: Any, weight: Any, bias: Any, batch: Any, channels: Any, spatial: Any, num_groups: Any, eps: Any
+) -> None: ...
 @spelled(functional.softmax, torch.softmax, aten.softmax.int, torch_private.ATEN_SOFTMAX, methods="softmax")
 def softmax(input: Any, dim: Any = None, *rest: Any, **keywords: Any) -> None: ...
 @spelled(functional.log_softmax, torch.log_softmax, aten.log_softmax.int, torch_private.ATEN_LOG_SOFTMAX,

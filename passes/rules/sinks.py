@@ -6,22 +6,25 @@ from lncompile.passes.axes import Axes
 from lncompile.passes.canonical import Key, Operation, canonicalise
 from lncompile.passes.decisions import Blocked, Reason
 from lncompile.passes.handwritten import difference_from_mean, mean_of
+from lncompile.passes.norm_calls import mean_is_read, normalised_axes
 from lncompile.passes.operands import WRITTEN, dimension_of, dimensions_of, shape
 from lncompile.passes.rules.base import invariant, zero_mean
 
 
-@invariant("layer_norm", "native_layer_norm")
-def layer_norm(operation: Operation, key: Key, axes: Axes) -> bool:
-    """``LN(Cx) = LN(x)`` when it normalises over exactly A, folded or not."""
+@invariant("layer_norm", "native_layer_norm", "group_norm", "native_group_norm")
+def normalisation(operation: Operation, key: Key, axes: Axes) -> bool:
+    """``LN(Cx) = LN(x)`` when it normalises over exactly A, folded or not; group norm likewise, pixels and all."""
     if key != ("input", None):
-        raise Blocked(Reason.VISIBLE, "a layer norm uses it as its weight or bias")
-    if axes != Axes.trailing(shape(operation["input"]), len(operation["normalized_shape"])):
-        raise Blocked(Reason.DIFFERENT_AXES, f"a layer norm normalises other axes than {axes}")
-    if operation.name == "native_layer_norm" and any(
-        user.args[1] == 1 for user in operation.node.users if len(user.args) > 1
-    ):
-        raise Blocked(Reason.VISIBLE, "the mean that native_layer_norm returns is used")
+        raise Blocked(Reason.VISIBLE, f"a {_in_words(operation)} uses it as its weight or bias")
+    if axes != normalised_axes(operation):
+        raise Blocked(Reason.DIFFERENT_AXES, f"a {_in_words(operation)} normalises other axes than {axes}")
+    if mean_is_read(operation):
+        raise Blocked(Reason.VISIBLE, f"the mean that {operation.name} returns is used")
     return True
+
+
+def _in_words(operation: Operation) -> str:
+    return operation.name.removeprefix("native_").replace("_", " ")
 
 
 @invariant("softmax", "log_softmax")
@@ -84,12 +87,15 @@ def centered_difference(operation: Operation, axes: Axes) -> bool:
     return taken is not None and not operation.in_place and taken[1] == axes
 
 
-@zero_mean("layer_norm")
-def plain_layer_norm(operation: Operation, axes: Axes) -> bool:
-    """A LayerNorm without weight and bias puts out zero mean over its axes: ``C LN(x) = LN(x)``."""
+@zero_mean("layer_norm", "group_norm")
+def plain_normalisation(operation: Operation, axes: Axes) -> bool:
+    """A norm without weight and bias puts out zero mean over its axes: ``C LN(x) = LN(x)``."""
     if operation["weight"] is not None or operation["bias"] is not None:
         return False
-    return axes == Axes.trailing(shape(operation["input"]), len(operation["normalized_shape"]))
+    try:
+        return axes == normalised_axes(operation)
+    except Blocked:
+        return False
 
 
 @zero_mean("zeros")

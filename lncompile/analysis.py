@@ -77,8 +77,9 @@ def _analyse_expanded(
 ) -> Analysis:
     copy = copy_graph_module(graph_module)
     expand_opaque_layers(copy.graph, opaque)
-    sites = tuple(find_sites(copy.graph))
+    # Facts first: what is written to in place decides what is read as a chain.
     facts = GraphFacts(copy.graph, example_inputs)
+    sites = tuple(find_sites(copy.graph))
     trained = facts.trained_parameter() if torch.is_grad_enabled() else None
     if trained is not None:
         detail = (

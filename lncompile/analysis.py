@@ -13,7 +13,7 @@ from torch import fx
 from lncompile.options import Options
 from lncompile.passes.copying import copy_graph_module
 from lncompile.passes.decisions import Reason, Site
-from lncompile.passes.expand import EXPANDED_FROM, expand_opaque_layers, find_opaque_layers
+from lncompile.passes.expand import EXPANDED_FROM, closed_norms, expand_opaque_layers, find_opaque_layers
 from lncompile.passes.graph_facts import GraphFacts
 from lncompile.passes.placement import Placement, place
 from lncompile.passes.sites import NormSite, find_sites
@@ -44,7 +44,7 @@ def analyse(graph_module: fx.GraphModule, example_inputs: Sequence[Any], options
         The decisions, on a copy of the graph.
     """
     opaque = {node.name for node in find_opaque_layers(graph_module.graph)}
-    verdicts: dict[str, list[Site]] = {}
+    verdicts: dict[str, list[Site]] = closed_norms(graph_module.graph)
     while True:
         analysis = _analyse_expanded(graph_module, example_inputs, options, opaque)
         needed = {_layer(site) for site in (analysis.placement.folded if analysis.placement else ())} & opaque

@@ -442,6 +442,16 @@ def test_false_friends_are_not_changed(norm: Norm, without_inductor: None) -> No
     assert lncompile.explain(model, value).folded == 0
 
 
+@named([cohere, sums, mean_of_squares, variance_and_mean, dimension_put_back, in_place])
+def test_usual_spellings_fold_with_dynamic_shapes(norm: Norm, without_inductor: None) -> None:
+    model = randomise(Model(norm).double())
+    compiled = torch.compile(model, backend="lnfold", fullgraph=True, dynamic=True)
+    for rows in (5, 3):
+        value = torch.randn(rows, D, dtype=torch.float64)
+        assert relative_error(compiled(value), model(value)) <= 1e-12
+    assert counts(compiled) == (2, 2, 0)
+
+
 @named(FALSE_FRIENDS)
 def test_false_friends_are_no_sites(norm: Norm) -> None:
     model, value = randomise(Model(norm).double()), torch.randn(5, D, dtype=torch.float64)

@@ -47,7 +47,7 @@ def find_scaled_source(product: Operation, axes: Axes, facts: GraphFacts) -> Sca
         facts: the facts of the graph.
     """
     last = axes.rank - 1
-    if product.name != "mul" or product.in_place or axes.normalised_dimensions != (last,):
+    if product.name != "mul" or product.in_place or axes.partial or axes.normalised_dimensions != (last,):
         return None
     for scale, value in ((product["other"], product["input"]), (product["input"], product["other"])):
         if not (isinstance(scale, fx.Node) and isinstance(value, fx.Node) and scale in facts.parametric):

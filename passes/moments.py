@@ -238,8 +238,8 @@ def uses_of_mean(node: fx.Node) -> list[fx.Node] | None:
     """
     operation = _settled(node)
     moment = None if operation is None else reduction(operation)
-    if operation is None or moment is None:
-        return None
+    if operation is None or moment is None or moment.source.meta.get(WRITTEN):
+        return None  # between the mean and the difference the values of x may have changed
     differences: list[fx.Node] = []
     if operation.name not in ("var_mean", "std_mean"):
         return differences if _collect(node, moment.subject, differences) else None

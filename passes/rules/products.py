@@ -18,7 +18,7 @@ from lncompile.passes.rules.base import AxisMap, Linear, aligned, linear_rule, r
 
 def _only(axes: Axes, dimension: int, what: str) -> None:
     """Raise Blocked unless ``A`` lies within one dimension of the result."""
-    if axes.normalised_dimensions != (dimension,):
+    if any(axes.is_free(index) == (index == dimension) for index in range(axes.rank)):
         raise Blocked(Reason.DIFFERENT_AXES, f"{what}: the normalised axes {axes} are not those its weight produces")
 
 

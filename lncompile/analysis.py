@@ -13,7 +13,7 @@ from torch import fx
 from lncompile.options import Options
 from lncompile.passes.copying import copy_graph_module
 from lncompile.passes.decisions import Reason, Site
-from lncompile.passes.expand import EXPANDED_FROM, expand_opaque_layers, find_opaque_layers
+from lncompile.passes.expand import EXPANDED_FROM, closed_norms, expand_opaque_layers, find_opaque_layers
 from lncompile.passes.graph_facts import GraphFacts
 from lncompile.passes.placement import Placement, place
 from lncompile.passes.sites import NormSite, find_sites
@@ -44,7 +44,7 @@ def analyse(graph_module: fx.GraphModule, example_inputs: Sequence[Any], options
         The decisions, on a copy of the graph.
     """
     opaque = {node.name for node in find_opaque_layers(graph_module.graph)}
-    verdicts: dict[str, list[Site]] = {}
+    verdicts: dict[str, list[Site]] = closed_norms(graph_module.graph)
     while True:
         analysis = _analyse_expanded(graph_module, example_inputs, options, opaque)
         needed = {_layer(site) for site in (analysis.placement.folded if analysis.placement else ())} & opaque
@@ -77,7 +77,8 @@ def _analyse_expanded(
 ) -> Analysis:
     copy = copy_graph_module(graph_module)
     expand_opaque_layers(copy.graph, opaque)
-    facts = GraphFacts(copy.graph, example_inputs)  # before the sites: it marks what is written to
+    # Facts first: what is written to in place decides what is read as a chain.
+    facts = GraphFacts(copy.graph, example_inputs)
     sites = tuple(find_sites(copy.graph))
     trained = facts.trained_parameter() if torch.is_grad_enabled() else None
     if trained is not None:

@@ -13,6 +13,7 @@ from lncompile.options import Options
 from lncompile.passes.canonical import tensor_of
 from lncompile.passes.handwritten import fold_handwritten_norm
 from lncompile.passes.materialize import Expression, hoist
+from lncompile.passes.norm_calls import WITH_STATISTICS
 from lncompile.passes.rewrite import rewrite
 from lncompile.passes.sites import NormSite
 
@@ -70,5 +71,6 @@ def _call(site: NormSite) -> NormCall:
         site.eps,
         tensor.dtype,
         site.output_dtype,
-        returns_statistics=site.operation.name == "native_layer_norm",
+        returns_statistics=site.operation.name in WITH_STATISTICS,
+        groups=site.groups,
     )

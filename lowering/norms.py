@@ -11,12 +11,16 @@ from torch import fx
 
 from lncompile.lowering.emit import emit
 from lncompile.lowering.layer_norm import aten_layer_norm
-from lncompile.lowering.rms_norm import rms_norm
+from lncompile.lowering.rms_norm import grouped_rms_norm, rms_norm
 
 
 @dataclass(frozen=True)
 class NormCall:
-    """A LayerNorm call to be lowered: its node, its arguments as graph nodes and numbers, and its dtypes."""
+    """A LayerNorm call to be lowered: its node, its arguments as graph nodes and numbers, and its dtypes.
+
+    With ``groups`` it normalises the channels of ``[N, C, 1, ...]`` in so many groups (``group_norm``), else the
+    trailing ``len(normalized_shape)`` axes.
+    """
 
     node: fx.Node
     input: fx.Node
@@ -27,6 +31,7 @@ class NormCall:
     input_dtype: torch.dtype
     output_dtype: torch.dtype
     returns_statistics: bool = False
+    groups: int | None = None
 
 
 def lower_to_rms_norm(graph: fx.Graph, calls: Iterable[NormCall]) -> None:
@@ -50,9 +55,9 @@ def lower_to_rms_norm(graph: fx.Graph, calls: Iterable[NormCall]) -> None:
             result = emit(
                 graph,
                 call.node.name,
-                rms_norm,
+                rms_norm if call.groups is None else grouped_rms_norm,
                 call.input,
-                call.normalized_shape,
+                call.normalized_shape if call.groups is None else call.groups,
                 call.weight,
                 call.bias,
                 call.eps,
@@ -67,10 +72,11 @@ def lower_to_aten(graph: fx.Graph, calls: Iterable[NormCall]) -> None:
 
     Args:
         graph: changed in place.
-        calls: the calls. One that autocast makes return another dtype than its input has stays as it is.
+        calls: the calls. One that autocast makes return another dtype than its input has stays as it is, and so does
+            a group norm.
     """
     for call in calls:
-        if call.input_dtype != call.output_dtype or call.returns_statistics:
+        if call.input_dtype != call.output_dtype or call.returns_statistics or call.groups is not None:
             continue
         arguments = (call.input, list(call.normalized_shape), call.weight, call.bias, call.eps)
         with graph.inserting_before(call.node):

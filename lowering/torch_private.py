@@ -39,6 +39,7 @@ EXIT_AUTOCAST: Any = torch.amp.autocast_mode._exit_autocast
 
 # The one opaque operator that nn.TransformerEncoderLayer becomes in eval mode under no_grad ("fast path").
 TRANSFORMER_ENCODER_LAYER_FORWARD: Any = torch._transformer_encoder_layer_fwd
+TRANSFORMER_ENCODER_LAYER: Any = torch.ops.aten._transformer_encoder_layer_fwd.default
 
 
 def symbolic_expression(size: torch.SymInt) -> Any:

@@ -120,6 +120,10 @@ _KEYWORD_ALIASES = {
     "upscale_factor": "factor",
     "downscale_factor": "factor",
     "dimension": "dim",
+    "N": "batch",
+    "C": "channels",
+    "HxW": "spatial",
+    "group": "num_groups",
 }
 
 
@@ -280,6 +284,14 @@ def interpolate(input: Any, *rest: Any, **keywords: Any) -> None: ...
 def var(input: Any, dim: Any = None, unbiased: Any = None, keepdim: Any = False, *, correction: Any = None) -> None: ...
 @spelled(torch.std, aten.std.correction, methods="std")
 def std(input: Any, dim: Any = None, unbiased: Any = None, keepdim: Any = False, *, correction: Any = None) -> None: ...
+@spelled(torch.var_mean, aten.var_mean.correction)
+def var_mean(
+    input: Any, dim: Any = None, unbiased: Any = None, keepdim: Any = False, *, correction: Any = None
+) -> None: ...
+@spelled(torch.std_mean, aten.std_mean.correction)
+def std_mean(
+    input: Any, dim: Any = None, unbiased: Any = None, keepdim: Any = False, *, correction: Any = None
+) -> None: ...
 @spelled(torch.where, aten.where.self)
 def where(condition: Any, input: Any, other: Any) -> None: ...
 @spelled(torch.scatter, aten.scatter.src, aten.scatter.value, methods="scatter")
@@ -337,6 +349,8 @@ def square(input: Any) -> None: ...
 def sqrt(input: Any) -> None: ...
 @spelled(torch.rsqrt, aten.rsqrt.default, methods="rsqrt")
 def rsqrt(input: Any) -> None: ...
+@spelled(torch.reciprocal, aten.reciprocal.default, methods="reciprocal")
+def reciprocal(input: Any) -> None: ...
 
 
 # --- linear maps with parameters ---
@@ -424,6 +438,14 @@ def layer_norm(
 ) -> None: ...
 @spelled(torch.native_layer_norm, aten.native_layer_norm.default)
 def native_layer_norm(input: Any, normalized_shape: Any, weight: Any, bias: Any, eps: Any) -> None: ...
+@spelled(functional.group_norm, torch.group_norm, aten.group_norm.default)
+def group_norm(
+    input: Any, num_groups: Any, weight: Any = None, bias: Any = None, eps: Any = 1e-5, cudnn_enabled: Any = True
+) -> None: ...
+@spelled(torch.native_group_norm, aten.native_group_norm.default)
+def native_group_norm(
+    input: Any, weight: Any, bias: Any, batch: Any, channels: Any, spatial: Any, num_groups: Any, eps: Any
+) -> None: ...
 @spelled(functional.softmax, torch.softmax, aten.softmax.int, torch_private.ATEN_SOFTMAX, methods="softmax")
 def softmax(input: Any, dim: Any = None, *rest: Any, **keywords: Any) -> None: ...
 @spelled(functional.log_softmax, torch.log_softmax, aten.log_softmax.int, torch_private.ATEN_LOG_SOFTMAX,

@@ -32,7 +32,8 @@ def result_shape(operation: Operation) -> tuple[Size, ...]:
 
 def dimension_of(index: object, rank: int) -> int:
     """Return a non-negative dimension number. Raises Blocked for one that is not a plain number."""
-    if not isinstance(index, int):
+    # `x.var(False)` asks for another divisor, not for dimension 0.
+    if not isinstance(index, int) or isinstance(index, bool):
         raise Blocked(Reason.UNKNOWN_OPERATION, "a dimension is not a plain number")
     return index % rank if rank else 0
 

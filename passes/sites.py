@@ -10,9 +10,12 @@ import torch
 from torch import fx
 
 from lncompile.passes import provenance
-from lncompile.passes.axes import Axes, shape_of
+from lncompile.passes.axes import Axes
 from lncompile.passes.canonical import Operation, canonicalise, tensor_of, value_of
+from lncompile.passes.decisions import Blocked
 from lncompile.passes.handwritten import HandwrittenNorm, find_handwritten_norms
+from lncompile.passes.norm_calls import GROUP_NORMS, LAYER_NORMS, is_layer_norm, mean_is_read, normalised_axes
+from lncompile.passes.operands import shape
 
 # Passes that expand an opaque operator leave the name of a norm inside it here, for the report.
 SITE_NAME = "lnfold_site_name"
@@ -41,9 +44,18 @@ class NormSite:
         return operation
 
     @property
-    def normalized_shape(self) -> tuple[int, ...]:
-        """Sizes of the normalised trailing axes."""
-        return tuple(self.operation["normalized_shape"])
+    def groups(self) -> int | None:
+        """Number of groups the channels are normalised in (``group_norm``); None for a norm of trailing axes."""
+        return self.operation["num_groups"] if self.operation.name in GROUP_NORMS else None
+
+    @property
+    def normalized_shape(self) -> tuple[Any, ...]:
+        """Sizes of the normalised trailing axes; of a group norm those of one group."""
+        groups = self.groups
+        if groups is not None:
+            return (shape(self.input)[1] // groups,)
+        sizes = self.operation["normalized_shape"]
+        return tuple(value_of(sizes) if isinstance(sizes, fx.Node) else sizes)
 
     @property
     def weight(self) -> Any:
@@ -72,7 +84,7 @@ def find_sites(graph: fx.Graph) -> Sequence[NormSite]:
     """Return every LayerNorm of the graph, in order: calls in any spelling, and chains written by hand.
 
     A call whose input is no floating-point tensor of known shape is left out, it is no site for anybody; so is one
-    whose mean is read (``native_layer_norm`` returns it).
+    whose mean is read (``native_layer_norm`` returns it), and a group norm with spatial extent.
     """
     sites = []
     handwritten = {norm.mean: norm for norm in find_handwritten_norms(graph)}
@@ -82,19 +94,26 @@ def find_sites(graph: fx.Graph) -> Sequence[NormSite]:
             norm = handwritten[node]
             sites.append(NormSite(operation, norm.input, norm.axes, _site_name(node), provenance.location(node), norm))
             continue
-        if operation is None or operation.name not in ("layer_norm", "native_layer_norm"):
-            continue
-        source = operation["input"]
-        tensor = tensor_of(source) if isinstance(source, fx.Node) else None
-        if tensor is None or value_of(node) is None or not tensor.is_floating_point():
-            continue
-        if operation.name == "native_layer_norm" and not all(
-            len(u.args) == 2 and u.args[1] in (0, 2) for u in node.users
-        ):
-            continue  # somebody reads the mean of the input, which therefore has to stay
-        axes = Axes.trailing(shape_of(tensor), len(operation["normalized_shape"]))
-        sites.append(NormSite(operation, source, axes, _site_name(node), provenance.location(node)))
+        axes = _axes_of_call(operation) if operation is not None else None
+        if operation is not None and axes is not None:
+            sites.append(NormSite(operation, operation["input"], axes, _site_name(node), provenance.location(node)))
     return sites
+
+
+def _axes_of_call(operation: Operation) -> Axes | None:
+    """What a call normalises if it is a LayerNorm, else None."""
+    if operation.name not in LAYER_NORMS | GROUP_NORMS:
+        return None
+    source = operation["input"]
+    tensor = tensor_of(source) if isinstance(source, fx.Node) else None
+    if tensor is None or value_of(operation.node) is None or not tensor.is_floating_point():
+        return None
+    if not is_layer_norm(operation) or mean_is_read(operation):
+        return None
+    try:
+        return normalised_axes(operation)
+    except Blocked:
+        return None
 
 
 def _site_name(node: fx.Node) -> str:

@@ -1048,17 +1048,33 @@ def handwritten_norm(w: Writer) -> str | None:
     x = w.some(lambda t: t.dim() >= 1 and t.shape[-1] > 1, stream=True)
     if x is None or float(w.tensor(x).detach().var(-1, unbiased=False).min()) < SMALLEST_VARIANCE:
         return None
-    mean = w.let(
-        w.pick([f"{x}.mean(-1, keepdim=True)", f"torch.mean({x}, -1, True)", f"{x}.mean(dim=[-1], keepdim=True)"])
-    )
+    width = w.shape(x)[-1]
+    mean = w.let(w.pick([
+        f"{x}.mean(-1, keepdim=True)", f"torch.mean({x}, -1, True)", f"{x}.mean(dim=[-1], keepdim=True)",
+        f"{x}.mean(-1)[..., None]", f"{x}.mean(-1).unsqueeze(-1)", f"{x}.sum(-1, keepdim=True) / {width}",
+        f"{x}.sum(-1, True) * (1 / {width})", f"({x}.sum(-1) / {width}).unsqueeze(-1)",
+        f"torch.var_mean({x}, -1, keepdim=True)[1]", f"torch.std_mean({x}, -1, correction=0)[1][..., None]",
+        f"{x}.sum(-1, keepdim=True) / {width + 1}",
+    ]))  # fmt: skip
     if w.chance(6):
         w.do(w.pick([f"{mean} *= 0.5", f"{mean}.mul_(0.5)", f"{x}[:1] = 0.5", f"{x} += 1"]), x)
-    difference = mean and w.let(f"{x} - {mean}")
+    if w.chance(6) and mean:
+        # Dynamo reads the old name on: only where it is forgotten is this `x = x - mean`.
+        difference = w.let(w.pick([f"({x} * 1.0).sub_({mean})", f"{x}.sub_({mean})"]))
+        if difference is not None and not w.chance(3):
+            w.forget(x)
+    else:
+        difference = mean and w.let(f"{x} - {mean}")
     variance = difference and w.let(w.pick([
         f"{difference}.pow(2).mean(-1, keepdim=True)", f"torch.mean({difference} * {difference}, dim=-1, keepdim=True)",
         f"({difference} ** 2).mean(-1, True)", f"{x}.var(-1, keepdim=True, unbiased=False)", f"{x}.var(-1, keepdim=True)",
-        f"torch.var({x}, dim=-1, correction=0, keepdim=True)",
+        f"torch.var({x}, dim=-1, correction=0, keepdim=True)", f"torch.square({difference}).sum(-1, True) / {width}",
+        f"{x}.std(-1, correction=0, keepdim=True) ** 2", f"torch.var_mean({x}, -1, correction=0)[0].unsqueeze(-1)",
+        f"({x} * {x}).mean(-1, True) - {mean} * {mean}", f"({x}.pow(2).sum(-1, True) / {width} - {mean} ** 2).abs()",
+        f"{x}.square().mean(-1, True) - {x}.mean(-1, True) ** 2", f"({difference} * {difference}).sum(-1, True) / {width - 1}",
     ]))  # fmt: skip
+    if variance is not None and float(w.tensor(variance).detach().min()) < SMALLEST_VARIANCE:
+        return None
     if difference is None or variance is None:
         return None
     root = w.pick([f"torch.rsqrt({variance} + 1e-5)", f"({variance} + 1e-5).rsqrt()"])
@@ -1067,10 +1083,36 @@ def handwritten_norm(w: Writer) -> str | None:
         return difference
     if w.chance(4):
         return w.let(f"{difference}.div_(torch.sqrt({variance} + 1e-5)) * {w.parameter((w.shape(x)[-1],))}")
-    y = w.let(
-        w.pick([f"{difference} * {root}", f"{difference} / ({variance} + 1e-5).sqrt()", f"{root} * {difference}"])
-    )
+    y = w.let(w.pick([
+        f"{difference} * {root}", f"{difference} / ({variance} + 1e-5).sqrt()", f"{root} * {difference}",
+        f"{difference} / ({variance}.sqrt() + 1e-3)", f"{difference} * (1 / torch.sqrt({variance} + 1e-5))",
+        f"{w.parameter((width,))} * {difference} / ({variance} + 1e-5) ** 0.5",
+    ]))  # fmt: skip
     return y and w.let(w.pick([f"{y} * {w.parameter((w.shape(x)[-1],))}", f"{w.parameter((1,))} + {y}"]))
+
+
+@instruction("norm", 2)
+def group_norm(w: Writer) -> str | None:
+    """A group norm of channels alone, sometimes with pixels of size one or more."""
+    x = w.some(lambda t: t.dim() >= 2, stream=True)
+    if x is None:
+        return None
+    width = w.shape(x)[-1]
+    rows = w.let(f"{x}.reshape(-1, {width})", stream=True)
+    if rows is None:
+        return None
+    groups = w.pick([g for g in (1, 2, 3, width) if width % g == 0])
+    per_group = w.tensor(rows).detach().unflatten(-1, (groups, -1))
+    if groups < width and float(per_group.var(-1, unbiased=False).min()) < SMALLEST_VARIANCE:
+        return None
+    weight, bias = (w.pick([w.parameter((width,)), "None"]) for _ in "wb")
+    return w.let(w.pick([
+        f"F.group_norm({rows}, {groups}, {weight}, {bias}, 0.1)", f"torch.group_norm({rows}, {groups}, bias={bias}, eps=0.1)",
+        f"F.group_norm({rows}[..., None], {groups}, {weight}, eps=0.1).squeeze(-1)",
+        f"torch.native_group_norm({rows}, {weight}, {bias}, {rows}.shape[0], {width}, 1, {groups}, 0.1)[{w.pick([0, 0, 1, 2])}]",
+        f"F.layer_norm({rows}.view(-1, {groups}, {width // groups}), ({width // groups},), eps=0.1).flatten(1)",
+        f"F.group_norm({rows}[..., None] + {w.parameter((width, 2))}, {groups}, {weight}, {bias}, 0.1).mean(-1)",
+    ]), stream=w.chance(3))  # fmt: skip
 
 
 def _layer_norm(w: Writer, x: str, count: int) -> str | None:

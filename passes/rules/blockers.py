@@ -7,7 +7,8 @@ from torch import fx
 from lncompile.passes.decisions import Reason
 
 _NORMS = frozenset(
-    "layer_norm native_layer_norm group_norm batch_norm instance_norm rms_norm normalize local_response_norm".split()
+    "layer_norm native_layer_norm group_norm native_group_norm batch_norm instance_norm rms_norm normalize "
+    "local_response_norm".split()
 )
 _NON_LINEAR = {
     **dict.fromkeys(

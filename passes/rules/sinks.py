@@ -5,23 +5,26 @@ from __future__ import annotations
 from lncompile.passes.axes import Axes
 from lncompile.passes.canonical import Key, Operation, canonicalise
 from lncompile.passes.decisions import Blocked, Reason
-from lncompile.passes.handwritten import difference_from_mean, mean_of
-from lncompile.passes.operands import WRITTEN, dimension_of, dimensions_of, shape
+from lncompile.passes.moments import difference_from_mean, reduction, serves_only_the_variance, uses_of_mean
+from lncompile.passes.norm_calls import mean_is_read, normalised_axes
+from lncompile.passes.operands import WRITTEN, dimension_of, shape
 from lncompile.passes.rules.base import invariant, zero_mean
 
 
-@invariant("layer_norm", "native_layer_norm")
-def layer_norm(operation: Operation, key: Key, axes: Axes) -> bool:
-    """``LN(Cx) = LN(x)`` when it normalises over exactly A, folded or not."""
+@invariant("layer_norm", "native_layer_norm", "group_norm", "native_group_norm")
+def normalisation(operation: Operation, key: Key, axes: Axes) -> bool:
+    """``LN(Cx) = LN(x)`` when it normalises over exactly A, folded or not; group norm likewise, pixels and all."""
     if key != ("input", None):
-        raise Blocked(Reason.VISIBLE, "a layer norm uses it as its weight or bias")
-    if axes != Axes.trailing(shape(operation["input"]), len(operation["normalized_shape"])):
-        raise Blocked(Reason.DIFFERENT_AXES, f"a layer norm normalises other axes than {axes}")
-    if operation.name == "native_layer_norm" and any(
-        user.args[1] == 1 for user in operation.node.users if len(user.args) > 1
-    ):
-        raise Blocked(Reason.VISIBLE, "the mean that native_layer_norm returns is used")
+        raise Blocked(Reason.VISIBLE, f"a {_in_words(operation)} uses it as its weight or bias")
+    if axes != normalised_axes(operation):
+        raise Blocked(Reason.DIFFERENT_AXES, f"a {_in_words(operation)} normalises other axes than {axes}")
+    if mean_is_read(operation):
+        raise Blocked(Reason.VISIBLE, f"the mean that {operation.name} returns is used")
     return True
+
+
+def _in_words(operation: Operation) -> str:
+    return operation.name.removeprefix("native_").replace("_", " ")
 
 
 @invariant("softmax", "log_softmax")
@@ -48,31 +51,35 @@ def other_result(operation: Operation, key: Key, axes: Axes) -> bool:
     return origin is not None and origin.name == "multi_head_attention" and operation["index"] != 0
 
 
-@invariant("mean")
+@invariant("mean", "sum")
 def mean(operation: Operation, key: Key, axes: Axes) -> bool:
     """``(x + c) - mean_A(x + c) = x - mean_A(x)``: a mean over exactly A of which only that difference is taken."""
-    taken = mean_of(operation.node)
-    if taken is None or taken[1] != axes or taken[0].meta.get(WRITTEN):
-        return False
-    differences = [canonicalise(user) for user in operation.node.users]
-    return all(d is not None and not d.in_place and difference_from_mean(d) == taken for d in differences)
+    moment = reduction(operation)
+    return moment is not None and moment.axes == axes and uses_of_mean(operation.node) is not None
 
 
 @invariant("sub")
 def difference(operation: Operation, key: Key, axes: Axes) -> bool:
     """The other half of the difference from the mean."""
-    taken = difference_from_mean(operation)
-    return taken is not None and taken[1] == axes and not operation.in_place
+    moment = difference_from_mean(operation)
+    return moment is not None and moment.axes == axes and key == ("input", None)
 
 
-@invariant("var", "std")
+@invariant("mul", "pow", "square")
+def square_for_a_variance(operation: Operation, key: Key, axes: Axes) -> bool:
+    """``E[(x + c)²] - E[x + c]² = E[x²] - E[x]²`` over exactly A, where nothing else reads the square."""
+    return serves_only_the_variance(operation.node, (operation[key[0]], axes))
+
+
+@invariant("var", "std", "var_mean", "std_mean")
 def variance(operation: Operation, key: Key, axes: Axes) -> bool:
-    """``var_A(x + c) = var_A(x)`` over exactly A, whatever the correction."""
-    if operation["dim"] is not None:
-        sizes = shape(operation["input"])
-        if Axes.of(sizes, dimensions_of(operation["dim"], len(sizes))) == axes:
-            return True
-    raise Blocked(Reason.DIFFERENT_AXES, f"{operation.name} runs over other axes than {axes}")
+    """``var_A(x + c) = var_A(x)`` over exactly A, whatever the correction; a mean beside it as in ``mean``."""
+    moment = reduction(operation)
+    if moment is None or moment.axes != axes:
+        raise Blocked(Reason.DIFFERENT_AXES, f"{operation.name} runs over other axes than {axes}")
+    if operation.name in ("var_mean", "std_mean") and uses_of_mean(operation.node) is None:
+        raise Blocked(Reason.VISIBLE, f"the mean that {operation.name} returns is used")
+    return True
 
 
 @zero_mean("sub")
@@ -80,16 +87,19 @@ def centered_difference(operation: Operation, axes: Axes) -> bool:
     """``x - mean_A(x)`` has zero mean over A."""
     if any(node.meta.get(WRITTEN) for _, node in operation.operands()):
         return False  # between the mean and the difference one of them may have changed
-    taken = difference_from_mean(operation)
-    return taken is not None and not operation.in_place and taken[1] == axes
+    moment = difference_from_mean(operation)
+    return moment is not None and moment.axes == axes
 
 
-@zero_mean("layer_norm")
-def plain_layer_norm(operation: Operation, axes: Axes) -> bool:
-    """A LayerNorm without weight and bias puts out zero mean over its axes: ``C LN(x) = LN(x)``."""
+@zero_mean("layer_norm", "group_norm")
+def plain_normalisation(operation: Operation, axes: Axes) -> bool:
+    """A norm without weight and bias puts out zero mean over its axes: ``C LN(x) = LN(x)``."""
     if operation["weight"] is not None or operation["bias"] is not None:
         return False
-    return axes == Axes.trailing(shape(operation["input"]), len(operation["normalized_shape"]))
+    try:
+        return axes == normalised_axes(operation)
+    except Blocked:
+        return False
 
 
 @zero_mean("zeros")

@@ -39,7 +39,7 @@ def rms_norm(
         output_dtype: dtype of the result; by default that of ``input``.
 
     Returns:
-        A tensor of ``input``'s shape and of ``output_dtype``.
+        A contiguous tensor of ``input``'s shape and of ``output_dtype``.
 
     Example:
         >>> x = torch.randn(4, 8); x = x - x.mean(-1, keepdim=True)
@@ -58,4 +58,5 @@ def rms_norm(
     if bias is not None:
         output = torch.add(output, bias)
     # Always emitted: a weight of a wider dtype promotes, and `.to` of the same dtype costs nothing once compiled.
-    return output.to(output_dtype)
+    # LayerNorm's result is contiguous whatever its input's strides are, and a view of it may count on that.
+    return output.to(output_dtype).contiguous()

@@ -151,6 +151,7 @@ class Writer:
     Attributes:
         live: names of the tensors that later statements may use.
         streams: those of them that are made by sources and commuting operations alone, as far as the writer cares.
+        norms: outputs of norms; returned where nothing else reads them, or they would be no part of the graph.
     """
 
     def __init__(self, below: Callable[[int], int]) -> None:
@@ -161,6 +162,7 @@ class Writer:
         self.instructions: list[str] = []
         self.live: list[str] = []
         self.streams: set[str] = set()
+        self.norms: set[str] = set()
         self.read: set[str] = set()
         self.tolerance = EXACT
         self.batch = self.pick([2, 2, 1])
@@ -1098,6 +1100,8 @@ def _layer_norm(w: Writer, x: str, count: int) -> str | None:
         lambda: f"torch.native_layer_norm({x}, {axes}, None, None, {eps})[{w.pick([1, 2])}] * 0.1",
     ]
     y = w.let(w.pick(options)())
+    if y is not None:
+        w.norms.add(y)
     if y is not None and "weight" not in w.statements[-1] and w.chance(2):
         w.streams.add(y)
     return y
@@ -1290,7 +1294,7 @@ def write_program(below: Callable[[int], int], steps: int) -> Program:
         if x is not None:
             _layer_norm(w, x, 1)
     unread = [name for name in w.live if name not in w.read and name not in w.inputs]
-    outputs = [name for name in unread if name not in w.streams or w.chance(6)]
+    outputs = [name for name in unread if name not in w.streams or name in w.norms or w.chance(6)]
     if w.chance(8):
         outputs.append(w.pick(w.live))
     options: dict[str, Any] = {}

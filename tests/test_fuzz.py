@@ -1,0 +1,54 @@
+"""Random modules in CI: a fixed set of programs, the same every time. ``make fuzz`` runs others, for hours."""
+
+from __future__ import annotations
+
+import pytest
+from fuzzing import Outcome, Statistics, centering_left_out, check, examine
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from random_modules import INSTRUCTIONS, Program, programs, random_program
+
+PARTS, PROGRAMS_PER_PART = 5, 100
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_programs_do_what_eager_does(part: int) -> None:
+    outcomes: list[Outcome] = []
+
+    @seed(part)
+    @settings(
+        max_examples=PROGRAMS_PER_PART,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        phases=(Phase.generate, Phase.shrink),
+    )
+    @given(programs())
+    def run(program: Program) -> None:
+        outcomes.append(check(program))
+
+    run()
+    statistics = Statistics()
+    statistics.add(outcomes)
+    assert statistics.graphs >= PROGRAMS_PER_PART
+    assert statistics.with_a_folded_site >= 0.25 * statistics.graphs
+    assert statistics.folded >= 0.15 * statistics.sites
+    assert statistics.unsupported <= 0.02 * statistics.graphs
+
+
+def test_every_instruction_occurs() -> None:
+    drawn = [random_program(seed) for seed in range(500)]
+    used = {name for program in drawn for name in program.instructions}
+    assert {function.__name__ for functions in INSTRUCTIONS.values() for function in functions} == used
+
+
+def test_control_without_centering_results_change() -> None:
+    """If weights were not centered, the comparison would notice in most programs that fold something: some read nothing but a variance."""
+    folding = [program for program in map(random_program, range(60)) if examine(program).folded]
+    assert len(folding) >= 15
+    with centering_left_out():
+        different = [program for program in folding if examine(program).problem]
+    assert len(different) >= 0.7 * len(folding)
+
+
+def test_a_seed_makes_the_same_program() -> None:
+    assert random_program(7) == random_program(7) != random_program(8)

@@ -3,13 +3,16 @@
 :func:`examine` runs a drawn :class:`~random_modules.Program` eagerly and compiled, with Inductor left out, and compares
 outputs, arguments and state after each of three calls; the third comes after an update of all parameters, so that a
 stale centered weight shows. What torch itself gets wrong is told apart: the same program is then run by Dynamo alone.
+
+The rewritten graph is run as it is, which is fastest, or traced once more by AOTAutograd (what Inductor would be given,
+with its checks of shapes, strides and aliases), or compiled by Inductor.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -17,7 +20,8 @@ from unittest import mock
 import torch
 from graphs import run_as_it_is
 from random_modules import Program
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._dynamo.backends.registry import lookup_backend
 
 import lncompile
 from lncompile import backend
@@ -26,6 +30,22 @@ from lncompile.passes import rewrite
 from lncompile.passes.axes import Axes
 
 CALLS = 3
+
+
+def run_through_aot(
+    graph_module: fx.GraphModule, example_inputs: Sequence[Any], config: dict[str, Any]
+) -> Callable[..., Any]:
+    """Stands in for Inductor: AOTAutograd's graph, run as it is."""
+    compiled: Callable[..., Any] = lookup_backend("aot_eager")(graph_module, list(example_inputs))
+    return compiled
+
+
+# What compiles a rewritten graph, and torch's own backend that does the same to one of Dynamo's.
+COMPILERS: dict[str, tuple[Callable[..., Callable[..., Any]], str]] = {
+    "none": (run_as_it_is, "eager"),
+    "aot": (run_through_aot, "aot_eager"),
+    "inductor": (torch_private.inductor_compile, "inductor"),
+}
 Values = dict[str, Tensor]
 
 
@@ -81,10 +101,10 @@ class Statistics:
 
 
 @contextlib.contextmanager
-def without_inductor() -> Iterator[None]:
-    """Run rewritten graphs as they are, and let failures of ours through."""
+def compiled_by(compiler: str) -> Iterator[None]:
+    """Compile rewritten graphs with one of :data:`COMPILERS`, and let failures of ours through."""
     with (
-        mock.patch.object(torch_private, "inductor_compile", run_as_it_is),
+        mock.patch.object(torch_private, "inductor_compile", COMPILERS[compiler][0]),
         mock.patch.object(backend, "safety_net", False),
     ):
         yield
@@ -110,10 +130,15 @@ def centering_left_out() -> Iterator[None]:
         yield
 
 
-def examine(program: Program) -> Outcome:
-    """Run a program eagerly and compiled by our backend, and compare."""
+def examine(program: Program, compiler: str = "none") -> Outcome:
+    """Run a program eagerly and compiled by our backend, and compare.
+
+    Args:
+        program: what to run.
+        compiler: what takes the rewritten graph, one of :data:`COMPILERS`.
+    """
     torch._dynamo.reset()
-    with without_inductor(), torch.no_grad():
+    with compiled_by(compiler), torch.no_grad():
         try:
             model, expected = program.build(), _trace(program)
             compiled = torch.compile(model, backend="lnfold", fullgraph=True, options=dict(program.options))
@@ -128,31 +153,31 @@ def examine(program: Program) -> Outcome:
         total=len(sites),
         reasons=tuple(site.reason.value for site in sites if site.reason is not None),
         instructions=program.instructions,
-        problem="" if problem and (unsupported := _fails_without_us(program)) else problem,
+        problem="" if problem and (unsupported := _fails_without_us(program, compiler)) else problem,
         unsupported=unsupported if problem else "",
     )
 
 
-def check(program: Program) -> Outcome:
+def check(program: Program, compiler: str = "none") -> Outcome:
     """As :func:`examine`.
 
     Raises:
         Difference: with the program, where something is wrong.
     """
-    outcome = examine(program)
+    outcome = examine(program, compiler)
     if outcome.problem:
         raise Difference(f"{outcome.problem}\n{program!r}")
     return outcome
 
 
-def _fails_without_us(program: Program) -> str:
-    """What goes wrong when Dynamo runs the program with no backend at all, or ""."""
+def _fails_without_us(program: Program, compiler: str) -> str:
+    """What goes wrong with the backend of torch that does the same without us, or ""."""
     torch._dynamo.reset()
     with torch.no_grad():
         expected = _trace(program)
         try:
             model = program.build()
-            compiled = torch.compile(model, backend="eager", fullgraph=True)
+            compiled = torch.compile(model, backend=COMPILERS[compiler][1], fullgraph=True)
             return _compare(_trace(program, model, compiled), expected, program.tolerance)
         except Exception as error:
             return f"{type(error).__name__}: {error}"

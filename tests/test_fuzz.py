@@ -9,6 +9,7 @@ import torch
 from fuzzing import Outcome, Statistics, centering_left_out, check, examine
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from random_modules import INSTRUCTIONS, Program, programs, random_program
+from shrinking import shrink
 
 PARTS, PROGRAMS_PER_PART = 5, 100
 
@@ -24,6 +25,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.mark.parametrize("part", range(PARTS))
 def test_programs_do_what_eager_does(part: int) -> None:
+    compiler = "aot" if part == PARTS - 1 else "none"
     outcomes: list[Outcome] = []
 
     @seed(part)
@@ -36,7 +38,7 @@ def test_programs_do_what_eager_does(part: int) -> None:
     )
     @given(programs())
     def run(program: Program) -> None:
-        outcomes.append(check(program))
+        outcomes.append(check(program, compiler))
 
     run()
     statistics = Statistics()
@@ -60,6 +62,17 @@ def test_control_without_centering_results_change() -> None:
     with centering_left_out():
         different = [program for program in folding if examine(program).problem]
     assert len(different) >= 0.7 * len(folding)
+
+
+def test_a_failing_program_is_shrunk() -> None:
+    def fails(program: Program) -> bool:
+        return bool(examine(program).problem)
+
+    with centering_left_out():
+        program = next(program for program in map(random_program, range(20)) if fails(program))
+        small = shrink(program, fails)
+        assert fails(small)
+    assert len(small.statements) <= 4 < len(program.statements)
 
 
 def test_a_seed_makes_the_same_program() -> None:

@@ -141,7 +141,9 @@ def examine(program: Program, compiler: str = "none") -> Outcome:
     with compiled_by(compiler), torch.no_grad():
         try:
             model, expected = program.build(), _trace(program)
-            compiled = torch.compile(model, backend="lnfold", fullgraph=True, options=dict(program.options))
+            compiled = torch.compile(
+                model, backend="lnfold", fullgraph=True, dynamic=program.dynamic or None, options=dict(program.options)
+            )
             problem = _compare(_trace(program, model, compiled), expected, program.tolerance)
             reports = lncompile.reports(compiled)
         except Exception as error:
@@ -177,7 +179,8 @@ def _fails_without_us(program: Program, compiler: str) -> str:
         expected = _trace(program)
         try:
             model = program.build()
-            compiled = torch.compile(model, backend=COMPILERS[compiler][1], fullgraph=True)
+            backend_name = COMPILERS[compiler][1]
+            compiled = torch.compile(model, backend=backend_name, fullgraph=True, dynamic=program.dynamic or None)
             return _compare(_trace(program, model, compiled), expected, program.tolerance)
         except Exception as error:
             return f"{type(error).__name__}: {error}"

@@ -80,7 +80,7 @@ def write_program(below: Callable[[int], int], steps: int) -> Program:
         options["lnfold.assist"] = False
     if w.chance(4):
         options["lnfold.nonfoldable"] = "eager"
-    return w.program(list(dict.fromkeys(outputs)) or [w.live[-1]], options)
+    return w.program(list(dict.fromkeys(outputs)) or [w.live[-1]], options, dynamic=w.chance(5))
 
 
 def statistics(drawn: Iterable[Program]) -> Counter[str]:

@@ -94,6 +94,7 @@ class Program:
         tolerance: to which two ways of computing it agree, relative to the size of the numbers.
         options: of the backend.
         instructions: names of the instructions it was written by, for statistics.
+        dynamic: whether it is compiled with dynamic shapes; sizes that a statement names are then found out again.
     """
 
     setup: tuple[str, ...]
@@ -103,6 +104,7 @@ class Program:
     tolerance: float = EXACT
     options: tuple[tuple[str, Any], ...] = ()
     instructions: tuple[str, ...] = ()
+    dynamic: bool = False
 
     @property
     def source(self) -> str:
@@ -130,7 +132,8 @@ class Program:
     def __repr__(self) -> str:
         inputs = "".join(f"# {name} = {expression}\n" for name, expression in self.inputs)
         options = f"# options = {dict(self.options)}\n" if self.options else ""
-        return f"\n{self.source}\n{inputs}{options}"
+        dynamic = "# dynamic shapes\n" if self.dynamic else ""
+        return f"\n{self.source}\n{inputs}{options}{dynamic}"
 
 
 class Unusable(Exception):
@@ -445,11 +448,11 @@ class Writer:
         self.live.remove(name)
         self.read.add(name)
 
-    def program(self, outputs: Sequence[str], options: dict[str, Any]) -> Program:
+    def program(self, outputs: Sequence[str], options: dict[str, Any], dynamic: bool) -> Program:
         """What was written."""
         return Program(
             tuple(self.setup), tuple(self.inputs.items()), tuple(self.statements), tuple(outputs), self.tolerance,
-            tuple(options.items()), tuple(self.instructions),
+            tuple(options.items()), tuple(self.instructions), dynamic,
         )  # fmt: skip
 
 

@@ -70,6 +70,8 @@ def _smaller(program: Program) -> Iterator[Program]:
         for call in _CALL.finditer(statements[index]):
             simpler = statements[index][: call.start()] + call[1] + statements[index][call.end() :]
             yield _used(change(program, statements=(*statements[:index], simpler, *statements[index + 1 :])))
+    if program.dynamic:
+        yield change(program, dynamic=False)
     if program.options:
         for index in range(len(program.options)):
             yield change(program, options=program.options[:index] + program.options[index + 1 :])

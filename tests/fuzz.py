@@ -22,6 +22,7 @@ import multiprocessing
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -55,6 +56,7 @@ class Counterexample:
 def run_seeds(seeds: range, steps: int, compiler: str) -> tuple[list[Outcome], list[Counterexample]]:
     """Examine the programs of some seeds, and shrink those that go wrong."""
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore", UserWarning)  # torch's remarks on programs that nobody wrote
     outcomes, counterexamples = [], []
     for seed in seeds:
         program = random_program(seed, steps)

@@ -9,8 +9,35 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from random_instructions import add_layer_norm
-from random_programs import SMALLEST_VARIANCE, Writer, instruction
+from random_instructions import add_layer_norm, handwritten_norm, layer_norm, norm_of_heads
+from random_programs import INSTRUCTIONS, SMALLEST_VARIANCE, Writer, instruction
+
+# --- undisturbed streams --------------------------------------------------------------------------------------------------
+
+
+@instruction("chain")
+def chain(w: Writer) -> str | None:
+    """Sources, then operations that commute, each of the one before, then norms: what nobody else reads folds."""
+    x = w.pick(INSTRUCTIONS["source"])(w)
+    y = w.pick(INSTRUCTIONS["source"])(w) if w.chance(3) else None
+    if not isinstance(x, str):
+        return None
+    for name in (x, y):
+        if isinstance(name, str) and name in w.live:
+            w.live.remove(name)
+    with w.focused_on(x, *([y] if isinstance(y, str) else [])):
+        for _ in range(w.pick(range(1, 6))):
+            w.pick(INSTRUCTIONS["commuting"])(w)
+        x = w.live[-1]
+        shape = w.shape(x)
+        if shape and shape[-1] != w.width and w.width in shape:
+            x = w.let(f"{x}.movedim({shape.index(w.width)}, -1)", stream=True) or x
+        with w.focused_on(x):
+            w.pick(
+                [layer_norm, layer_norm, layer_norm, norm_of_heads, handwritten_norm, norm_by_statistics, group_norm]
+            )(w)
+    return x
+
 
 # --- projections that are cut ---------------------------------------------------------------------------------------------
 
@@ -417,6 +444,32 @@ def spectral_module(w: Writer) -> str | None:
         f"prune.ln_structured({linear}, 'weight', 1, n=2, dim=0)",
     ])  # fmt: skip
     return w.let(f"{w.module(module)}({h})", stream=True)
+
+
+@instruction("block", 2)
+def norm_behind_groups(w: Writer) -> str | None:
+    """A norm behind a grouped convolution, plain or transposed: within a group, across groups, over every other channel."""
+    width = w.width
+    groups = w.pick([g for g in (2, 3, 4) if width % g == 0])
+    channels, bias = 2 * groups, w.pick([w.parameter((width,)), "None"])
+    kind = w.pick(["conv1d", "conv2d", "conv_transpose1d", "conv_transpose2d"])
+    space = (2, 2) if kind.endswith("2d") else (3,)
+    kernel = (width, 2) if "transpose" not in kind else (channels, width // groups)
+    x = w.input(f"values({{}}, {w.sizes((w.batch, channels, *space))})")
+    weight = w.weight((*kernel, *(2 for _ in space)))
+    y = w.let(f"F.{kind}({x}, {weight}, {bias}, groups={groups})", stream=True)
+    moved = y and w.let(f"{y}.movedim(1, -1)", stream=True)
+    if moved is None:
+        return None
+    per_group = width // groups
+    parts = w.pick([
+        (groups, per_group), (per_group, groups), (groups // 2 or 1, -1), (2, -1), (width,),
+        (groups, 2, -1), (groups // 2 or 1, 2, -1),
+    ])  # fmt: skip
+    cut = w.let(f"{moved}.unflatten(-1, ({w.sizes(parts)},))", stream=True)
+    if cut is not None and w.chance(2):
+        cut = w.let(f"{cut}.transpose(-1, -2)", stream=True)
+    return cut and add_layer_norm(w, cut, w.pick([1, 1, 2]))
 
 
 @instruction("source")

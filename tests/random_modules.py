@@ -25,7 +25,7 @@ __all__ = ["INSTRUCTIONS", "Program", "programs", "random_layers", "random_progr
 # --- the strategy --------------------------------------------------------------------------------------------------------
 
 # What the steps of a program are, mostly. The first does nothing: that is what a step shrinks to.
-_CALM = ["nothing"] + ["commuting"] * 9 + ["norm"] * 4 + ["block"] * 2 + ["source"] * 3
+_CALM = ["nothing"] + ["commuting"] * 8 + ["norm"] * 4 + ["block"] * 3 + ["source"] * 3 + ["chain"] * 5
 _KINDS = [_CALM, _CALM, _CALM + ["trap"] * 3, _CALM + ["write"] * 4, _CALM + ["trap"] * 2 + ["write"] * 3]
 
 

@@ -8,10 +8,11 @@ and norms of all but constant rows are left out by construction.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -442,6 +443,14 @@ class Writer:
     def commuting(self, name: str, expression: str) -> str | None:
         """Add an operation that keeps a stream a stream."""
         return self.let(expression, stream=name in self.streams)
+
+    @contextlib.contextmanager
+    def focused_on(self, *names: str) -> Iterator[None]:
+        """Let the statements within use these tensors and what they make of them, of which only norms live on."""
+        before, self.live = self.live, list(names)
+        yield
+        made = [name for name in self.live if name not in before]
+        self.live = before + [name for name in made if name in self.norms or name not in self.streams]
 
     def forget(self, name: str) -> None:
         """Let no later statement use a tensor."""

@@ -4,13 +4,14 @@ PYTHON ?= python3
 TORCH ?= 2.13.0
 VENV ?= .venv
 MODEL ?= gpt2
+FUZZ ?= --graphs 2000
 
 python := $(VENV)/bin/python
 pip := $(python) -m pip --disable-pip-version-check install --quiet
 stamp := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-torch lint bench clean
+.PHONY: help demo test test-all test-torch fuzz lint bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +27,9 @@ test-all: $(stamp)-test ## the test suite, slow tests included
 
 test-torch: ## the test suite on another torch (TORCH=2.15.0), in an environment of its own
 	$(MAKE) test VENV=.venv-torch-$(TORCH) TORCH=$(TORCH)
+
+fuzz: $(stamp)-test ## random modules through the backend (FUZZ="--minutes 60 --jobs 4"; see tests/fuzz.py --help)
+	$(python) tests/fuzz.py $(FUZZ)
 
 lint: $(stamp)-lint ## ruff, formatting, and mypy on an installed wheel
 	$(python) -m ruff check .

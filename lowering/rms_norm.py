@@ -39,7 +39,7 @@ def rms_norm(
         output_dtype: dtype of the result; by default that of ``input``.
 
     Returns:
-        A tensor of ``input``'s shape and of ``output_dtype``.
+        A contiguous tensor of ``input``'s shape and of ``output_dtype``.
 
     Example:
         >>> x = torch.randn(4, 8); x = x - x.mean(-1, keepdim=True)
@@ -54,7 +54,8 @@ def rms_norm(
     if bias is not None:
         output = torch.add(output, bias)
     # Always emitted: a weight of a wider dtype promotes, and `.to` of the same dtype costs nothing once compiled.
-    return output.to(output_dtype or input_dtype)
+    # LayerNorm's result is contiguous whatever its input's strides are, and a view of it may count on that.
+    return output.to(output_dtype or input_dtype).contiguous()
 
 
 def _normalise(input: Tensor, axes: list[int], eps: float, input_dtype: torch.dtype) -> Tensor:
@@ -103,4 +104,4 @@ def grouped_rms_norm(
         output = torch.mul(output, torch.unflatten(weight, 0, (groups, -1)))
     if bias is not None:
         output = torch.add(output, torch.unflatten(bias, 0, (groups, -1)))
-    return output.reshape_as(input).to(output_dtype or input_dtype)
+    return output.reshape_as(input).to(output_dtype or input_dtype).contiguous()

@@ -11,11 +11,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 _cache = tempfile.TemporaryDirectory(prefix="lncompile-tests-")
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = _cache.name
 
-from collections.abc import Callable, Iterator, Sequence  # noqa: E402
-from typing import Any  # noqa: E402
+from collections.abc import Iterator  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from graphs import run_as_it_is  # noqa: E402
 
 from lncompile.lowering import torch_private  # noqa: E402
 
@@ -31,14 +31,5 @@ def fresh_dynamo() -> Iterator[None]:
 
 @pytest.fixture
 def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the rewritten graph as it is: exactness is the graph's property, and Inductor takes seconds."""
-
-    def run_graph(graph_module: Any, example_inputs: Sequence[Any], config: dict[str, Any]) -> Callable[..., Any]:
-        graph_module.graph.lint()
-
-        def run(*arguments: Any) -> Any:
-            return graph_module(*arguments)
-
-        return run
-
-    monkeypatch.setattr(torch_private, "inductor_compile", run_graph)
+    """Run the rewritten graph as it is."""
+    monkeypatch.setattr(torch_private, "inductor_compile", run_as_it_is)

@@ -132,6 +132,10 @@ def a_parameter_updated_in_place_after_expansion(m: Parts, x: Tensor) -> Tensor:
     return m.norm(stream)
 
 
+def view_of_a_norm_of_a_transposed_tensor(m: Parts, x: Tensor) -> Tensor:
+    return m.norm(m.one(x).view(2, 2, D).transpose(0, 1)).view(4, D)
+
+
 FUNCTIONS = [
     mean_of_a_native_norm_is_read,
     norm_of_a_norm,
@@ -150,6 +154,7 @@ FUNCTIONS = [
     blocks_across_groups,
     embedding_with_its_arguments_swapped,
     a_parameter_updated_in_place_after_expansion,
+    view_of_a_norm_of_a_transposed_tensor,
 ]
 
 

@@ -77,8 +77,8 @@ def _analyse_expanded(
 ) -> Analysis:
     copy = copy_graph_module(graph_module)
     expand_opaque_layers(copy.graph, opaque)
+    facts = GraphFacts(copy.graph, example_inputs)  # before the sites: it marks what is written to
     sites = tuple(find_sites(copy.graph))
-    facts = GraphFacts(copy.graph, example_inputs)
     trained = facts.trained_parameter() if torch.is_grad_enabled() else None
     if trained is not None:
         detail = (

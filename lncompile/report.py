@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lncompile.passes.decisions import RuntimeCentering, Site, WeightRewrite
+from lncompile.passes.decisions import REMEDIES, RuntimeCentering, Site, WeightRewrite
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,9 @@ class FoldReport:
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain dicts, lists, strings and numbers, ready for JSON."""
         data = dataclasses.asdict(self)
-        for site in data["sites"]:
-            site["reason"] = site["reason"].value if site["reason"] is not None else None
+        for site, verdict in zip(data["sites"], self.sites, strict=True):
+            site["reason"] = verdict.reason.value if verdict.reason is not None else None
+            site["remedy"] = verdict.remedy
         return {"total": self.total, "folded": self.folded, "extra_bytes": self.extra_bytes, **data}
 
     def __str__(self) -> str:
@@ -84,6 +85,8 @@ class FoldReport:
             )
         yield table
         yield Text(self.summary(), style="bold")
+        for reason in dict.fromkeys(site.reason for site in self.sites if site.reason is not None):
+            yield Text(f"{reason.value} would fold with {REMEDIES[reason]}")
         for centering in self.centerings:
             yield Text(f"centered at run time after {centering.after} ({centering.location}): {centering.detail}")
 

@@ -8,11 +8,17 @@ or free::
     [batch, sequence, 768], LayerNorm over 768        ((batch·F), (sequence·F), (768·N))
     [tokens, 12 * 64],      per-head norm over 64     ((tokens·F), (12·F, 64·N))
     [batch, 768, 14, 14],   channels of a ViT's stem  ((batch·F), (768·N), (14·F), (14·F))
+
+Where only a part of a tensor feeds a norm (the queries in a joint projection of queries, keys and values) a factor also
+says which of its indices are *chosen*; elsewhere the tensor stays as it is. What is centered is a product of choices::
+
+    [tokens, 3 * 768],      LayerNorm of the first third      ((tokens·F), (3·F chosen 0, 768·N))
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,26 +63,100 @@ def _quotient(dividend: Size, divisor: Size) -> Size | None:
 
 @dataclass(frozen=True)
 class Factor:
-    """A factor of a dimension: its size, and whether the elements along it are centered together."""
+    """A factor of a dimension: its size, whether the elements along it are centered together, and which are at all.
+
+    ``chosen`` are the indices at which anything is centered, in order; None stands for all of them.
+    """
 
     size: Size
     normalised: bool
+    chosen: tuple[int, ...] | None = None
+
+    @property
+    def count(self) -> Size:
+        """How many of its indices are centered."""
+        return self.size if self.chosen is None else len(self.chosen)
+
+    @property
+    def indices(self) -> range | tuple[int, ...]:
+        """The chosen indices of a factor of known size."""
+        return range(self.size) if self.chosen is None else self.chosen
+
+    def split(self, inner: int) -> tuple[Factor, Factor] | None:
+        """The factor as an outer and an inner one of this size; None if what is chosen is no product of choices."""
+        outer = _quotient(self.size, inner)
+        if outer is None:
+            return None
+        if self.chosen is None:
+            return Factor(outer, self.normalised), Factor(inner, self.normalised)
+        outer_indices = sorted({index // inner for index in self.chosen})
+        inner_indices = sorted({index % inner for index in self.chosen})
+        if len(outer_indices) * len(inner_indices) != len(self.chosen):
+            return None
+        return _factor(outer, self.normalised, outer_indices), _factor(inner, self.normalised, inner_indices)
 
 
 Dimension = tuple[Factor, ...]
 
 
+def _factor(size: int, normalised: bool, chosen: Sequence[int]) -> Factor:
+    """A factor with these indices chosen. All of them are no choice; one alone has nothing to be centered with."""
+    if len(chosen) == size:
+        return Factor(size, normalised)
+    return Factor(size, normalised and len(chosen) > 1, tuple(chosen))
+
+
+def _reduced(factor: Factor) -> list[Factor]:
+    """A factor with a choice in its shortest form: what is chosen wholly, outside and inside of it, split off."""
+    if factor.chosen is None:
+        return [factor]
+    size, chosen = factor.size, factor.chosen
+    run = next((i for i in range(1, len(chosen)) if chosen[i] != chosen[0] + i), len(chosen))
+    for inner in range(run, 1, -1):
+        parts = factor.split(inner) if size % inner == 0 else None
+        if parts is not None and parts[1].chosen is None:
+            return [*_reduced(parts[0]), parts[1]]
+    for outer in range(len(chosen), 1, -1):
+        parts = factor.split(size // outer) if size % outer == 0 else None
+        if parts is not None and parts[0].chosen is None:
+            return [parts[0], *_reduced(parts[1])]
+    return [factor]
+
+
+def _product(outer: Factor, inner: Factor) -> Factor | None:
+    """Two neighbours of one kind as one factor; None where a choice meets a size that is not known."""
+    size = outer.size * inner.size
+    if outer.chosen is None and inner.chosen is None:
+        return Factor(size, outer.normalised)
+    if not isinstance(size, int):
+        return None
+    chosen = [i * inner.size + j for i in outer.indices for j in inner.indices]
+    return _factor(size, outer.normalised, chosen)
+
+
 def _merge(factors: Iterable[Factor]) -> Dimension:
-    """Normal form: no factors of size 1, no two neighbours of one kind."""
+    """Normal form: no factors of size 1, no two neighbours of one kind unless just one of them has a choice."""
     merged: list[Factor] = []
     for factor in factors:
         if factor.size == 1:
             continue
         if merged and merged[-1].normalised == factor.normalised:
-            merged[-1] = Factor(merged[-1].size * factor.size, factor.normalised)
+            product = _product(merged[-1], factor)
+            if product is not None:
+                merged[-1] = product
+                continue
+        merged.append(factor)
+    if all(factor.chosen is None for factor in merged):
+        return tuple(merged)
+    reduced = [part for factor in merged for part in _reduced(factor)]
+    # Once more without the choices: splitting off may have left two free neighbours.
+    result: list[Factor] = []
+    for factor in reduced:
+        if result and result[-1].normalised == factor.normalised and result[-1].chosen is factor.chosen is None:
+            result[-1] = Factor(result[-1].size * factor.size, factor.normalised)
         else:
-            merged.append(factor)
-    return tuple(merged)
+            result.append(factor)
+    return tuple(result)
 
 
 @dataclass(frozen=True)
@@ -128,17 +208,114 @@ class Axes:
         for dimension in self.dimensions:
             for factor in dimension:
                 if factor.normalised:
-                    product = product * factor.size
+                    product = product * factor.count
         return product
+
+    @property
+    def partial(self) -> bool:
+        """Whether only chosen parts of the tensor are centered."""
+        return any(factor.chosen is not None for dimension in self.dimensions for factor in dimension)
 
     @property
     def whole(self) -> bool:
         """Whether ``A`` is a set of whole dimensions (no dimension is normalised in part)."""
-        return all(len(dimension) <= 1 or not any(f.normalised for f in dimension) for dimension in self.dimensions)
+        return not self.partial and all(
+            len(dimension) <= 1 or not any(f.normalised for f in dimension) for dimension in self.dimensions
+        )
 
     def is_free(self, dimension: int) -> bool:
-        """Whether ``A`` does not touch this dimension."""
-        return not any(factor.normalised for factor in self.dimensions[dimension])
+        """Whether ``A`` does not touch this dimension: nothing is centered along it, and nothing chosen."""
+        return not any(factor.normalised or factor.chosen is not None for factor in self.dimensions[dimension])
+
+    def chosen_indices(self, dimension: int) -> tuple[int, ...] | None:
+        """Indices of a dimension at which anything is centered; None for all of them."""
+        factors = self.dimensions[dimension]
+        if all(factor.chosen is None for factor in factors):
+            return None
+        indices = [0]
+        for factor in factors:
+            indices = [index * factor.size + own for index in indices for own in factor.indices]
+        return tuple(indices)
+
+    def overlaps(self, other: Axes) -> bool:
+        """Whether both center some element of one tensor: not if their choices share no index in a dimension."""
+        for dimension in range(self.rank):
+            mine, theirs = self.chosen_indices(dimension), other.chosen_indices(dimension)
+            if mine is not None and theirs is not None and not set(mine) & set(theirs):
+                return False
+        return True
+
+    def cut(self, dimension: int, kept: range) -> Axes | None:
+        """``A`` on the tensor that keeps these indices of a dimension only; None if nothing is centered there.
+
+        A shift that is constant along ``A`` is constant along a part of ``A``: cut along the normalised axis itself,
+        the part that is kept is the ``A`` of the shift that is left.
+
+        Raises:
+            Uncuttable: if what is left is no product of factors.
+        """
+        if self.is_free(dimension):
+            return self.with_free(dimension, len(kept))
+        before = self.chosen_indices(dimension)
+        if before is not None and not set(before) & set(kept):
+            return None
+        if kept.step > 1 and len(self.dimensions[dimension]) > 1:
+            return self._every(dimension, kept)
+        factor, inner, kept = self._cut_open(self.dimensions[dimension], kept)
+        chosen = kept if factor.chosen is None else set(factor.chosen)
+        left = [position for position, index in enumerate(kept) if index in chosen]
+        if not left:
+            return None
+        if factor.normalised and len(left) == 1:
+            raise Uncuttable  # a shift of one element is no shift of a group
+        return self._with(dimension, (_factor(len(kept), factor.normalised, left), *inner))
+
+    def _every(self, dimension: int, kept: range) -> Axes | None:
+        """``A`` on every second (third, ...) index of a dimension: ``[24] → [12, 2] → [12]``."""
+        size = math.prod(factor.size for factor in self.dimensions[dimension])
+        if size % kept.step or kept.start >= kept.step or len(kept) != size // kept.step:
+            raise Uncuttable
+        parts = Axes((self.dimensions[dimension],)).reshape((len(kept), kept.step))
+        one = None if parts is None else parts.cut(1, range(kept.start, kept.start + 1))
+        if one is None:
+            raise Uncuttable
+        return self._with(dimension, one.dimensions[0])
+
+    def placed(self, dimension: int, size: int, kept: range) -> Axes:
+        """The inverse of ``cut``: ``A`` on a tensor whose dimension has this size, chosen at the indices that are kept.
+
+        Raises:
+            Uncuttable: if that is no product of factors.
+        """
+        factors = self.dimensions[dimension]
+        if len(factors) > 1:
+            width = math.gcd(size, kept.start, len(kept)) if kept.step == 1 else 0
+            parts = Axes((factors,)).reshape((len(kept) // width, width)) if width else None
+            if parts is None or len(parts.dimensions[0]) > 1:
+                raise Uncuttable
+            outer, inner = parts.dimensions
+            kept = range(kept.start // width, kept.stop // width)
+            size //= width
+        else:
+            outer, inner = factors, ()
+        (factor,) = outer or (Factor(len(kept), False),)
+        return self._with(dimension, (_factor(size, factor.normalised, [kept[i] for i in factor.indices]), *inner))
+
+    def _cut_open(self, factors: Dimension, kept: range) -> tuple[Factor, Dimension, range]:
+        """A dimension as one factor along which it is cut, the factors inside of it, and the indices to keep of it."""
+        if len(factors) == 1:
+            return factors[0], (), kept
+        size = math.prod(factor.size for factor in factors)
+        width = math.gcd(size, kept.start, len(kept)) if kept.step == 1 and isinstance(size, int) else 0
+        parts = Axes((factors,)).reshape((size // width, width)) if width else None
+        if parts is None or len(parts.dimensions[0]) != 1:
+            raise Uncuttable
+        return parts.dimensions[0][0], parts.dimensions[1], range(kept.start // width, kept.stop // width)
+
+    def _with(self, dimension: int, factors: Iterable[Factor]) -> Axes:
+        dimensions = list(self.dimensions)
+        dimensions[dimension] = _merge(factors)
+        return Axes(tuple(dimensions))
 
     def permute(self, order: Sequence[int]) -> Axes:
         """``A`` after ``tensor.permute(order)``."""
@@ -176,7 +353,7 @@ class Axes:
             return None
         reversed_dimensions: list[Dimension] = []
         for size in reversed(shape):
-            if not any(factor.normalised for factor in stack):
+            if not any(factor.normalised or factor.chosen is not None for factor in stack):
                 # Only free elements are left: however they are cut, they stay free.
                 reversed_dimensions.append(_merge([Factor(size, False)]))
                 continue
@@ -186,10 +363,13 @@ class Axes:
                 if not stack:
                     return None
                 top = stack.pop()
-                if (rest := _quotient(top.size, needed)) is not None:
-                    factors.append(Factor(needed, top.normalised))
-                    if rest != 1:
-                        stack.append(Factor(rest, top.normalised))
+                if top.size == needed:
+                    factors.append(top)
+                    needed = 1
+                elif (parts := top.split(needed)) is not None:
+                    factors.append(parts[1])
+                    if parts[0].size != 1:
+                        stack.append(parts[0])
                     needed = 1
                 elif (rest := _quotient(needed, top.size)) is not None:
                     factors.append(top)
@@ -197,7 +377,7 @@ class Axes:
                 else:
                     return None
             reversed_dimensions.append(_merge(reversed(factors)))
-        if any(factor.normalised for factor in stack):
+        if any(factor.normalised or factor.chosen is not None for factor in stack):
             return None
         return Axes(tuple(reversed(reversed_dimensions)))
 
@@ -205,7 +385,8 @@ class Axes:
         """``A`` on an operand of this shape that broadcasts to the tensor, or None if it does not vary along ``A``.
 
         The operand's dimensions line up with the tensor's last ones. If it has size 1 along a part of ``A`` only, it
-        is neither constant along ``A`` nor centered by ``A``: raises :class:`PartlyConstant`.
+        is neither constant along ``A`` nor centered by ``A``, and neither is one that does not tell chosen parts from
+        others: raises :class:`PartlyConstant`.
         """
         aligned = self.dimensions[self.rank - len(shape) :]
         dimensions: list[Dimension] = []
@@ -214,9 +395,12 @@ class Axes:
         operand = Axes(tuple(dimensions))
         if not operand.normalised_dimensions:
             return None
-        if not same_size(operand.count, self.count):
+        if not same_size(operand.count, self.count) or operand._choices() != self._choices():
             raise PartlyConstant
         return operand
+
+    def _choices(self) -> list[Factor]:
+        return [factor for dimension in self.dimensions for factor in dimension if factor.chosen is not None]
 
     def __str__(self) -> str:
         """Short form for messages: ``[·, ·, 768]``; a dimension normalised in part reads ``12×(64)``."""
@@ -227,6 +411,10 @@ class Axes:
             else:
                 words.append("×".join(str(f.size) if f.normalised or len(dimension) == 1 else "·" for f in dimension))
         return f"[{', '.join(words)}]"
+
+
+class Uncuttable(Exception):
+    """A cut leaves a part of ``A`` that is no product of factors."""
 
 
 class PartlyConstant(Exception):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -20,18 +22,39 @@ def _subtract_mean(value: Tensor, axes: Axes) -> Tensor:
         factors = axes.dimensions[dimension]
         if len(factors) > 1:
             unfolded = torch.unflatten(unfolded, dimension, [int(factor.size) for factor in factors])
-    flags: list[bool] = []
-    for factors in axes.dimensions:
-        flags += [factor.normalised for factor in factors or (Factor(1, False),)]
-    mean = torch.mean(unfolded, [index for index, normalised in enumerate(flags) if normalised], True)
-    centered = torch.sub(unfolded, mean)
+    flat = [factor for dimension in axes.dimensions for factor in dimension or (Factor(1, False),)]
+    over = [index for index, factor in enumerate(flat) if factor.normalised]
+    if axes.partial:
+        centered = _subtract_chosen_mean(unfolded, flat, over)
+    else:
+        centered = torch.sub(unfolded, torch.mean(unfolded, over, True))
     for dimension in range(axes.rank):
         if len(axes.dimensions[dimension]) > 1:
             centered = centered.flatten(dimension, dimension + len(axes.dimensions[dimension]) - 1)
     return centered
 
 
-def center_weight(weight: Tensor, axes: Axes, dtype: torch.dtype | None = None) -> Tensor:
+def _subtract_chosen_mean(value: Tensor, factors: Sequence[Factor], over: list[int]) -> Tensor:
+    """Center what is chosen along every factor, and leave the rest as it is."""
+    chosen = None
+    count = 1
+    for index, factor in enumerate(factors):
+        count *= int(factor.count) if factor.normalised else 1
+        if factor.chosen is None:
+            continue
+        flags = [False] * int(factor.size)
+        for i in factor.chosen:
+            flags[i] = True
+        sizes = [1] * len(factors)
+        sizes[index] = -1
+        along = value.new_tensor(flags, dtype=torch.bool).reshape(sizes)
+        chosen = along if chosen is None else torch.logical_and(chosen, along)
+    assert chosen is not None  # what makes axes partial
+    mean = torch.sum(torch.where(chosen, value, 0.0), over, True) / count
+    return torch.where(chosen, torch.sub(value, mean), value)
+
+
+def center_weight(weight: Tensor, axes: Axes | Sequence[Axes], dtype: torch.dtype | None = None) -> Tensor:
     """Center a weight: column-based weight centering (CBWC) of arXiv 2605.14521.
 
     .. math:: W ← CW = W - \\frac{1}{d} 1 1ᵀ W
@@ -41,18 +64,22 @@ def center_weight(weight: Tensor, axes: Axes, dtype: torch.dtype | None = None) 
 
     Args:
         weight: a parameter of any floating dtype.
-        axes: which of its elements are centered together, ``A`` seen on this parameter.
-        dtype: dtype of ``weight``; given by callers that trace this function with FX proxies, which know no dtype.
+        axes: which of its elements are centered together, ``A`` seen on this parameter; several where parts of it are
+            centered apart (the rows of queries and those of keys in a joint projection).
+        dtype: dtype of the result, by default that of ``weight``. What is cast up is rounded after the cast.
 
     Returns:
-        A new tensor of the same shape, dtype and device.
+        A new tensor of the same shape and device.
 
     Example:
         >>> weight = torch.randn(768, 3072)                       # [out, in] of a Linear
         >>> center_weight(weight, Axes.of(weight.shape, [0])).mean(0).abs().max() < 1e-7
         tensor(True)
     """
-    return _subtract_mean(weight.to(torch.float64), axes).to(dtype or weight.dtype)
+    centered = weight.to(torch.float64)
+    for part in (axes,) if isinstance(axes, Axes) else axes:
+        centered = _subtract_mean(centered, part)
+    return centered.to(dtype or weight.dtype)
 
 
 def channel_scale(scale: Tensor, divides: bool = False) -> Tensor:

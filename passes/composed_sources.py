@@ -31,7 +31,7 @@ from lncompile.passes.axes import Axes, same_size
 from lncompile.passes.canonical import Key, Operation, canonicalise, tensor_of
 from lncompile.passes.decisions import Blocked
 from lncompile.passes.graph_facts import GraphFacts
-from lncompile.passes.operands import shape
+from lncompile.passes.operands import WRITTEN, shape
 from lncompile.passes.rules.base import RULES, AxisMap
 
 # Between the product and what scales it there may be these: they only say where the channels go.
@@ -152,6 +152,8 @@ def find_composed_source(operation: Operation, axes: Axes, facts: GraphFacts) ->
         axes: the axes along which its result would be centered.
         facts: the facts of the graph.
     """
+    if axes.partial:
+        return None  # a part of the channels, whose scales are a part of the scale
     for outermost in _stages_at(operation, facts):
         try:
             source = _compose(outermost, axes, facts)
@@ -164,7 +166,7 @@ def find_composed_source(operation: Operation, axes: Axes, facts: GraphFacts) ->
 
 def _stages_at(operation: Operation, facts: GraphFacts) -> Iterator[Stage]:
     """The ways to read an operation as a scale or shift of channels by parameters."""
-    if operation.in_place or operation.node in facts.written:
+    if operation.in_place or operation.node.meta.get(WRITTEN):
         return
     if operation.name == "mul":
         for scale, value in ((operation["other"], operation["input"]), (operation["input"], operation["other"])):
@@ -188,7 +190,7 @@ def _compose(outermost: Stage, axes: Axes, facts: GraphFacts) -> ComposedSource 
     node = outermost.value
     while True:
         operation = canonicalise(node)
-        if operation is None or len(node.users) != 1 or node in facts.written or operation.in_place:
+        if operation is None or len(node.users) != 1 or node.meta.get(WRITTEN) or operation.in_place:
             return None
         if operation.name in _LAYOUTS or operation.name == "any_convolution":
             break
@@ -217,9 +219,10 @@ def _compose(outermost: Stage, axes: Axes, facts: GraphFacts) -> ComposedSource 
     # The channels from below up and A from above down, both through the rules of the views in between.
     for step in (*reversed(between), outermost.operation):
         if step.node not in stage_at:
-            channels = _map_of(step).forward(channels)
-            if not _one_dimension(channels):
+            moved = _map_of(step).forward(channels)
+            if moved is None or not _one_dimension(moved):
                 return None  # in several dimensions they may change their order, which Axes does not tell
+            channels = moved
         elif not _scales(stage_at[step.node], channels):
             return None
     for step in between:

@@ -39,6 +39,28 @@ class Reason(enum.Enum):
     INTERNAL_ERROR = "internal_error"
 
 
+#: What would let a site fold, by the reason it does not.
+REMEDIES: dict[Reason, str] = {
+    Reason.NON_COMMUTING: "a linear layer between that operation and the norm",
+    Reason.VARYING_SCALE: "a scale that is the same for all features, or one right behind a linear layer or a "
+    "convolution, which is then taken into its weight",
+    Reason.NORM_OUTPUT: "a linear layer between the two norms, or a residual stream that starts before the first "
+    "(pre-norm)",
+    Reason.USER_TENSOR: "making the tensor inside the compiled graph: token ids in place of embeddings, the whole "
+    "model in place of a part",
+    Reason.GRAPH_OUTPUT: "not returning it (output_hidden_states=False), or no graph break behind it",
+    Reason.VISIBLE: "letting that reader read the norm's output, or a tensor of its own",
+    Reason.DIFFERENT_AXES: "normalising the features as the layers in front put them out",
+    Reason.MUTATION: "an out-of-place write (x = x + y)",
+    Reason.UNSUPPORTED_WEIGHT: "plain floating-point weights, made outside of inference_mode, in the dtype they are "
+    "used in; fold first, then quantize or shard",
+    Reason.UNKNOWN_OPERATION: "a rule for that operation (see ARCHITECTURE.md), or an operation that has one",
+    Reason.NOT_WORTH_IT: "more norms behind the same tensor: for those there are, centering it costs what it saves",
+    Reason.TRAINING: "calling the model under torch.no_grad() or torch.inference_mode()",
+    Reason.INTERNAL_ERROR: "a fix of ours: please report it with the log",
+}
+
+
 @dataclass(frozen=True)
 class Blocker:
     """What stands in the way at one place of the graph: the reason, and a sentence naming the operation."""
@@ -78,6 +100,11 @@ class Site:
     reason: Reason | None
     detail: str
     centered_by: tuple[str, ...]
+
+    @property
+    def remedy(self) -> str | None:
+        """What would let the site fold, in words; None for one that folds."""
+        return None if self.reason is None else REMEDIES[self.reason]
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from lncompile.passes.canonical import canonicalise, tensor_of, value_of
 from lncompile.passes.operands import WRITTEN
 from lncompile.passes.parameter_expressions import Kind, find_autocast, is_settled, kind_of
 from lncompile.passes.provenance import parameter_name
+from lncompile.passes.writes import can_be_read
 
 
 class GraphFacts:
@@ -29,6 +30,8 @@ class GraphFacts:
         parametric: nodes whose value is a function of parameters and buffers only.
         unsupported: parameters that cannot be rewritten, with why.
         written: why a node's storage is written to so that the order of reads matters, by node.
+        assigned: the nodes that write into a tensor, by the tensor, where they can be read as a part of its making.
+        writers: the tensor that each of them writes into.
     """
 
     def __init__(self, graph: fx.Graph, example_inputs: Sequence[Any]) -> None:
@@ -38,6 +41,8 @@ class GraphFacts:
         self.unsupported: dict[fx.Node, str] = {}
         self.parametric: set[fx.Node] = set()
         self.written: dict[fx.Node, str] = {}
+        self.assigned: dict[fx.Node, list[fx.Node]] = {}
+        self.writers: dict[fx.Node, fx.Node] = {}
         self._find_writes(graph)
         self._find_parameters(graph)
 
@@ -72,15 +77,26 @@ class GraphFacts:
         aliases: dict[object, list[fx.Node]] = defaultdict(list)
         for node, storage in storages.items():
             aliases[storage].append(node)
+        writes: dict[object, list[tuple[fx.Node, fx.Node]]] = defaultdict(list)
         for node in graph.nodes:
             for target in written_arguments(node):
                 storage = storages.get(target)
                 group = [target] if storage is None else aliases[storage]
-                if self._is_plain_update(node, target, group):
-                    continue
-                for alias in group:
-                    self.written.setdefault(alias, f"{node.name} writes into its storage")
-                    alias.meta[WRITTEN] = True
+                if not self._is_plain_update(node, target, group):
+                    writes[target if storage is None else storage].append((node, target))
+        for storage, written in writes.items():
+            group = aliases.get(storage) or [target for _, target in written]
+            owner, (node, _) = group[0], written[0]
+            for alias in group:
+                alias.meta[WRITTEN] = True
+            if owner.op not in ("placeholder", "get_attr") and all(
+                target is owner and can_be_read(writer, owner) for writer, target in written
+            ):
+                self.assigned[owner] = [writer for writer, _ in written]
+                self.writers.update((writer, owner) for writer, _ in written)
+                continue
+            for alias in group:
+                self.written[alias] = f"{node.name} writes into its storage"
 
     def _is_plain_update(self, node: fx.Node, target: fx.Node, group: Sequence[fx.Node]) -> bool:
         """Whether ``x += y`` can be read as ``x' = x + y``: nothing that saw the old x is read again under its name."""
@@ -124,7 +140,7 @@ class GraphFacts:
                 if not problem or self._is_mask(node, example):
                     known.add(node)
                     from_parameters.add(node)
-            elif node.op in ("call_function", "call_method") and node not in self.written:
+            elif node.op in ("call_function", "call_method") and not node.meta.get(WRITTEN):
                 kind = kind_of(node)
                 if kind is None or not all(source in known for source in node.all_input_nodes):
                     continue

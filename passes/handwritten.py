@@ -20,7 +20,7 @@ from lncompile.lowering import emit
 from lncompile.passes.axes import Axes
 from lncompile.passes.canonical import Operation, canonicalise, tensor_of
 from lncompile.passes.decisions import Blocked
-from lncompile.passes.operands import dimensions_of, shape
+from lncompile.passes.operands import WRITTEN, dimensions_of, shape
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ def find_handwritten_norms(graph: fx.Graph) -> Iterator[HandwrittenNorm]:
     claimed: set[fx.Node] = set()
     for node in graph.nodes:
         taken = mean_of(node)
-        if taken is None:
-            continue
+        if taken is None or taken[0].meta.get(WRITTEN):
+            continue  # between the mean and the difference its values may have changed
         source, axes = taken
         differences = []
         for user in node.users:

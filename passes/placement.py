@@ -1,13 +1,16 @@
 """Where to center: an exact optimum, by one minimum cut.
 
-For each tensor v two booleans, ``s`` (the program computes ``Cv`` in v's place) and ``a`` (a centered v is available)::
+For each tensor v three booleans, ``s`` (the program computes ``Cv`` in v's place), ``f`` (v may be shifted: nobody who
+reads it minds) and ``a`` (a centered v is available)::
 
     benefit of site ℓ    is lost unless a(u)            source ──b(ℓ)──▶ a(u)
     a(v) without s(v)    costs an explicit centering     a(v) ──κ(v)──▶ s(v)
     s(v) needs           its operands available          s(v) ──∞──▶ a(u)
-    s(v) spreads         to its commuting consumers      s(v) ──∞──▶ s(w)
     s(v) gives           a(v)                            s(v) ──∞──▶ a(v)
-    s(v) forbidden       at a blocker                    s(v) ──∞──▶ sink
+    s(v) forbidden       where it cannot be computed     s(v) ──∞──▶ sink
+    s(v) shifts          v                               s(v) ──∞──▶ f(v)
+    f(v) spreads         to its linear consumers         f(v) ──∞──▶ f(w)
+    f(v) forbidden       where somebody notices          f(v) ──∞──▶ sink
 
 This is project selection: the nodes left on the source's side of a minimum cut are true. Among the minimum cuts the
 one nearest the source is taken, the smallest set of true nodes, so that what merely breaks even is left alone.
@@ -15,16 +18,18 @@ one nearest the source is taken, the smallest set of true nodes, so that what me
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Mapping, Sequence
+import itertools
+from collections import defaultdict, deque
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import networkx
 from networkx.algorithms.flow import boykov_kolmogorov
 
 from lncompile.passes.canonical import tensor_of
+from lncompile.passes.costs import NOTHING, Bytes, one_pass
 from lncompile.passes.sites import NormSite
-from lncompile.passes.streams import Variable, VariableKey, element_count
+from lncompile.passes.streams import Variable, VariableKey
 
 _SOURCE, _SINK = "source", "sink"
 
@@ -37,19 +42,19 @@ class Placement:
         streams: variables whose tensor is computed centered in place.
         centered: variables of which a centered version is available, streams included.
         folded: the sites whose input is available centered.
-        saved: elements whose mean no longer has to be reduced, net of the explicit centerings.
+        saved: memory traffic of one call that is saved, net of the explicit centerings.
     """
 
     streams: frozenset[VariableKey]
     centered: frozenset[VariableKey]
     folded: tuple[NormSite, ...]
-    saved: int
+    saved: Bytes
 
 
-def benefit(site: NormSite) -> int:
-    """What folding a site saves: the reduction of its input's mean, in elements. The unit of ``centering_cost``."""
+def benefit(site: NormSite) -> Bytes:
+    """What folding a site saves: one pass over its input, for the mean."""
     tensor = tensor_of(site.input)
-    return 0 if tensor is None else element_count(tensor)
+    return NOTHING if tensor is None else one_pass(tensor)
 
 
 def place(sites: Sequence[NormSite], variables: Mapping[VariableKey, Variable], assist: bool = True) -> Placement:
@@ -63,39 +68,74 @@ def place(sites: Sequence[NormSite], variables: Mapping[VariableKey, Variable], 
     Returns:
         The optimum; ties go to doing less.
     """
+    forbidden: set[VariableKey] = set()
+    while True:
+        placement = _cut(sites, variables, assist, forbidden)
+        conflict = _conflict(placement.streams)
+        if conflict is None:
+            return placement
+        # One tensor cannot be centered in place along two sets of axes that meet. No model needs that; give one up.
+        forbidden.add(conflict)
+
+
+def _conflict(streams: Collection[VariableKey]) -> VariableKey | None:
+    """One of two streams that center the same elements of a tensor along different axes, or None."""
+    by_node: dict[object, list[VariableKey]] = defaultdict(list)
+    for key in streams:
+        by_node[key[0]].append(key)
+    for keys in by_node.values():
+        for one, other in itertools.combinations(sorted(keys, key=lambda key: str(key[1])), 2):
+            if one[1].overlaps(other[1]):
+                return other
+    return None
+
+
+def _cut(
+    sites: Sequence[NormSite],
+    variables: Mapping[VariableKey, Variable],
+    assist: bool,
+    forbidden: Collection[VariableKey],
+) -> Placement:
     graph = networkx.DiGraph()
     graph.add_nodes_from([_SOURCE, _SINK])
     for key, variable in variables.items():
-        _add_variable(graph, key, variable, assist)
+        _add_variable(graph, key, variable, assist, key in forbidden)
     for site in sites:
-        _add_capacity(graph, _SOURCE, ("a", (site.input, site.axes)), benefit(site))
+        _add_capacity(graph, _SOURCE, ("a", (site.input, site.axes)), benefit(site).hint)
     residual = boykov_kolmogorov(graph, _SOURCE, _SINK, capacity="capacity")
     true = _reachable(residual)
     centered = frozenset(key for key in variables if ("a", key) in true)
     streams = frozenset(key for key in variables if ("s", key) in true)
     folded = tuple(site for site in sites if (site.input, site.axes) in centered)
-    total = sum(benefit(site) for site in sites)
-    return Placement(streams, centered, folded, total - int(residual.graph["flow_value"]))
+    saved = NOTHING
+    for site in folded:
+        saved += benefit(site)
+    for key in centered - streams:
+        saved -= variables[key].centering_cost or NOTHING
+    return Placement(streams, centered, folded, saved)
 
 
-def _add_variable(graph: networkx.DiGraph, key: VariableKey, variable: Variable, assist: bool) -> None:
-    stream, available = ("s", key), ("a", key)
+def _add_variable(graph: networkx.DiGraph, key: VariableKey, variable: Variable, assist: bool, forbidden: bool) -> None:
+    stream, shifted, available = ("s", key), ("f", key), ("a", key)
     graph.add_edge(stream, available)  # an edge without a capacity is infinite
-    at_run_time = not (variable.is_parameter or variable.is_zero_mean or variable.is_recomputed)
-    if variable.centering_cost is None or (at_run_time and not assist):
+    graph.add_edge(stream, shifted)
+    if variable.centering_cost is None or (variable.centered_at_run_time and not assist):
         graph.add_edge(available, stream)
     else:
-        graph.add_edge(available, stream, capacity=variable.centering_cost)
+        graph.add_edge(available, stream, capacity=variable.centering_cost.hint)
+    if variable.reader_blocker is not None:
+        graph.add_edge(shifted, _SINK)
+    else:
+        for successor in variable.successors:
+            graph.add_edge(shifted, ("f", successor))
     if variable.is_recomputed:
         for need in variable.needs.items():
             graph.add_edge(available, ("a", need))
-    if variable.blocker is not None:
+    if variable.source_blocker is not None or forbidden:
         graph.add_edge(stream, _SINK)
         return
     for need in variable.needs.items():
         graph.add_edge(stream, ("a", need))
-    for successor in variable.successors:
-        graph.add_edge(stream, ("s", successor))
 
 
 def _add_capacity(graph: networkx.DiGraph, start: object, end: object, capacity: int) -> None:

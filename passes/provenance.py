@@ -9,6 +9,8 @@ from torch import fx
 
 from lncompile.lowering import torch_private
 
+# A forward that a decorator wraps (`def wrapper(*args, **kwargs)`) is called with the module as its first argument.
+_WRAPPED_SELF = re.compile(r"^L\[(['\"])args\1\]\[0\](?=\.)")
 _ROOT = re.compile(r"^(L|G)\[(['\"])(\w+)\2\]\.?")
 _CONTAINER = re.compile(r"\._(?:modules|parameters|buffers)\[(['\"])(.*?)\1\]")
 _ITEM = re.compile(r"\[(['\"]?)([^\]'\"]+)\1\]")
@@ -23,7 +25,7 @@ def dotted(source: str) -> str:
         >>> dotted("L['self']._modules['h']._modules['0']._parameters['weight']")
         'h.0.weight'
     """
-    name = _CONTAINER.sub(r".\2", source)
+    name = _CONTAINER.sub(r".\2", _WRAPPED_SELF.sub("L['self']", source))
     root = _ROOT.match(name)
     if root:
         # A module compiled as such is `self`; anything else keeps its variable's name.

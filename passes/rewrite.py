@@ -18,16 +18,17 @@ After::
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from lncompile.lowering import emit
 from lncompile.passes.axes import Axes
-from lncompile.passes.canonical import aten, tensor_of, value_of
+from lncompile.passes.canonical import Key, Operation, aten, tensor_of, value_of
 from lncompile.passes.centering import (
     batch_norm_scale,
     batch_norm_shift,
@@ -44,10 +45,6 @@ from lncompile.passes.placement import Placement
 from lncompile.passes.streams import Variable, VariableKey
 
 
-class ConflictingPlacement(Exception):
-    """One tensor would have to be centered in place along two different sets of axes. A bug, if it ever happens."""
-
-
 @dataclass
 class Rewrite:
     """What a rewrite put into the graph.
@@ -57,12 +54,14 @@ class Rewrite:
         activations: nodes that center an activation at run time, by the node they center.
         centered: the node that carries each centered value.
         dead: products that disappeared into their weights.
+        explicit: whether a centered value is another node than the one it is the value of.
     """
 
     weights: list[fx.Node] = field(default_factory=list)
     activations: dict[fx.Node, fx.Node] = field(default_factory=dict)
     centered: dict[VariableKey, fx.Node] = field(default_factory=dict)
     dead: list[fx.Node] = field(default_factory=list)
+    explicit: dict[VariableKey, bool] = field(default_factory=dict)
 
 
 def rewrite(graph: fx.Graph, placement: Placement, variables: Mapping[VariableKey, Variable]) -> Rewrite:
@@ -75,20 +74,16 @@ def rewrite(graph: fx.Graph, placement: Placement, variables: Mapping[VariableKe
 
     Returns:
         What was put in; ``centered[(site.input, site.axes)]`` is the input of each folded site.
-
-    Raises:
-        ConflictingPlacement: if a tensor has two sets of axes.
     """
     done = Rewrite()
-    in_place: dict[fx.Node, Axes] = {}
-    for node, axes in placement.streams:
-        if in_place.setdefault(node, axes) != axes:
-            raise ConflictingPlacement(f"{node.name}: {in_place[node]} and {axes}")
     order = {node: index for index, node in enumerate(graph.nodes)}
     for key in sorted(placement.centered, key=lambda key: (order[key[0]], str(key[1]))):
         _make_centered(graph, key, key in placement.streams, variables[key], done)
-    for key in sorted(placement.streams, key=lambda key: order[key[0]]):
-        _exchange_operands(graph, variables[key], done)
+    streams: dict[fx.Node, list[Variable]] = defaultdict(list)
+    for key in sorted(placement.streams, key=lambda key: (order[key[0]], str(key[1]))):
+        streams[key[0]].append(variables[key])
+    for group in streams.values():
+        _exchange_operands(graph, group, done)
     for site in placement.folded:
         source = done.centered[(site.input, site.axes)]
         if source is not site.input:
@@ -100,6 +95,7 @@ def rewrite(graph: fx.Graph, placement: Placement, variables: Mapping[VariableKe
 
 def _make_centered(graph: fx.Graph, key: VariableKey, is_stream: bool, variable: Variable, done: Rewrite) -> None:
     node, axes = key
+    done.explicit[key] = not (is_stream or variable.is_zero_mean)
     if is_stream or variable.is_zero_mean:
         done.centered[key] = node
         return
@@ -109,13 +105,20 @@ def _make_centered(graph: fx.Graph, key: VariableKey, is_stream: bool, variable:
     tensor = tensor_of(node)
     assert tensor is not None  # variables without a single tensor have no centering cost, so are never chosen
     with graph.inserting_before(_after_definition(node)):
-        if variable.is_parameter:
-            centered = emit(graph, f"{node.name}_centered", center_weight, node, axes, tensor.dtype, value=tensor)
-            done.weights.append(centered)
+        if variable.parameter is not None:
+            centered = _center_weight(graph, variable.parameter, [axes], tensor, done)
         else:
             centered = emit(graph, f"{node.name}_centered", center_activation, node, axes, tensor.dtype)
             done.activations[node] = centered
     done.centered[key] = centered
+
+
+def _center_weight(graph: fx.Graph, parameter: fx.Node, axes: Sequence[Axes], value: Tensor, done: Rewrite) -> fx.Node:
+    """A parameter centered along sets of axes that do not meet, in the dtype of ``value``."""
+    name = f"{parameter.name}_centered"
+    centered = emit(graph, name, center_weight, parameter, tuple(axes), value.dtype, value=value)
+    done.weights.append(centered)
+    return centered
 
 
 def _recomputed(graph: fx.Graph, variable: Variable, done: Rewrite) -> fx.Node:
@@ -137,19 +140,42 @@ def _after_definition(node: fx.Node) -> fx.Node:
     return following
 
 
-def _exchange_operands(graph: fx.Graph, variable: Variable, done: Rewrite) -> None:
-    if variable.composed_source is not None:
-        _compose(graph, variable.composed_source, done)
+def _exchange_operands(graph: fx.Graph, group: Sequence[Variable], done: Rewrite) -> None:
+    """Let a node compute its streams: one, or several that center different parts of its result."""
+    first = group[0]
+    if first.composed_source is not None:
+        _compose(graph, first.composed_source, done)
         return
-    operation = variable.operation
+    operation = first.operation
     assert operation is not None  # streams come out of operations with rules
-    replacements: dict[tuple[str, int | None], object] = {}
+    needs: dict[fx.Node, list[Axes]] = defaultdict(list)
+    for variable in group:
+        written = {value for write in variable.writes for value in write.needs}
+        for operand, axes in variable.needs.items():
+            if operand not in written:
+                needs[operand].append(axes)
+    _exchange(graph, operation, needs, first.zeros, done)
+    for write in first.writes:
+        _exchange(graph, write.operation, {value: [axes] for value, axes in write.needs.items()}, write.zeros, done)
+    if operation.in_place:
+        # ``x += y`` becomes ``x' = x + y``: the centered x may be a materialised weight, which the next call needs too.
+        operation.node.target = _OUT_OF_PLACE.get(operation.node.target, operation.node.target)
+
+
+def _exchange(
+    graph: fx.Graph,
+    operation: Operation,
+    needs: Mapping[fx.Node, Sequence[Axes]],
+    zeros: Sequence[Key],
+    done: Rewrite,
+) -> None:
+    replacements: dict[Key, object] = {}
     for key, operand in operation.operands():
-        if operand in variable.needs and key not in variable.zeros:
-            centered = done.centered[(operand, variable.needs[operand])]
+        if operand in needs and key not in zeros:
+            centered = _centered_along(graph, operand, needs[operand], done)
             if centered is not operand:
                 replacements[key] = centered
-    for name, index in variable.zeros:
+    for name, index in zeros:
         argument = operation[name] if index is None else operation[name][index]
         if isinstance(argument, fx.Node) and tensor_of(argument) is not None:
             with graph.inserting_before(operation.node):
@@ -162,9 +188,18 @@ def _exchange_operands(graph: fx.Graph, variable: Variable, done: Rewrite) -> No
             number = value_of(argument) if isinstance(argument, fx.Node) else argument
             replacements[(name, index)] = 0 if isinstance(number, int | torch.SymInt) else 0.0
     operation.replace(replacements)
-    if operation.in_place:
-        # ``x += y`` becomes ``x' = x + y``: the centered x may be a materialised weight, which the next call needs too.
-        operation.node.target = _OUT_OF_PLACE.get(operation.node.target, operation.node.target)
+
+
+def _centered_along(graph: fx.Graph, operand: fx.Node, sets: Sequence[Axes], done: Rewrite) -> fx.Node:
+    """The node that carries an operand centered along every one of some sets of axes."""
+    explicit = [axes for axes in dict.fromkeys(sets) if done.explicit[(operand, axes)]]
+    if len(explicit) <= 1:
+        # What is centered in place is centered in its copies too.
+        return done.centered[(operand, explicit[0])] if explicit else operand
+    tensor = tensor_of(operand)
+    assert tensor is not None  # only single tensors are centered explicitly
+    with graph.inserting_before(_after_definition(operand)):
+        return _center_weight(graph, operand, explicit, tensor, done)
 
 
 # The in-place operations that facts read as plain updates, each with the one that leaves its operand alone.

@@ -1,34 +1,42 @@
 """The streams of a graph: every tensor that could be computed centered, what that would need, and who would notice.
 
+Of each tensor ``v`` and set of axes ``A`` three things can be true:
+
+* ``v`` is *computed centered*: ``Cv`` in its place. Its operands must be there centered.
+* ``v`` is *shifted*: it may be off by anything constant along ``A``. So is all that is computed linearly from it, and
+  nobody who reads it may notice. What is computed centered is shifted; what is joined from a centered tensor and one
+  that is not is shifted without being centered.
+* a centered version of ``v`` is *available*: ``v`` itself, or a copy centered explicitly.
+
 Starting from the inputs of the LayerNorm sites, the rules are followed up to the operands that would have to be
-centered, and down to the consumers that would have to be streams too. The result is a set of variables ``(v, A)`` with
-implications between them, which placement turns into a minimum cut. Nothing is decided and nothing changed here.
+centered, and down to the consumers that would be shifted. The result is a set of variables ``(v, A)`` with implications
+between them, which placement turns into a minimum cut. Nothing is decided and nothing changed here.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
-from lncompile.lowering import torch_private
 from lncompile.passes import provenance
 from lncompile.passes.axes import Axes
 from lncompile.passes.canonical import Key, Operation, canonicalise, tensor_of
 from lncompile.passes.composed_sources import ComposedSource, find_composed_source
+from lncompile.passes.costs import A_MARK, NOTHING, Bytes, one_pass
 from lncompile.passes.decisions import Blocked, Blocker, Reason
 from lncompile.passes.graph_facts import GraphFacts
-from lncompile.passes.operands import is_constant_along
-from lncompile.passes.rules import INVARIANCES, RULES, ZERO_MEANS, Linear, blockers
+from lncompile.passes.operands import WRITTEN
+from lncompile.passes.readings import Resolved, follow_reading, resolve_reading
+from lncompile.passes.rules import INVARIANCES, RULES, ZERO_MEANS, blockers
 from lncompile.passes.sites import NormSite
+from lncompile.passes.writes import Write, follow_write, read_write
 
 VariableKey = tuple[fx.Node, Axes]
-
-# Stands in for a dynamic size that nothing is known of; the same number Inductor uses.
-UNKNOWN_SIZE_HINT = 8192
 
 
 @dataclass
@@ -36,51 +44,55 @@ class Variable:
     """A tensor ``v`` with a set of axes ``A``: may ``Cv`` be computed in its place, and at what cost beside it?
 
     Attributes:
-        blocker: why ``v`` itself cannot become a stream (rule 1 or 2 of the theory), or None.
+        source_blocker: why ``Cv`` cannot be computed in the place of ``v`` (rule 1 of the theory), or None.
+        reader_blocker: who would notice that ``v`` is shifted (rule 2), or None.
         needs: operands that must be available centered.
         zeros: operands that ``C`` takes to zero, by their place in the operation.
-        successors: consumers that become streams with it.
-        centering_cost: what it costs to center ``v`` explicitly, in elements reduced (0 for a parameter, which is
-            centered once and not per call); None where that cannot be done.
+        successors: consumers that are shifted with it.
+        centering_cost: what it costs to center ``v`` explicitly (nothing for a parameter, which is centered once and
+            not per call); None where that cannot be done.
         is_parameter: whether ``v`` is a parameter expression.
+        parameter: the parameter expression whose values ``v`` has: itself, or what it is a cast of.
         is_zero_mean: whether ``v`` has zero mean along ``A`` as it is.
         is_recomputed: whether ``Cv`` is had for nothing by doing the (view of a parameter) once more, centered.
         composed_source: set where ``v`` is a product whose channels parameters scale and shift, which compose first.
+        writes: assignments into ``v`` after it was made, whose values must be centered as well.
     """
 
     node: fx.Node
     axes: Axes
-    blocker: Blocker | None = None
+    source_blocker: Blocker | None = None
+    reader_blocker: Blocker | None = None
     operation: Operation | None = None
     needs: dict[fx.Node, Axes] = field(default_factory=dict)
     zeros: tuple[Key, ...] = ()
     successors: list[VariableKey] = field(default_factory=list)
-    centering_cost: int | None = None
-    is_parameter: bool = False
+    centering_cost: Bytes | None = None
+    parameter: fx.Node | None = None
     is_zero_mean: bool = False
     is_recomputed: bool = False
     composed_source: ComposedSource | None = None
+    writes: tuple[Write, ...] = ()
 
     @property
     def key(self) -> VariableKey:
         """What identifies the variable."""
         return (self.node, self.axes)
 
+    @property
+    def is_parameter(self) -> bool:
+        """Whether its values are those of a parameter expression."""
+        return self.parameter is not None
 
-@dataclass(frozen=True)
-class Resolved:
-    """One operation read as linear at given axes of its result."""
+    @property
+    def centered_at_run_time(self) -> bool:
+        """Whether centering it explicitly is work of every call."""
+        return not (self.is_parameter or self.is_zero_mean or self.is_recomputed)
 
-    needs: Mapping[fx.Node, Axes]
-    zeros: tuple[Key, ...]
-
-
-def element_count(tensor: Tensor) -> int:
-    """Number of elements, dynamic sizes by the values they had when the graph was traced."""
-    count = 1
-    for size in tensor.shape:
-        count *= torch_private.size_hint(size, UNKNOWN_SIZE_HINT)
-    return count
+    @property
+    def blocker(self) -> Blocker | None:
+        """Why it cannot become a stream: the producer's reason first, it is the one to mend first."""
+        return self.source_blocker or self.reader_blocker
 
 
 def build_streams(sites: Sequence[NormSite], facts: GraphFacts) -> dict[VariableKey, Variable]:
@@ -91,57 +103,242 @@ def build_streams(sites: Sequence[NormSite], facts: GraphFacts) -> dict[Variable
         facts: the facts of the graph.
 
     Returns:
-        The variables by key; every key that appears in ``needs`` or ``successors`` of an unblocked variable is there.
+        The variables by key. Every key in ``needs`` of a variable without a source blocker is there, and every key in
+        ``successors`` of one that can be shifted.
     """
-    variables: dict[VariableKey, Variable] = {}
-    queue: deque[VariableKey] = deque((site.input, site.axes) for site in sites)
-    while queue:
-        key = queue.popleft()
-        if key in variables:
-            continue
-        variable = _explore(*key, facts)
-        variables[key] = variable
-        if variable.blocker is None or variable.is_recomputed:
-            queue.extend(variable.needs.items())
-        if variable.blocker is None:
-            queue.extend(variable.successors)
-    return variables
+    explorer = _Explorer(facts)
+    explorer.explore((site.input, site.axes) for site in sites)
+    return explorer.variables
 
 
-def _explore(node: fx.Node, axes: Axes, facts: GraphFacts) -> Variable:
-    variable = Variable(node, axes)
-    if node in facts.parametric and node.op == "placeholder":
-        # Parameters are never streams themselves: their raw value stays; a centered one costs nothing per call.
-        variable.is_parameter, variable.centering_cost = True, 0
-        variable.blocker = Blocker(Reason.UNSUPPORTED_WEIGHT, "a parameter", node)
+class _Explorer:
+    def __init__(self, facts: GraphFacts) -> None:
+        self.facts = facts
+        self.variables: dict[VariableKey, Variable] = {}
+        self._reach_parameters: dict[VariableKey, bool] = {}
+
+    def explore(self, starts: Iterable[VariableKey]) -> None:
+        queue: deque[tuple[VariableKey, bool]] = deque((key, False) for key in starts)
+        followed: set[VariableKey] = set()
+        while queue:
+            key, is_shifted = queue.popleft()
+            variable = self.variables.get(key)
+            if variable is None:
+                variable = self.variables[key] = self._explore(*key)
+                if variable.source_blocker is None or variable.is_recomputed:
+                    queue.extend((need, False) for need in variable.needs.items())
+            # Who reads it matters only if it can be shifted: because it is computed centered, or out of a shifted one.
+            if key not in followed and (is_shifted or variable.source_blocker is None):
+                followed.add(key)
+                if variable.reader_blocker is None:
+                    queue.extend((successor, True) for successor in variable.successors)
+
+    def _explore(self, node: fx.Node, axes: Axes) -> Variable:
+        facts = self.facts
+        variable = Variable(node, axes)
+        if node in facts.parametric and node.op == "placeholder":
+            # Parameters are never streams themselves: their raw value stays; a centered one costs nothing per call.
+            variable.parameter, variable.centering_cost = node, NOTHING
+            variable.source_blocker = Blocker(Reason.UNSUPPORTED_WEIGHT, "a parameter", node)
+            return variable
+        tensor = tensor_of(node)
+        problem = (
+            (Reason.UNSUPPORTED_WEIGHT, facts.unsupported[node])
+            if node in facts.unsupported
+            else (Reason.MUTATION, facts.written[node])
+            if node in facts.written
+            else None
+        )
+        if problem is not None:
+            variable.source_blocker = variable.reader_blocker = Blocker(*problem, node)
+            return variable
+        variable.operation = canonicalise(node)
+        if self._is_zero_mean(variable):
+            if node not in facts.assigned:
+                variable.is_zero_mean, variable.centering_cost = True, NOTHING
+                variable.source_blocker = Blocker(Reason.NORM_OUTPUT, "its mean is zero already", node)
+                self._follow_consumers(variable)
+                return variable
+        elif tensor is not None and not tensor.is_floating_point():
+            sentence = f"a tensor of dtype {tensor.dtype} on the path"
+            variable.source_blocker = variable.reader_blocker = Blocker(Reason.UNKNOWN_OPERATION, sentence, node)
+            return variable
+        else:
+            self._explore_producer(variable)
+        self._explore_writes(variable)
+        # The needs are those of its view only if the view let the centering through.
+        can_be_redone = variable.source_blocker is None and bool(variable.needs) and not variable.zeros
+        self._follow_consumers(variable)
+        # A copy of a tensor that is written to would be of one moment.
+        if tensor is not None and not node.meta.get(WRITTEN):
+            variable.parameter = variable.parameter or (node if node in facts.parametric else None)
+            variable.is_recomputed = can_be_redone and not variable.is_parameter and is_view_of_parameter(node, facts)
+            variable.centering_cost = self._centering_cost(variable, tensor)
         return variable
-    tensor = tensor_of(node)
-    if node in facts.unsupported:
-        variable.blocker = Blocker(Reason.UNSUPPORTED_WEIGHT, facts.unsupported[node], node)
-        return variable
-    if node in facts.written:
-        variable.blocker = Blocker(Reason.MUTATION, facts.written[node], node)
-        return variable
-    operation = variable.operation = canonicalise(node)
-    if operation is not None and operation.name in ZERO_MEANS and ZERO_MEANS[operation.name](operation, axes):
-        variable.is_zero_mean, variable.centering_cost = True, 0
-        variable.blocker = Blocker(Reason.NORM_OUTPUT, "its mean is zero already", node)
-        return variable
-    if tensor is not None and not tensor.is_floating_point():
-        variable.blocker = Blocker(Reason.UNKNOWN_OPERATION, f"a tensor of dtype {tensor.dtype} on the path", node)
-        return variable
-    _explore_producer(variable, facts)
-    # The needs are those of its view only if the view let the centering through.
-    can_be_redone = variable.blocker is None and bool(variable.needs) and not variable.zeros
-    raw_is_read = _explore_consumers(variable)
-    if tensor is not None:
-        variable.is_parameter = node in facts.parametric
-        # A centered copy next to a raw value that others still read is written to memory as well as reduced. A
-        # parameter expression is centered once; the mark of 1 prefers to center the parameters it is made of.
-        variable.is_recomputed = can_be_redone and not variable.is_parameter and is_view_of_parameter(node, facts)
-        cheap = variable.is_parameter or variable.is_recomputed
-        variable.centering_cost = 1 if cheap else element_count(tensor) * (2 if raw_is_read else 1)
-    return variable
+
+    def _is_zero_mean(self, variable: Variable) -> bool:
+        operation = variable.operation
+        return (
+            operation is not None
+            and operation.name in ZERO_MEANS
+            and ZERO_MEANS[operation.name](operation, variable.axes)
+        )
+
+    @staticmethod
+    def _centering_cost(variable: Variable, tensor: Tensor) -> Bytes | None:
+        if variable.is_parameter or variable.is_recomputed:
+            return A_MARK
+        if variable.axes.partial:
+            return None  # parts of an activation: no model needs it, and it would have to be assembled
+        # A centered copy next to a raw value that others still read is written to memory as well as reduced.
+        return one_pass(tensor) * (2 if variable.reader_blocker is not None else 1)
+
+    # --- upwards: what would have to be centered ---
+
+    def _explore_producer(self, variable: Variable) -> None:
+        node, operation = variable.node, variable.operation
+        if operation is None or operation.name not in RULES:
+            variable.source_blocker = Blocker(*blockers.explain_producer(node), node)
+            return
+        narrow = widened_parameter(operation, self.facts)
+        if narrow is not None:
+            # Centered in the dtype it is kept in, it would be rounded once more than it is. Center after the cast.
+            variable.parameter = narrow if narrow in self.facts.parametric else None
+            sentence = (
+                f"a parameter kept in {tensor_dtype(narrow)} is cast up: centered before that it would be rounded"
+            )
+            variable.source_blocker = Blocker(Reason.UNSUPPORTED_WEIGHT, sentence, node)
+            return
+        try:
+            resolved = self.resolve(operation, variable.axes)
+        except Blocked as blocked:
+            variable.composed_source = find_composed_source(operation, variable.axes, self.facts)
+            if variable.composed_source is None:
+                variable.source_blocker = Blocker(blocked.reason, blocked.sentence, node)
+            return
+        variable.needs, variable.zeros = dict(resolved.needs), resolved.zeros
+
+    def _explore_writes(self, variable: Variable) -> None:
+        """Add what is assigned to parts of the tensor later: it holds centered values at all times."""
+        writes = []
+        for writer in self.facts.assigned.get(variable.node, ()):
+            try:
+                write = read_write(writer, variable.node, variable.axes)
+            except Blocked as blocked:
+                blocker = Blocker(blocked.reason, blocked.sentence, writer)
+                variable.source_blocker = variable.source_blocker or blocker
+                continue
+            for value, axes in write.needs.items():
+                if variable.needs.setdefault(value, axes) != axes:
+                    sentence = "one tensor stands in two places with different axes"
+                    blocker = Blocker(Reason.DIFFERENT_AXES, sentence, writer)
+                    variable.source_blocker = variable.source_blocker or blocker
+            writes.append(write)
+        variable.writes = tuple(writes)
+
+    def resolve(self, operation: Operation, axes: Axes) -> Resolved:
+        """Read an operation as linear so that its result is centered along ``axes``.
+
+        Raises:
+            Blocked: if there is no such reading.
+        """
+        problem: Blocked | None = None
+        last: Resolved | None = None
+        for reading in RULES[operation.name](operation):
+            try:
+                resolved = resolve_reading(operation, reading, axes)
+            except Blocked as blocked:
+                problem = problem or blocked
+                continue
+            if not reading.selective:
+                return resolved
+            if all(node in self.facts.parametric for node in resolved.needs):
+                # Nobody sees how much of a parameter's copy is centered: better all of it, one copy for every cut.
+                last = resolved
+            elif all(self._ends_in_parameters(need) for need in resolved.needs.items()):
+                return resolved
+        if last is not None:
+            return last
+        raise problem or Blocked(Reason.UNKNOWN_OPERATION, f"'{operation.name}' of numbers")
+
+    def _ends_in_parameters(self, start: VariableKey) -> bool:
+        """Whether a tensor can be centered (in part) by centering parameters alone, whoever may notice."""
+        known = self._reach_parameters.get(start)
+        if known is not None:
+            return known
+        self._reach_parameters[start] = False  # until shown; also what a cut asks that comes back here
+        queue, seen = deque([start]), {start}
+        while queue:
+            node, axes = queue.popleft()
+            if node in self.facts.parametric:
+                continue
+            operation = canonicalise(node)
+            if node in self.facts.written or node in self.facts.assigned or operation is None:
+                return False
+            if operation.name not in RULES or widened_parameter(operation, self.facts) is not None:
+                return False
+            try:
+                needs = self.resolve(operation, axes).needs
+            except Blocked:
+                return False
+            for need in needs.items():
+                if need not in seen:
+                    seen.add(need)
+                    queue.append(need)
+        self._reach_parameters[start] = True
+        return True
+
+    # --- downwards: who would be shifted, and who would notice ---
+
+    def _follow_consumers(self, variable: Variable) -> None:
+        for user in variable.node.users:
+            try:
+                successor = self.follow(variable.node, variable.axes, user)
+            except Blocked as blocked:
+                # The output has no place in the model's source; what is returned has.
+                place = variable.node if user.op == "output" else user
+                variable.reader_blocker = Blocker(blocked.reason, blocked.sentence, place)
+                return
+            if successor is not None:
+                variable.successors.append(successor)
+
+    def follow(self, node: fx.Node, axes: Axes, user: fx.Node) -> VariableKey | None:
+        """Return what ``user`` becomes if ``node`` is shifted along ``axes``; None if it does not notice.
+
+        Raises:
+            Blocked: if the user would notice.
+        """
+        if user.op == "output":
+            raise Blocked(Reason.GRAPH_OUTPUT, "the stream is also returned by the graph")
+        if user in self.facts.writers:
+            return follow_write(user, self.facts.writers[user], node, axes)
+        operation = canonicalise(user)
+        if operation is None:
+            raise Blocked(*blockers.explain_consumer(user))
+        keys = [key for key, operand in operation.operands() if operand is node]
+        if not keys:
+            raise Blocked(*blockers.explain_consumer(user))
+        if operation.name in INVARIANCES:
+            # A list, not a generator: each place may raise.
+            ignored = [INVARIANCES[operation.name](operation, key, axes) for key in keys]
+            if all(ignored):
+                return None
+        rule = RULES.get(operation.name)
+        if rule is None:
+            raise Blocked(*blockers.explain_consumer(user))
+        problem: Blocked | None = None
+        for reading in rule(operation):
+            if all(key in reading.metadata for key in keys):
+                return None
+            if keys[0] not in reading.carriers:
+                continue
+            try:
+                result = follow_reading(operation, reading, keys, axes)
+            except Blocked as blocked:
+                problem = problem or blocked
+                continue
+            return None if result is None else (user, result)
+        raise problem or Blocked(*blockers.explain_consumer(user))
 
 
 # Views that are no parameter expressions, because the result is larger than the parameter or depends on the call.
@@ -156,146 +353,72 @@ def is_view_of_parameter(node: fx.Node, facts: GraphFacts) -> bool:
     source: Any = node
     while source not in facts.parametric:
         operation = canonicalise(source) if isinstance(source, fx.Node) else None
-        if operation is None or operation.name not in _VIEWS or operation.in_place or source in facts.written:
+        if operation is None or operation.name not in _VIEWS or operation.in_place or source.meta.get(WRITTEN):
             return False
         source = operation["input"]
     return True
 
 
-def _explore_producer(variable: Variable, facts: GraphFacts) -> None:
-    node, operation = variable.node, variable.operation
-    if operation is None or operation.name not in RULES:
-        variable.blocker = Blocker(*blockers.explain_producer(node), node)
-        return
-    try:
-        resolved = resolve(operation, variable.axes)
-    except Blocked as blocked:
-        variable.composed_source = find_composed_source(operation, variable.axes, facts)
-        if variable.composed_source is None:
-            variable.blocker = Blocker(blocked.reason, blocked.sentence, node)
-        return
-    variable.needs, variable.zeros = dict(resolved.needs), resolved.zeros
+def tensor_dtype(node: fx.Node) -> torch.dtype:
+    """Dtype of a node's tensor."""
+    tensor = tensor_of(node)
+    assert tensor is not None  # asked of parameters only
+    return tensor.dtype
 
 
-def _explore_consumers(variable: Variable) -> bool:
-    """Find the consumers that become streams; block the variable at one that would notice. True if one would.
+# What hands on the values of a parameter unchanged: look-ups and moves, but no arithmetic.
+_MOVES = _VIEWS | frozenset("embedding getitem narrow slice select index_select gather cat stack".split())
 
-    Where the producer is blocked too, its reason stands: it is the one to mend first.
+
+def widened_parameter(operation: Operation, facts: GraphFacts) -> fx.Node | None:
+    """The parameter, or what was looked up in it, that an operation casts to a wider dtype, else None.
+
+    Its values are exact after the cast, so that a centered copy has to be kept in the wider dtype. Values that were
+    computed in the narrow dtype are rounded anyway.
     """
-    for user in variable.node.users:
-        try:
-            successor = follow(variable.node, variable.axes, user)
-        except Blocked as blocked:
-            variable.blocker = variable.blocker or Blocker(blocked.reason, blocked.sentence, user)
-            return True
-        if successor is not None:
-            variable.successors.append(successor)
-    return False
-
-
-def follow(node: fx.Node, axes: Axes, user: fx.Node) -> VariableKey | None:
-    """Return what ``user`` becomes if ``node`` is a stream along ``axes``; None if it does not notice.
-
-    Raises:
-        Blocked: if the user would notice.
-    """
-    if user.op == "output":
-        raise Blocked(Reason.GRAPH_OUTPUT, "the stream is also returned by the graph")
-    operation = canonicalise(user)
-    if operation is None:
-        raise Blocked(*blockers.explain_consumer(user))
-    keys = [key for key, operand in operation.operands() if operand is node]
-    if not keys:
-        raise Blocked(*blockers.explain_consumer(user))
-    if operation.name in INVARIANCES:
-        # A list, not a generator: each place may raise.
-        ignored = [INVARIANCES[operation.name](operation, key, axes) for key in keys]
-        if all(ignored):
+    if operation.name not in ("cast", "to", "type_as"):
+        return None
+    source = operation["input"]
+    tensor, result = (tensor_of(source) if isinstance(source, fx.Node) else None), tensor_of(operation.node)
+    if tensor is None or result is None or not (tensor.is_floating_point() and result.is_floating_point()):
+        return None
+    if torch.finfo(result.dtype).eps >= torch.finfo(tensor.dtype).eps:
+        return None
+    node: fx.Node = source
+    while node not in facts.parametric:
+        inner = canonicalise(node)
+        if inner is None or inner.name not in _MOVES:
             return None
-    rule = RULES.get(operation.name)
-    if rule is None:
-        raise Blocked(*blockers.explain_consumer(user))
-    problem: Blocked | None = None
-    for reading in rule(operation):
-        if all(key in reading.metadata for key in keys):
+        carrier = inner["weight"] if inner.name == "embedding" else inner.arguments.get("input")
+        if not isinstance(carrier, fx.Node):
             return None
-        if keys[0] not in reading.carriers:
-            continue
-        try:
-            result = reading.carriers[keys[0]].forward(axes)
-            if resolve(operation, result).needs.get(node) == axes:
-                return (user, result)
-        except Blocked as blocked:
-            problem = problem or blocked
-    raise problem or Blocked(*blockers.explain_consumer(user))
-
-
-def resolve(operation: Operation, axes: Axes) -> Resolved:
-    """Read an operation as linear so that its result is centered along ``axes``.
-
-    Raises:
-        Blocked: if there is no such reading.
-    """
-    problem: Blocked | None = None
-    for reading in RULES[operation.name](operation):
-        try:
-            return _resolve_reading(operation, reading, axes)
-        except Blocked as blocked:
-            problem = problem or blocked
-    raise problem or Blocked(Reason.UNKNOWN_OPERATION, f"'{operation.name}' of numbers")
-
-
-def _resolve_reading(operation: Operation, reading: Linear, axes: Axes) -> Resolved:
-    for key, map_ in reading.constants.items():
-        constant = _argument(operation, key)
-        if not isinstance(constant, fx.Node):
-            continue
-        varying = map_.backward(axes)
-        if varying is not None and not is_constant_along(constant, varying):
-            raise Blocked(Reason.VARYING_SCALE, f"'{operation.name}' by a tensor that varies along the normalised axes")
-    needs: dict[fx.Node, Axes] = {}
-    zeros: list[Key] = []
-    for key, map_ in reading.carriers.items():
-        operand = _argument(operation, key)
-        if operand is None:
-            continue
-        operand_axes = map_.backward(axes)
-        if operand_axes is None:
-            zeros.append(key)
-        elif needs.setdefault(operand, operand_axes) != operand_axes:
-            raise Blocked(Reason.DIFFERENT_AXES, "one tensor stands in two places with different axes")
-    for key, operand in operation.operands():
-        # A carrier that is also read raw in another place (x * x, linear(w, w)) is not linear in it.
-        if operand in needs and key not in reading.carriers and key not in reading.metadata:
-            raise Blocked(Reason.NON_COMMUTING, f"'{operation.name}' reads one tensor twice, which is not linear")
-        if operand in needs and key in zeros:
-            raise Blocked(Reason.NON_COMMUTING, f"'{operation.name}' reads one tensor in two ways")
-    return Resolved(needs, tuple(zeros))
-
-
-def _argument(operation: Operation, key: Key) -> Any:
-    name, index = key
-    return operation[name] if index is None else operation[name][index]
+        node = carrier
+    exact: fx.Node = source
+    return exact
 
 
 def first_blocker(start: VariableKey, variables: Mapping[VariableKey, Variable]) -> Blocker | None:
     """Return the nearest blocker that keeps ``start`` from being centered for free, breadth first."""
-    queue, seen = deque([start]), {start}
+    queue: deque[tuple[VariableKey, bool]] = deque([(start, True)])
+    seen = {(start, True)}
     while queue:
-        variable = variables[queue.popleft()]
-        if variable.is_parameter or variable.is_zero_mean or variable.is_recomputed:
+        key, is_centered = queue.popleft()
+        variable = variables[key]
+        if is_centered and not variable.centered_at_run_time:
             continue
-        if variable.blocker is not None:
-            return variable.blocker
-        for key in (*variable.needs.items(), *variable.successors):
-            if key not in seen:
-                seen.add(key)
-                queue.append(key)
+        blocker = variable.blocker if is_centered else variable.reader_blocker
+        if blocker is not None:
+            return blocker
+        needs = [(need, True) for need in variable.needs.items()] if is_centered else []
+        for following in (*needs, *((successor, False) for successor in variable.successors)):
+            if following not in seen:
+                seen.add(following)
+                queue.append(following)
     return None
 
 
 def describe_blocker(blocker: Blocker) -> str:
     """Return a blocker in words: what, at which operation, where it stands."""
-    if blocker.node is None or blocker.node.op == "output":
+    if blocker.node is None:
         return blocker.sentence
     return f"{blocker.sentence}: {provenance.describe(blocker.node)}"

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from torch import fx
 
 from lncompile.passes import provenance
+from lncompile.passes.costs import NOTHING
 from lncompile.passes.decisions import Blocker, Reason, RuntimeCentering, Site
-from lncompile.passes.placement import Placement
+from lncompile.passes.placement import Placement, benefit
 from lncompile.passes.sites import NormSite
 from lncompile.passes.streams import Variable, VariableKey, describe_blocker, first_blocker
 
@@ -32,12 +33,10 @@ def left_alone(sites: Sequence[NormSite], reason: Reason, detail: str) -> tuple[
 
 def _folded_site(site: NormSite, placement: Placement, variables: Mapping[VariableKey, Variable]) -> Site:
     parameters, activations = _centered_by((site.input, site.axes), placement, variables)
-    words = f"centered in {len(parameters)} parameter{'s' if len(parameters) != 1 else ''}"
+    places = [f"in {len(parameters)} parameter{'s' if len(parameters) != 1 else ''}"] if parameters else []
     if activations:
-        names = ", ".join(provenance.describe(node) for node in activations)
-        words += f" and at run time after {names}"
-    if not parameters and not activations:
-        words = "its input has zero mean as it is"
+        places.append(f"at run time after {', '.join(provenance.describe(node) for node in activations)}")
+    words = f"centered {' and '.join(places)}" if places else "its input has zero mean as it is"
     return Site(site.name, site.location, True, "rms_norm", None, words, tuple(parameters))
 
 
@@ -52,8 +51,8 @@ def _centered_by(
         key = queue.popleft()
         variable = variables[key]
         if key not in placement.streams:
-            if variable.is_parameter:
-                parameters.update(dict.fromkeys(_parameter_names(variable.node)))
+            if variable.parameter is not None:
+                parameters.update(dict.fromkeys(_parameter_names(variable.parameter)))
             elif variable.is_recomputed:
                 queue.extend(variable.needs.items())
             elif not variable.is_zero_mean:
@@ -89,18 +88,22 @@ def describe_centerings(
     centerings = []
     for key in placement.centered - placement.streams:
         variable = variables[key]
-        if variable.is_parameter or variable.is_zero_mean or variable.is_recomputed:
+        if not variable.centered_at_run_time:
             continue
-        served = sum(
-            variable.node in _centered_by((site.input, site.axes), placement, variables)[1] for site in placement.folded
-        )
-        norms = f"{served} norm{'s' if served != 1 else ''}"
+        served = [
+            site
+            for site in placement.folded
+            if variable.node in _centered_by((site.input, site.axes), placement, variables)[1]
+        ]
+        saved = sum((benefit(site) for site in served), NOTHING)
+        norms = f"{len(served)} norm{'s' if len(served) != 1 else ''}"
         why = describe_blocker(variable.blocker) if variable.blocker else "a cheaper place than its parameters"
+        cost = f"{variable.centering_cost} bytes of memory traffic a call, saves {saved}"
         centerings.append(
             RuntimeCentering(
                 provenance.module_path(variable.node) or variable.node.name,
                 provenance.location(variable.node),
-                f"one centering lets {norms} fold ({why})",
+                f"one centering lets {norms} fold: costs {cost} ({why})",
             )
         )
     return tuple(sorted(centerings, key=lambda centering: centering.after))

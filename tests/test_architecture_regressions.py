@@ -57,7 +57,6 @@ class PositionsCastUp(nn.Module):
         return self.norm(embedded + self.positions.type_as(embedded))
 
 
-@pytest.mark.xfail(strict=True, reason="centered copies are rounded to the dtype in which the parameter is kept")
 @pytest.mark.parametrize("module", [EmbeddingCastUp, LinearOfWeightsCastUp, PositionsCastUp])
 def test_parameters_that_are_cast_up_keep_the_precision_they_are_used_in(
     module: Callable[[], nn.Module], without_inductor: None
@@ -161,11 +160,10 @@ FOLDS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "expanded_parameter_read_twice": (ExpandedParameterReadTwice, 1, 1),
     "gather_behind_flatten": (GatherBehindFlatten, 1, 1),
     "image_features_among_tokens": (ImageFeaturesAmongTokens, 1, 1),
-}
-FOLDS_LATER: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "joint_projection": (JointProjection, 2, 2),
     "shift_tolerant_neighbour": (ShiftTolerantNeighbour, 1, 2),
 }
+FOLDS_LATER: dict[str, tuple[Callable[[], nn.Module], int, int]] = {}
 
 
 def check_folds(module: Callable[[], nn.Module], folded: int, sites: int) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import lncompile
 from lncompile import backend
 from lncompile.lowering import torch_private
+from lncompile.passes import provenance
 
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -347,6 +348,21 @@ def test_report_is_printable_and_json(without_inductor: None) -> None:
     assert data["weights"][0]["bytes"] > 0
     (centering,) = report.centerings
     assert "5 norms" in centering.detail
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("L['self']._modules['h']._modules['0']._parameters['weight']", "h.0.weight"),
+        ("L['args'][0]._modules['h']._parameters['weight']", "h.weight"),  # a forward that a decorator wraps
+        ("L['args'][0].h.0", "h.0"),
+        ("L['args'][0]", "args.0"),
+        ("L['kwargs']['input_ids']", "kwargs.input_ids"),
+        ("L['model']._modules['h']._buffers['mask']", "model.h.mask"),
+    ],
+)
+def test_names_are_those_of_named_parameters(source: str, name: str) -> None:
+    assert provenance.dotted(source) == name
 
 
 def test_explain_neither_compiles_nor_forgets_compiled_models(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,10 +82,11 @@ def test_the_axes_go_where_torch_takes_them(seed: int) -> None:
     for dimension in range(len(SIZES)):
         axes = Axes.of(SIZES, [dimension])
         try:
-            (reading,) = RULES["getitem"](operation)
+            *_, reading = RULES["getitem"](operation)  # the last one reads the source as a whole
             moved = reading.carriers["input", None].forward(axes)
         except Blocked:
             continue
+        assert moved is not None
         centered = value - value.mean(dimension, keepdim=True)
         expected = result - result.mean(moved.normalised_dimensions, keepdim=True)
         torch.testing.assert_close(centered[index], expected)
@@ -100,7 +101,7 @@ def test_most_of_them_pass() -> None:
         operation = canonicalise(traced(index, value, value[index]))
         assert operation is not None
         try:
-            passed += len(RULES["getitem"](operation))
+            passed += bool(RULES["getitem"](operation))
         except Blocked:
             continue
     assert passed > 200

@@ -17,6 +17,7 @@ from torch.nn import functional
 from lncompile.options import Options
 from lncompile.passes import placement as placement_module
 from lncompile.passes.axes import Axes
+from lncompile.passes.costs import Bytes
 from lncompile.passes.decisions import Blocker, Reason
 from lncompile.passes.placement import place
 from lncompile.passes.streams import Variable, VariableKey
@@ -42,15 +43,18 @@ def problems(draw: st.DrawFn) -> tuple[dict[VariableKey, Variable], list[FakeSit
     variables: dict[VariableKey, Variable] = {}
     for index, node in enumerate(nodes):
         variable = Variable(node, AXES)
-        variable.centering_cost = draw(st.one_of(st.none(), st.integers(0, 6)))
+        cost = draw(st.one_of(st.none(), st.integers(0, 6)))
+        variable.centering_cost = None if cost is None else Bytes(cost, cost)
         if draw(st.booleans()):
-            variable.blocker = Blocker(Reason.NON_COMMUTING, "blocked", node)
+            variable.source_blocker = Blocker(Reason.NON_COMMUTING, "cannot be computed centered", node)
+        if draw(st.integers(0, 3)) == 0:
+            variable.reader_blocker = Blocker(Reason.VISIBLE, "somebody notices", node)
         operands = draw(st.lists(st.integers(0, index - 1), max_size=2, unique=True)) if index else []
         variable.needs = {nodes[operand]: AXES for operand in operands}
         variables[variable.key] = variable
     for variable in variables.values():
         for operand in variable.needs:
-            # A stream spreads to its commuting consumers.
+            # A shift spreads to what is computed linearly from it.
             variables[(operand, AXES)].successors.append(variable.key)
     sites = [
         FakeSite(nodes[draw(st.integers(0, count - 1))], draw(st.integers(1, 6)))
@@ -59,9 +63,22 @@ def problems(draw: st.DrawFn) -> tuple[dict[VariableKey, Variable], list[FakeSit
     return variables, sites
 
 
+def shifted_from(key: VariableKey, variables: dict[VariableKey, Variable]) -> set[VariableKey] | None:
+    """Everything that is shifted if one tensor is; None if somebody notices."""
+    seen, queue = {key}, [key]
+    while queue:
+        variable = variables[queue.pop()]
+        if variable.reader_blocker is not None:
+            return None
+        queue += [successor for successor in variable.successors if successor not in seen]
+        seen.update(variable.successors)
+    return seen
+
+
 def brute_force(variables: dict[VariableKey, Variable], sites: list[FakeSite]) -> tuple[int, int]:
-    """The least cost over all assignments, and the fewest tensors touched at that cost."""
+    """The least cost over all assignments, and the fewest tensors centered at that cost."""
     keys = list(variables)
+    unseen = {key: shifted_from(key, variables) is not None for key in keys}
     best = (10**9, 10**9)
     for bits in itertools.product((False, True), repeat=2 * len(keys)):
         stream = dict(zip(keys, bits[: len(keys)], strict=True))
@@ -70,13 +87,11 @@ def brute_force(variables: dict[VariableKey, Variable], sites: list[FakeSite]) -
         legal = True
         for key, variable in variables.items():
             if stream[key]:
-                legal &= available[key] and variable.blocker is None
-                if variable.blocker is None:
-                    legal &= all(available[need] for need in variable.needs.items())
-                    legal &= all(stream[successor] for successor in variable.successors)
+                legal &= available[key] and variable.source_blocker is None and unseen[key]
+                legal &= all(available[need] for need in variable.needs.items())
             elif available[key]:
                 legal &= variable.centering_cost is not None
-                cost += variable.centering_cost or 0
+                cost += variable.centering_cost.hint if variable.centering_cost else 0
         if legal:
             cost += sum(site.worth for site in sites if not available[(site.input, site.axes)])
             best = min(best, (cost, sum(stream.values()) + sum(available.values())))
@@ -88,10 +103,10 @@ def brute_force(variables: dict[VariableKey, Variable], sites: list[FakeSite]) -
 def test_the_cut_is_the_optimum_and_does_the_least(problem: tuple[dict[VariableKey, Variable], list[FakeSite]]) -> None:
     variables, sites = problem
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(placement_module, "benefit", lambda site: site.worth)
+        patch.setattr(placement_module, "benefit", lambda site: Bytes(site.worth, site.worth))
         placement = place(sites, variables)  # type: ignore[arg-type]
     cost, touched = brute_force(variables, sites)
-    assert sum(site.worth for site in sites) - placement.saved == cost
+    assert sum(site.worth for site in sites) - placement.saved.hint == cost
     assert len(placement.streams) + len(placement.centered) == touched
 
 

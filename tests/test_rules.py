@@ -199,7 +199,7 @@ CASES = {
     "split": folds("split getitem", lambda m, x, y, e: x.split([2, 3], dim=1)[1]),
     "chunk": folds("chunk getitem", lambda m, x, y, e: sum(torch.cat((x, y), 1).chunk(2, dim=1))),
     "unbind": folds("unbind getitem", lambda m, x, y, e: x.unbind(1)[2]),
-    "chunk_features": stays("chunk", Reason.DIFFERENT_AXES, lambda m, x, y, e: x.chunk(2, dim=-1)[0], norm=6),
+    "chunk_features": folds("chunk", lambda m, x, y, e: x.chunk(2, dim=-1)[0], norm=6),
     "slice": folds("getitem", lambda m, x, y, e: x[:, 1:4]),
     "class_token": folds("getitem", lambda m, x, y, e: x[:, 0]),
     "ellipsis": folds("getitem", lambda m, x, y, e: x[..., 1:3, :]),
@@ -207,7 +207,7 @@ CASES = {
     "index_tensor": folds("getitem", lambda m, x, y, e: x[e["rows"]]),
     "index_tensors": folds("getitem", lambda m, x, y, e: x[e["rows"], e["columns"]]),
     "index_tensor_and_number": folds("getitem", lambda m, x, y, e: x[0, e["columns"]]),
-    "slice_features": stays("getitem", Reason.DIFFERENT_AXES, lambda m, x, y, e: x[..., :6], norm=6),
+    "slice_features": folds("getitem", lambda m, x, y, e: x[..., :6], norm=6),
     "index_features": stays("getitem", Reason.DIFFERENT_AXES, lambda m, x, y, e: x[:, :, e["features"]], norm=3),
     "index_tensors_apart": folds("getitem", lambda m, x, y, e: x[:, :, None][e["rows"], :, e["zeros"]]),
     "index_tensors_with_a_new_axis_between": folds("getitem", lambda m, x, y, e: x[e["rows"], None, e["columns"]]),
@@ -392,7 +392,12 @@ CASES = {
         x.view(2, 5, 3, 4).flatten(2), 1, e["columns"][None, :2, None].expand(2, 2, D))),
     "zeros": folds(
         "", lambda m, x, y, e: torch.zeros_like(e["u"]) + x + x.new_zeros(D) + torch.zeros(2, 5, D).double()),
-    "zeros_written_to": stays("", Reason.MUTATION, lambda m, x, y, e: filled(torch.zeros_like(x), y) + x),
+    "weight_written_to": stays(
+        "", Reason.NON_COMMUTING, lambda m, x, y, e: functional.linear(torch.relu(x), overwritten_weight(m))),
+    "weight_made_of_one_written_to": stays(
+        "", Reason.NON_COMMUTING, lambda m, x, y, e: functional.linear(torch.relu(x), overwritten_weight(m) * 3)),
+    "scale_written_to": stays("mul", Reason.VARYING_SCALE, lambda m, x, y, e: x * overwritten_weight(m)[0]),
+    "zeros_written_to": folds("", lambda m, x, y, e: filled(torch.zeros_like(x), y) + x),
     "parameter_cut_and_read_raw": stays("", Reason.DIFFERENT_AXES, lambda m, x, y, e: cut_token(m), norm=5),
     "parameter_expanded_and_read_raw": folds("expand", lambda m, x, y, e: raw_token(m, x)),
     "lerp": folds("lerp", lambda m, x, y, e: torch.lerp(x, y, e["row"])),
@@ -571,8 +576,8 @@ CASES = {
     "metadata_sees_nothing": folds("", lambda m, x, y, e: x + torch.zeros_like(x).mean(-1, keepdim=True)),
     "plain_norm_output_has_zero_mean": folds("", lambda m, x, y, e: x + functional.layer_norm(e["u"], (D,))),
     # --- writes ---
-    "stream_overwritten": stays("", Reason.MUTATION, lambda m, x, y, e: overwritten(x, y)),
-    "written_and_read_by_the_old_name": stays("", Reason.MUTATION, lambda m, x, y, e: read_again(x, y)),
+    "stream_overwritten": folds("", lambda m, x, y, e: overwritten(x, y)),
+    "written_and_read_by_the_old_name": folds("", lambda m, x, y, e: read_again(x, y)),
     "written_through_a_view": stays("", Reason.MUTATION, lambda m, x, y, e: written_through_view(x, y)),
     "inplace_activation": stays("", Reason.MUTATION, lambda m, x, y, e: inplace_relu(x)),
 }  # fmt: skip
@@ -580,6 +585,12 @@ CASES = {
 
 def rows(extra: dict[str, Tensor]) -> Tensor:
     return extra["columns"][None, :, None].expand(2, 3, D)
+
+
+def overwritten_weight(m: Around) -> Tensor:
+    weight = m.weight * 2
+    weight[:, 0] = torch.relu(weight[:, 1])
+    return weight
 
 
 def overwritten(x: Tensor, y: Tensor) -> Tensor:

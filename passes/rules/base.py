@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lncompile.passes.axes import Axes, PartlyConstant, Size
+from lncompile.passes.axes import Axes, PartlyConstant, Size, Uncuttable
 from lncompile.passes.canonical import Key, Operation
 from lncompile.passes.decisions import Blocked, Reason
 
@@ -24,11 +24,13 @@ from lncompile.passes.decisions import Blocked, Reason
 class AxisMap:
     """How ``A`` moves through one operand of an operation.
 
-    ``forward`` takes ``A`` on the operand to ``A`` on the result, ``backward`` the other way. ``backward`` gives None
-    where the operand is constant along ``A``: ``C`` takes it to zero. Both raise :class:`Blocked`.
+    ``forward`` takes ``A`` on the operand to ``A`` on the result: a shift of the operand that is constant along the
+    one is a shift of the result that is constant along the other; None where the result does not see it.
+    ``backward`` goes the other way; None where the operand is constant along ``A``: ``C`` takes it to zero. Both raise
+    :class:`Blocked`.
     """
 
-    forward: Callable[[Axes], Axes]
+    forward: Callable[[Axes], Axes | None]
     backward: Callable[[Axes], Axes | None]
 
 
@@ -40,6 +42,8 @@ class Linear:
         carriers: the operands it is jointly linear in; they must all be centered.
         constants: operands it multiplies or selects with; they must be constant along ``A`` (a mask, a gate).
         metadata: operands of which only shape, dtype or device is read.
+        selective: whether it centers just the part of the operand that the result is cut from, the rows of a joint
+            projection. Only parameters can be centered in part, so this reading holds where the way up ends in them.
 
     Any other operand (the activations of a linear layer, token ids) is left as it is.
     """
@@ -47,6 +51,7 @@ class Linear:
     carriers: Mapping[Key, AxisMap]
     constants: Mapping[Key, AxisMap] = field(default_factory=dict)
     metadata: frozenset[Key] = frozenset()
+    selective: bool = False
 
 
 Rule = Callable[[Operation], Sequence[Linear]]
@@ -164,6 +169,41 @@ def along(dimension: int, operand: Size, result: Size, what: str) -> AxisMap:
         return axes.with_free(dimension, size)
 
     return AxisMap(lambda axes: move(axes, result), lambda axes: move(axes, operand))
+
+
+def cut(dimension: int, size: int, kept: range, what: str) -> AxisMap:
+    """The operation keeps some indices of one dimension; only they are centered on the operand."""
+
+    def uncuttable(axes: Axes) -> Blocked:
+        return Blocked(Reason.DIFFERENT_AXES, f"{what} cuts across the normalised axes {axes}")
+
+    def forward(axes: Axes) -> Axes | None:
+        try:
+            return axes.cut(dimension, kept)
+        except Uncuttable:
+            raise uncuttable(axes) from None
+
+    def backward(axes: Axes) -> Axes:
+        try:
+            return axes.placed(dimension, size, kept)
+        except Uncuttable:
+            raise uncuttable(axes) from None
+
+    return AxisMap(forward, backward)
+
+
+def chained(first: AxisMap, second: AxisMap) -> AxisMap:
+    """Two maps one after the other: ``first`` from the operand to something between, ``second`` to the result."""
+
+    def forward(axes: Axes) -> Axes | None:
+        between = first.forward(axes)
+        return None if between is None else second.forward(between)
+
+    def backward(axes: Axes) -> Axes | None:
+        between = second.backward(axes)
+        return None if between is None else first.backward(between)
+
+    return AxisMap(forward, backward)
 
 
 def removed(dimension: int, size: Size, what: str) -> AxisMap:

@@ -18,7 +18,7 @@ from lncompile.passes.rules.base import AxisMap, Linear, aligned, linear_rule, r
 
 def _only(axes: Axes, dimension: int, what: str) -> None:
     """Raise Blocked unless ``A`` lies within one dimension of the result."""
-    if axes.normalised_dimensions != (dimension,):
+    if any(axes.is_free(index) == (index == dimension) for index in range(axes.rank)):
         raise Blocked(Reason.DIFFERENT_AXES, f"{what}: the normalised axes {axes} are not those its weight produces")
 
 
@@ -184,9 +184,9 @@ def transposed_convolution(operation: Operation) -> Sequence[Linear]:
     per_group = result[channel] // groups
     to_channels = one_dimension(weight, 1, result, channel, "convolution")
 
-    def forward(axes: Axes) -> Axes:
+    def forward(axes: Axes) -> Axes | None:
         spread = to_channels.forward(axes)
-        if groups == 1:
+        if groups == 1 or spread is None:
             return spread
         # [groups] × [channels of one group], as one dimension again
         channels = Axes((*Axes.of((groups,), ()).dimensions, axes.dimensions[1])).reshape((result[channel],))

@@ -12,29 +12,13 @@ from lncompile.passes.axes import Axes, Size
 from lncompile.passes.canonical import Operation
 from lncompile.passes.decisions import Blocked, Reason
 from lncompile.passes.operands import dimension_of, result_shape, shape
-from lncompile.passes.rules.base import AxisMap, Linear, linear_rule, permuted, require_free, reshaped
-
-
-def _in_turn(*maps: AxisMap) -> AxisMap:
-    """One map after the other."""
-
-    def forward(axes: Axes) -> Axes:
-        for map_ in maps:
-            axes = map_.forward(axes)
-        return axes
-
-    def backward(axes: Axes) -> Axes | None:
-        moved: Axes | None = axes
-        for map_ in reversed(maps):
-            moved = None if moved is None else map_.backward(moved)
-        return moved
-
-    return AxisMap(forward, backward)
+from lncompile.passes.rules.base import AxisMap, Linear, chained, linear_rule, permuted, require_free, reshaped
 
 
 def _rearranged(operand: Sequence[Size], cut: Sequence[Size], order: Sequence[int], result: Sequence[Size]) -> AxisMap:
     """``operand.view(cut).permute(order).reshape(result)``."""
-    return _in_turn(reshaped(operand, cut), permuted(order), reshaped([cut[index] for index in order], result))
+    permutation = chained(reshaped(operand, cut), permuted(order))
+    return chained(permutation, reshaped([cut[index] for index in order], result))
 
 
 def _number(operation: Operation, name: str) -> int:
@@ -102,7 +86,7 @@ def _windows_of_images(image: Sequence[Size], columns: Sequence[Size], what: str
     positions = columns[channel] // image[channel]
     cut = (*image[: channel + 1], positions, columns[-1])
 
-    def forward(axes: Axes) -> Axes:
+    def forward(axes: Axes) -> Axes | None:
         for free in (channel + 1, channel + 2):
             require_free(axes, free, what)
         windowed = Axes((*axes.dimensions[: channel + 1], *Axes.of(cut, ()).dimensions[-2:]))
@@ -129,9 +113,4 @@ def fold_image(operation: Operation) -> Sequence[Linear]:
     """``C fold(x) = fold(Cx)`` (col2im) over channels: windows are added up position by position."""
     map_ = _windows_of_images(result_shape(operation), shape(operation["input"]), "fold")
 
-    def forward(axes: Axes) -> Axes:
-        moved = map_.backward(axes)
-        assert moved is not None  # an image's windows are never constant along A
-        return moved
-
-    return [Linear({("input", None): AxisMap(forward, map_.forward)})]
+    return [Linear({("input", None): AxisMap(map_.backward, map_.forward)})]

@@ -52,7 +52,7 @@ def other_result(operation: Operation, key: Key, axes: Axes) -> bool:
 def mean(operation: Operation, key: Key, axes: Axes) -> bool:
     """``(x + c) - mean_A(x + c) = x - mean_A(x)``: a mean over exactly A of which only that difference is taken."""
     taken = mean_of(operation.node)
-    if taken is None or taken[1] != axes:
+    if taken is None or taken[1] != axes or taken[0].meta.get(WRITTEN):
         return False
     differences = [canonicalise(user) for user in operation.node.users]
     return all(d is not None and not d.in_place and difference_from_mean(d) == taken for d in differences)

@@ -163,7 +163,6 @@ FOLDS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "joint_projection": (JointProjection, 2, 2),
     "shift_tolerant_neighbour": (ShiftTolerantNeighbour, 1, 2),
 }
-FOLDS_LATER: dict[str, tuple[Callable[[], nn.Module], int, int]] = {}
 
 
 def check_folds(module: Callable[[], nn.Module], folded: int, sites: int) -> None:
@@ -178,16 +177,3 @@ def check_folds(module: Callable[[], nn.Module], folded: int, sites: int) -> Non
 @pytest.mark.parametrize("name", FOLDS)
 def test_folds(name: str, without_inductor: None) -> None:
     check_folds(*FOLDS[name])
-
-
-@pytest.mark.xfail(strict=True, reason="a rule is missing")
-@pytest.mark.parametrize("name", FOLDS_LATER)
-def test_folds_later(name: str, without_inductor: None) -> None:
-    check_folds(*FOLDS_LATER[name])
-
-
-@pytest.mark.parametrize("name", FOLDS_LATER)
-def test_what_folds_later_is_exact_today(name: str, without_inductor: None) -> None:
-    model = randomise(FOLDS_LATER[name][0]().double()).eval()
-    ids = torch.arange(7)
-    assert relative_error(torch.compile(model, backend="lnfold")(ids), model(ids)) <= 1e-12

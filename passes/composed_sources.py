@@ -153,7 +153,7 @@ def find_composed_source(operation: Operation, axes: Axes, facts: GraphFacts) ->
         facts: the facts of the graph.
     """
     if axes.partial:
-        return None
+        return None  # a part of the channels, whose scales are a part of the scale
     for outermost in _stages_at(operation, facts):
         try:
             source = _compose(outermost, axes, facts)

@@ -140,7 +140,7 @@ class GraphFacts:
                 if not problem or self._is_mask(node, example):
                     known.add(node)
                     from_parameters.add(node)
-            elif node.op in ("call_function", "call_method") and node not in self.written:
+            elif node.op in ("call_function", "call_method") and not node.meta.get(WRITTEN):
                 kind = kind_of(node)
                 if kind is None or not all(source in known for source in node.all_input_nodes):
                     continue

@@ -87,6 +87,7 @@ def test_the_axes_go_where_torch_takes_them(seed: int) -> None:
             moved = reading.carriers["input", None].forward(axes)
         except Blocked:
             continue
+        assert moved is not None
         centered = value - value.mean(dimension, keepdim=True)
         expected = result - result.mean(moved.normalised_dimensions, keepdim=True)
         torch.testing.assert_close(centered[index], expected)

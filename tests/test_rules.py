@@ -392,6 +392,11 @@ CASES = {
         x.view(2, 5, 3, 4).flatten(2), 1, e["columns"][None, :2, None].expand(2, 2, D))),
     "zeros": folds(
         "", lambda m, x, y, e: torch.zeros_like(e["u"]) + x + x.new_zeros(D) + torch.zeros(2, 5, D).double()),
+    "weight_written_to": stays(
+        "", Reason.NON_COMMUTING, lambda m, x, y, e: functional.linear(torch.relu(x), overwritten_weight(m))),
+    "weight_made_of_one_written_to": stays(
+        "", Reason.NON_COMMUTING, lambda m, x, y, e: functional.linear(torch.relu(x), overwritten_weight(m) * 3)),
+    "scale_written_to": stays("mul", Reason.VARYING_SCALE, lambda m, x, y, e: x * overwritten_weight(m)[0]),
     "zeros_written_to": folds("", lambda m, x, y, e: filled(torch.zeros_like(x), y) + x),
     "parameter_cut_and_read_raw": stays("", Reason.DIFFERENT_AXES, lambda m, x, y, e: cut_token(m), norm=5),
     "parameter_expanded_and_read_raw": folds("expand", lambda m, x, y, e: raw_token(m, x)),
@@ -580,6 +585,12 @@ CASES = {
 
 def rows(extra: dict[str, Tensor]) -> Tensor:
     return extra["columns"][None, :, None].expand(2, 3, D)
+
+
+def overwritten_weight(m: Around) -> Tensor:
+    weight = m.weight * 2
+    weight[:, 0] = torch.relu(weight[:, 1])
+    return weight
 
 
 def overwritten(x: Tensor, y: Tensor) -> Tensor:

@@ -95,8 +95,9 @@ def _operand_map(
 
     def backward(axes: Axes) -> Axes:
         dimensions: list[Dimension] = list(Axes.of(operand, ()).dimensions)
-        for dimension in axes.normalised_dimensions:
-            label = output[dimension]
+        for dimension, label in enumerate(output):
+            if axes.is_free(dimension):
+                continue
             if label not in labels or not same_size(operand[labels.index(label)], result[dimension]):
                 raise Blocked(Reason.DIFFERENT_AXES, f"einsum: the normalised axes {axes} come from another operand")
             check(label)

@@ -113,9 +113,4 @@ def fold_image(operation: Operation) -> Sequence[Linear]:
     """``C fold(x) = fold(Cx)`` (col2im) over channels: windows are added up position by position."""
     map_ = _windows_of_images(result_shape(operation), shape(operation["input"]), "fold")
 
-    def forward(axes: Axes) -> Axes:
-        moved = map_.backward(axes)
-        assert moved is not None  # an image's windows are never constant along A
-        return moved
-
-    return [Linear({("input", None): AxisMap(forward, map_.forward)})]
+    return [Linear({("input", None): AxisMap(map_.backward, map_.forward)})]

@@ -13,14 +13,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
-import subprocess
 import sys
 from collections.abc import Callable
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
+import recording
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -30,7 +27,6 @@ from lncompile.machine import describe_machine
 from lncompile.models import randomise
 from lncompile.timing import PairedTimings, measure
 
-RESULTS = Path(__file__).parent / "results"
 SHAPES = ((1, 128), (8, 128))
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -79,19 +75,6 @@ def measure_case(
     return timings, report
 
 
-def commit() -> str:
-    """Return the commit that is measured, marked where the tree has changes it does not hold."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, check=True, capture_output=True, text=True
-        ).stdout.strip()
-
-    # The results themselves are no change of what is measured.
-    changed = git("status", "--porcelain", "--", ":/lncompile", ":/passes", ":/lowering", ":/benchmarks/*.py")
-    return git("rev-parse", "HEAD") + (" with uncommitted changes" if changed else "")
-
-
 def run(device: str, layers: int, seconds: float, console: Console) -> dict[str, Any]:
     """Measure all cases on one device and print a row for each.
 
@@ -104,7 +87,10 @@ def run(device: str, layers: int, seconds: float, console: Console) -> dict[str,
     Returns:
         Everything measured, ready for JSON.
     """
-    machine, measured = describe_machine(device), commit()  # now: the tree may change while this takes its minutes
+    machine, measured = (
+        describe_machine(device),
+        recording.commit(),
+    )  # now: the tree may change while this takes its minutes
     cases = []
     table = Table(title=f"nonfoldable sites on {machine['device']}, {layers} layers", box=None, pad_edge=False)
     for header in ("dtype", "batch", "folded", "inductor ms", "eager ms", *(f"{a} over {b}" for a, b in COMPARISONS)):
@@ -139,7 +125,7 @@ def run(device: str, layers: int, seconds: float, console: Console) -> dict[str,
     console.print(table)
     return {
         "benchmark": "nonfoldable",
-        "measured": datetime.now(UTC).isoformat(timespec="seconds"),
+        "measured": recording.now(),
         "commit": measured,
         "machine": machine,
         "model": f"BertModel, BertConfig's sizes with {layers} layers, random weights",
@@ -161,9 +147,7 @@ def main() -> int:
     with torch.no_grad():
         for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
             found = run(device, chosen.layers, chosen.seconds, console)
-            path = RESULTS / f"nonfoldable-{device}.json"
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(json.dumps(found, indent=1) + "\n")
+            path = recording.write(f"nonfoldable-{device}", found)
             console.print(f"written to {path}", soft_wrap=True)
     return 0
 

@@ -453,6 +453,10 @@ def softmax(input: Any, dim: Any = None, *rest: Any, **keywords: Any) -> None: .
 def log_softmax(input: Any, dim: Any = None, *rest: Any, **keywords: Any) -> None: ...
 
 
+@spelled(functional.cross_entropy)
+def cross_entropy(input: Any, target: Any, *rest: Any, **keywords: Any) -> None: ...
+
+
 # --- reads of shape, dtype and device only ---
 
 

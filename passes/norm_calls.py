@@ -69,6 +69,13 @@ def _is_all_one(sizes: Sequence[Size]) -> bool:
     return all(isinstance(size, int) and size == 1 for size in sizes)
 
 
+def output_is_read(operation: Operation) -> bool:
+    """Whether somebody reads what is normalised, and not the statistics alone."""
+    if operation.name not in WITH_STATISTICS:
+        return True
+    return any(len(user.args) == 2 and user.args[1] == 0 for user in operation.node.users)
+
+
 def mean_is_read(operation: Operation) -> bool:
     """Whether somebody reads the mean of its input, the second result of ``native_layer_norm`` and its like."""
     if operation.name not in WITH_STATISTICS:

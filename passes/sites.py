@@ -14,7 +14,14 @@ from lncompile.passes.axes import Axes
 from lncompile.passes.canonical import Operation, canonicalise, tensor_of, value_of
 from lncompile.passes.decisions import Blocked
 from lncompile.passes.handwritten import HandwrittenNorm, find_handwritten_norms
-from lncompile.passes.norm_calls import GROUP_NORMS, LAYER_NORMS, is_layer_norm, mean_is_read, normalised_axes
+from lncompile.passes.norm_calls import (
+    GROUP_NORMS,
+    LAYER_NORMS,
+    is_layer_norm,
+    mean_is_read,
+    normalised_axes,
+    output_is_read,
+)
 from lncompile.passes.operands import shape
 
 # Passes that expand an opaque operator leave the name of a norm inside it here, for the report.
@@ -84,7 +91,7 @@ def find_sites(graph: fx.Graph) -> Sequence[NormSite]:
     """Return every LayerNorm of the graph, in order: calls in any spelling, and chains written by hand.
 
     A call whose input is no floating-point tensor of known shape is left out, it is no site for anybody; so is one
-    whose mean is read (``native_layer_norm`` returns it), and a group norm with spatial extent.
+    whose mean is read (``native_layer_norm`` returns it) or whose output is not, and a group norm with spatial extent.
     """
     sites = []
     handwritten = {norm.mean: norm for norm in find_handwritten_norms(graph)}
@@ -108,7 +115,7 @@ def _axes_of_call(operation: Operation) -> Axes | None:
     tensor = tensor_of(source) if isinstance(source, fx.Node) else None
     if tensor is None or value_of(operation.node) is None or not tensor.is_floating_point():
         return None
-    if not is_layer_norm(operation) or mean_is_read(operation):
+    if not is_layer_norm(operation) or mean_is_read(operation) or not output_is_read(operation):
         return None
     try:
         return normalised_axes(operation)

@@ -91,7 +91,8 @@ def follow_write(writer: fx.Node, target: fx.Node, node: fx.Node, axes: Axes) ->
     keys = [key for key, operand in operation.operands() if operand is node]
     if operation.name == "setitem":
         if keys == [("input", None)]:
-            return None  # what it is shifted along is what its writes are centered along, see `read_write`
+            _taken_axes(operation, axes)  # a part of a group must not keep its shift while the rest loses it
+            return None
         if keys != [("value", None)]:
             raise Blocked(*blockers.explain_consumer(writer))
         taken = aligned(shape(node), _taken_shape(operation))

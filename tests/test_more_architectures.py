@@ -18,19 +18,9 @@ from lncompile.lowering import torch_private
 from lncompile.options import Options
 from lncompile.verify import floating_outputs, relative_error
 
-# Left out of CI as a whole until its counts are settled; `make test-all` runs it.
-pytestmark = pytest.mark.slow
-
 TOLERANCE = 1e-10
 # What rounding to single precision inside the model leaves; see SINGLE_PRECISION.
 ROUNDED = 1e-5
-
-#: Run by CI; the others are slow only together.
-FAST = frozenset(
-    "albert deberta_v2 longformer perceiver modernbert cohere codegen nemotron phi_qk_norm rwkv bart m2m_100 mbart "
-    "dinov3_vit swinv2 convnextv2 videomae vit_mae table_transformer wav2vec2_large moonshine siglip groupvit blip "
-    "informer".split()
-)
 
 #: Models that cast to single precision on the way to a norm, whatever their dtype: values differ by its roundings.
 #: With those casts taken as casts to double precision they meet the tolerance of all others.
@@ -139,7 +129,8 @@ def spread(value: torch.Tensor) -> float:
 
 each_architecture = pytest.mark.parametrize(
     "architecture",
-    [pytest.param(a, id=a.name, marks=[] if a.name in FAST else [pytest.mark.slow]) for a in MORE_ARCHITECTURES],
+    # One process measures a model once for all its tests.
+    [pytest.param(a, id=a.name, marks=pytest.mark.xdist_group(a.name)) for a in MORE_ARCHITECTURES],
 )
 
 
@@ -175,7 +166,7 @@ def test_oracle_agrees_on_what_folds_into_parameters(architecture: Model) -> Non
 def test_tables_name_models_that_exist() -> None:
     names = [architecture.name for architecture in MORE_ARCHITECTURES]
     assert len(names) == len(set(names))
-    assert FAST | SINGLE_PRECISION | WRONG.keys() | ORACLE_DIFFERS.keys() <= set(names)
+    assert SINGLE_PRECISION | WRONG.keys() | ORACLE_DIFFERS.keys() <= set(names)
 
 
 def test_what_is_missing_is_documented() -> None:

@@ -21,6 +21,7 @@ from lncompile.passes.costs import Bytes
 from lncompile.passes.decisions import Blocker, Reason
 from lncompile.passes.placement import place
 from lncompile.passes.streams import Variable, VariableKey
+from lncompile.passes.verdicts import describe_centerings
 
 AXES = Axes.trailing((2, 8), 1)
 
@@ -127,6 +128,20 @@ class Streams(nn.Module):
             out = out + normed.sum()
             stream = stream + inner(functional.relu(normed))
         return out + (functional.relu(start).sum() if self.raw_read else 0)
+
+
+def test_amounts_are_formulas_in_the_dynamic_sizes() -> None:
+    """Two norms of [n, 8] in float64 save 2 · 64n bytes, one centering of it costs 64n."""
+    value = torch.randn(6, 8, dtype=torch.float64)
+    torch._dynamo.mark_dynamic(value, 0)
+    analysis = capture(randomise(Streams(2).double()), value).analyse(Options())
+    assert analysis.placement is not None
+    saved = analysis.placement.saved
+    (size,) = saved.formula.free_symbols
+    assert saved.formula == 64 * size
+    assert saved.hint == 64 * 6
+    (centering,) = describe_centerings(analysis.placement, analysis.variables)
+    assert f"costs {64 * size} bytes of memory traffic a call, saves {128 * size}" in centering.detail
 
 
 @pytest.mark.parametrize(

@@ -208,6 +208,36 @@ def written_through_a_view(m: Parts, u: Tensor) -> Tensor:
     return m.norm(states)
 
 
+def part_of_a_shifted_tensor_overwritten(m: Parts, u: Tensor) -> Tensor:
+    """What is shifted, not centered, loses its shift in a part of a group: the norm would notice."""
+    message = m.one(u)
+    joined = message + torch.tanh(m.two(u))
+    joined[..., :4] = torch.tanh(u)[..., :4]
+    return m.norm(message) + m.other(joined)
+
+
+def tokens_of_a_shifted_tensor_overwritten(m: Parts, u: Tensor) -> Tensor:
+    message = m.one(u)
+    joined = message + torch.tanh(m.two(u))
+    joined[:, :2] = torch.tanh(m.joint(u))[:, :2, :D]
+    joined[:, 3] = message[:, 0]
+    return m.norm(message) + m.other(joined)
+
+
+def loss_of_logits(m: Parts, u: Tensor) -> Tensor:
+    """Cross entropy over the classes does not notice a shift of the logits."""
+    logits = m.one(u).flatten(0, 1)
+    loss = functional.cross_entropy(logits, torch.arange(10) % D, label_smoothing=0.1)
+    return m.norm(logits).sum() + loss
+
+
+def loss_over_other_classes(m: Parts, u: Tensor) -> Tensor:
+    """The classes are the second dimension, and the norm goes over the last."""
+    logits = m.one(u)
+    loss = functional.cross_entropy(logits, torch.arange(2 * D).view(2, D) % 5)
+    return m.norm(logits).sum() + loss
+
+
 def mean_taken_before_a_write(m: Parts, u: Tensor) -> Tensor:
     """No norm, though it looks like one: the mean is that of other values."""
     stream = m.one(u) * 1.0
@@ -249,6 +279,10 @@ CASES: dict[Callable[[Parts, Tensor], Tensor], tuple[int, int]] = {
     raw_value_written: (0, 1),
     written_and_seen: (0, 1),
     written_through_a_view: (0, 1),
+    part_of_a_shifted_tensor_overwritten: (0, 2),
+    tokens_of_a_shifted_tensor_overwritten: (1, 2),
+    loss_of_logits: (1, 1),
+    loss_over_other_classes: (0, 1),
     mean_taken_before_a_write: (0, 0),
 }
 

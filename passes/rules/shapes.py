@@ -395,7 +395,7 @@ def rotations(operation: Operation) -> Sequence[Linear]:
 def reductions(operation: Operation) -> Sequence[Linear]:
     """``mean_B(Cx) = C mean_B(x)`` over free dimensions B."""
     operand = shape(operation["input"])
-    if operation["dim"] is None:
+    if operation["dim"] is None or operation["dim"] in ((), []):
         raise Blocked(Reason.DIFFERENT_AXES, f"{operation.name} over all axes")
     dimensions = sorted(dimensions_of(operation["dim"], len(operand)), reverse=True)
     keep = bool(operation["keepdim"])

@@ -38,6 +38,17 @@ def softmax(operation: Operation, key: Key, axes: Axes) -> bool:
     return True
 
 
+@invariant("cross_entropy")
+def cross_entropy(operation: Operation, key: Key, axes: Axes) -> bool:
+    """``log softmax(x + c) = log softmax(x)`` for c constant along exactly the classes, dimension 1 or the only."""
+    if key != ("input", None):
+        raise Blocked(Reason.VISIBLE, "a cross entropy reads it as its target or weight")
+    classes = 1 if len(shape(operation["input"])) > 1 else 0
+    if not axes.whole or axes.normalised_dimensions != (classes,):
+        raise Blocked(Reason.DIFFERENT_AXES, f"a cross entropy runs over another axis than {axes}")
+    return True
+
+
 @invariant("metadata", "zeros")
 def metadata(operation: Operation, key: Key, axes: Axes) -> bool:
     """Reads of shape, dtype or device see no values at all."""

@@ -1,0 +1,42 @@
+"""Where results go, and what code they are of."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def commit() -> str:
+    """Return the commit that is measured, marked where the tree has changes it does not hold."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    # The results themselves are no change of what is measured.
+    changed = git("status", "--porcelain", "--", ":/lncompile", ":/passes", ":/lowering", ":/benchmarks/*.py")
+    return git("rev-parse", "HEAD") + (" with uncommitted changes" if changed else "")
+
+
+def now() -> str:
+    """Return the time of a measurement, in UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def write(name: str, result: dict[str, Any]) -> Path:
+    """Write a result as JSON and return where it lies.
+
+    Args:
+        name: of the file, without its ending.
+        result: what was measured.
+    """
+    path = RESULTS / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    return path

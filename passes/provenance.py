@@ -13,6 +13,7 @@ from lncompile.lowering import torch_private
 _WRAPPED_SELF = re.compile(r"^L\[(['\"])args\1\]\[0\](?=\.)")
 _ROOT = re.compile(r"^(L|G)\[(['\"])(\w+)\2\]\.?")
 _CONTAINER = re.compile(r"\._(?:modules|parameters|buffers)\[(['\"])(.*?)\1\]")
+_HELD = re.compile(r"\.__dict__\._modules(?=\.|$)")
 _ITEM = re.compile(r"\[(['\"]?)([^\]'\"]+)\1\]")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
@@ -31,7 +32,7 @@ def dotted(source: str) -> str:
         # A module compiled as such is `self`; anything else keeps its variable's name.
         rest = name[root.end() :]
         name = rest if root.group(3) == "self" and rest else f"{root.group(3)}{'.' if rest else ''}{rest}"
-    name = _ITEM.sub(r".\2", name)
+    name = _HELD.sub("", _ITEM.sub(r".\2", name))
     return name.replace("..", ".").strip(".")
 
 

@@ -356,6 +356,7 @@ def test_report_is_printable_and_json(without_inductor: None) -> None:
         ("L['self']._modules['h']._modules['0']._parameters['weight']", "h.0.weight"),
         ("L['args'][0]._modules['h']._parameters['weight']", "h.weight"),  # a forward that a decorator wraps
         ("L['args'][0].h.0", "h.0"),
+        ("L['self'].rwkv.__dict__['_modules']['h'].0", "rwkv.h.0"),
         ("L['args'][0]", "args.0"),
         ("L['kwargs']['input_ids']", "kwargs.input_ids"),
         ("L['model']._modules['h']._buffers['mask']", "model.h.mask"),

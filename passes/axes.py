@@ -393,7 +393,7 @@ class Axes:
         for dimension, size in zip(aligned, shape, strict=True):
             dimensions.append(() if size == 1 else dimension)
         operand = Axes(tuple(dimensions))
-        if not operand.normalised_dimensions:
+        if not operand.normalised_dimensions and (self.normalised_dimensions or not self.partial):
             return None
         if not same_size(operand.count, self.count) or operand._choices() != self._choices():
             raise PartlyConstant

@@ -11,7 +11,7 @@ from lncompile.passes.axes import Axes, Factor
 
 
 def _subtract_mean(value: Tensor, axes: Axes) -> Tensor:
-    if not axes.normalised_dimensions:
+    if not axes.normalised_dimensions and not axes.partial:
         return torch.sub(value, value)  # a norm over a single element; a mean over no dimensions would be one over all
     if axes.whole:
         return torch.sub(value, torch.mean(value, list(axes.normalised_dimensions), True))
@@ -50,7 +50,8 @@ def _subtract_chosen_mean(value: Tensor, factors: Sequence[Factor], over: list[i
         along = value.new_tensor(flags, dtype=torch.bool).reshape(sizes)
         chosen = along if chosen is None else torch.logical_and(chosen, along)
     assert chosen is not None  # what makes axes partial
-    mean = torch.sum(torch.where(chosen, value, 0.0), over, True) / count
+    # Over no dimensions every element is its own mean; torch would sum all of them.
+    mean = torch.sum(torch.where(chosen, value, 0.0), over, True) / count if over else value
     return torch.where(chosen, torch.sub(value, mean), value)
 
 

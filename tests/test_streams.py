@@ -88,6 +88,12 @@ def rows_of_a_narrowed_joint(m: Parts, u: Tensor) -> Tensor:
     return m.norm(joint.narrow(-1, D, D)) + torch.relu(joint.narrow(-1, 0, D))
 
 
+def single_features_of_a_part(m: Parts, u: Tensor) -> Tensor:
+    """A norm over one element has no mean but that element: where it is chosen it becomes zero."""
+    q, k, v = m.joint(u).view(2, 5, 3, D).chunk(3, dim=-2)
+    return functional.layer_norm(v.unsqueeze(-1), (1,), eps=0.1).squeeze(-1) + q * torch.relu(k)
+
+
 def overlapping_parts(m: Parts, u: Tensor) -> Tensor:
     """Two norms that share rows: their means are not the same, so one of them has to stay."""
     joint = m.joint(u)
@@ -259,6 +265,7 @@ CASES: dict[Callable[[Parts, Tensor], Tensor], tuple[int, int]] = {
     every_other_feature: (1, 1),
     channels_of_a_convolution: (1, 1),
     rows_of_a_narrowed_joint: (1, 1),
+    single_features_of_a_part: (1, 1),
     overlapping_parts: (0, 2),
     part_also_read_raw: (0, 1),
     joint_also_read_raw: (0, 1),

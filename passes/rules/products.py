@@ -156,15 +156,21 @@ def convolution(operation: Operation) -> Sequence[Linear]:
     def carrier(name: str) -> AxisMap:
         map_ = one_dimension(shape(operation[name]), 0, result, channel, "convolution")
 
-        def backward(axes: Axes) -> Axes | None:
-            operand = map_.backward(axes)
-            if groups != 1 and not _within_a_block(axes.dimensions[channel], per_group):
+        def require_one_group(channels: Dimension) -> None:
+            if groups != 1 and not _within_a_block(channels, per_group):
                 raise Blocked(
                     Reason.DIFFERENT_AXES, "a grouped convolution mixes only within a group, the norm goes across them"
                 )
-            return operand
 
-        return AxisMap(map_.forward, backward)
+        def forward(axes: Axes) -> Axes | None:
+            require_one_group(axes.dimensions[0])
+            return map_.forward(axes)
+
+        def backward(axes: Axes) -> Axes | None:
+            require_one_group(axes.dimensions[channel])
+            return map_.backward(axes)
+
+        return AxisMap(forward, backward)
 
     return [Linear({(name, None): carrier(name) for name in ("weight", "bias") if operation[name] is not None})]
 

@@ -1,0 +1,47 @@
+"""The README's table of models says what the tables of tests say."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import more_architectures
+from architectures import ARCHITECTURES, Architecture
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+KINDS: dict[str, list[Architecture]] = {
+    "text encoders": list(more_architectures.TEXT_ENCODERS),
+    "text decoders": list(more_architectures.TEXT_DECODERS),
+    "sequence to sequence": list(more_architectures.SEQ2SEQ),
+    "vision": list(more_architectures.VISION_MODELS),
+    "audio": list(more_architectures.AUDIO_MODELS),
+    "multimodal": list(more_architectures.MULTIMODAL_MODELS),
+    "time series": list(more_architectures.TIME_SERIES_MODELS),
+    "end to end through Inductor": list(ARCHITECTURES),
+}
+
+
+def row(kind: str, models: list[Architecture]) -> str:
+    counts = (len(models), *(sum(getattr(m, name) for m in models) for name in ("sites", "folded", "centerings")))
+    return f"| {kind} | {' | '.join(map(str, counts))} |"
+
+
+def test_totals_of_models() -> None:
+    everything = [model for models in KINDS.values() for model in models]
+    rows = [row(kind, models) for kind, models in KINDS.items()] + [row("**all**", everything)]
+    assert "\n".join(rows) in README, "\n".join(rows)
+    assert f"{len(everything)} models are tested" in README
+    assert len(everything) - len(ARCHITECTURES) == len(more_architectures.MORE_ARCHITECTURES)
+
+
+def test_every_reason_is_explained() -> None:
+    from lncompile import Reason
+
+    explained = set(re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE))
+    assert {reason.value for reason in Reason} <= explained
+
+
+def test_models_through_inductor_are_listed() -> None:
+    for model in ARCHITECTURES:
+        centerings = f" (@{model.centerings})" if model.centerings else ""
+        assert f"{model.name} {model.folded}/{model.sites}{centerings} |" in README

@@ -14,8 +14,8 @@ says what to expect: the table is the specification and the test.
 from __future__ import annotations
 
 import itertools
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +24,7 @@ from architectures import randomise
 from graphs import Captured, capture
 from test_rules import CASES, Around, extra_inputs
 from torch import Tensor, fx
+from torch.nn import functional
 
 from lncompile.passes.axes import Axes, Factor
 from lncompile.passes.canonical import Key, Operation, canonicalise
@@ -33,12 +34,7 @@ from lncompile.passes.graph_facts import GraphFacts
 from lncompile.passes.operands import WRITTEN
 from lncompile.passes.readings import follow_reading, resolve_reading
 from lncompile.passes.rules import INVARIANCES, RULES, ZERO_MEANS
-
-# Checked identities by the operation's name, for the last test: a rule that no case exercises here is a rule untested.
-UPWARDS: Counter[str] = Counter()
-DOWNWARDS: Counter[str] = Counter()
-INVARIANT: Counter[str] = Counter()
-CENTERED: Counter[str] = Counter()
+from lncompile.passes.streams import build_streams
 
 
 class Values(fx.Interpreter):
@@ -87,24 +83,28 @@ def canonicalise_like(operation: Operation, node: fx.Node) -> Operation:
 
 
 def axis_sets(shape: tuple[int, ...]) -> Iterator[Axes]:
-    """Every non-empty set of whole dimensions, and of each dimension its halves, inside and outside, alone and not."""
+    """Every non-empty set of whole dimensions, and of each dimension its divisors, inside, outside, and chosen."""
     dimensions = [index for index, size in enumerate(shape) if size > 1]
     for count in range(1, len(dimensions) + 1):
         for chosen in itertools.combinations(dimensions, count):
             yield Axes.of(shape, chosen)
     for index in dimensions:
         size = shape[index]
-        inner = next((n for n in range(2, size) if size % n == 0), None)
-        if inner is None:
-            continue
-        for factors in (
-            (Factor(size // inner, False), Factor(inner, True)),
-            (Factor(size // inner, True), Factor(inner, False)),
-            (Factor(size // inner, False, (0,)), Factor(inner, True)),
-        ):
-            own = list(Axes.of(shape, ()).dimensions)
-            own[index] = factors
-            yield Axes(tuple(own))
+        for inner in (n for n in range(2, size) if size % n == 0):
+            for factors in (
+                (Factor(size // inner, False), Factor(inner, True)),
+                (Factor(size // inner, True), Factor(inner, False)),
+                (Factor(size // inner, False, (0,)), Factor(inner, True)),
+            ):
+                own = list(Axes.of(shape, ()).dimensions)
+                own[index] = factors
+                yield Axes(tuple(own))
+            # As a group norm has it: a part of this dimension with all that follow.
+            behind = range(index + 1, len(shape))
+            if any(shape[other] > 1 for other in behind):
+                own = list(Axes.of(shape, behind).dimensions)
+                own[index] = (Factor(size // inner, False), Factor(inner, True))
+                yield Axes(tuple(own))
 
 
 def shift_along(value: Tensor, axes: Axes, generator: torch.Generator) -> Tensor:
@@ -130,7 +130,6 @@ def check(values: Values, operation: Operation) -> None:
     if is_alone and operation.name in ZERO_MEANS:
         for axes in axis_sets(tuple(result.shape)):
             if ZERO_MEANS[operation.name](operation, axes):
-                CENTERED[operation.name] += 1
                 torch.testing.assert_close(center_weight(result, axes), result, rtol=1e-9, atol=1e-9)
     if is_alone and operation.name in RULES:
         for axes in axis_sets(tuple(result.shape)):
@@ -168,7 +167,6 @@ def check_upwards(values: Values, operation: Operation, axes: Axes) -> None:
                 replaced[key] = torch.zeros_like(tensor) if isinstance(tensor, Tensor) else 0.0
             else:
                 replaced[key] = center_weight(values.known[operand], resolved.needs[operand])
-        UPWARDS[operation.name] += 1
         actual = values.again(operation.node, replaced, operation)
         torch.testing.assert_close(actual, center_weight(result, axes), rtol=1e-9, atol=1e-9)
 
@@ -187,7 +185,6 @@ def check_downwards(
             unnoticed = False
         # A mean and the difference from it are invariant together only: that is what test_handwritten checks.
         if unnoticed and operation.name not in ("mean", "sub"):
-            INVARIANT[operation.name] += 1
             actual = values.again(operation.node, shifted, operation)
             torch.testing.assert_close(actual, result, rtol=1e-9, atol=1e-9, equal_nan=True)
     if operation.name not in RULES or not isinstance(result, Tensor):
@@ -199,7 +196,6 @@ def check_downwards(
             moved = follow_reading(operation, reading, keys, axes)
         except Blocked:
             continue
-        DOWNWARDS[operation.name] += 1
         change = values.again(operation.node, shifted, operation) - result
         expected = torch.zeros_like(change) if moved is None else change - center_weight(change, moved)
         torch.testing.assert_close(change, expected, rtol=1e-8, atol=1e-8)
@@ -220,16 +216,76 @@ def test_identities(name: str) -> None:
             check(values, operation)
 
 
-# Rules without an identity of their own here, each with where it is checked instead.
-ELSEWHERE = {
-    "split": "its result is a tuple: test_streams, and the pieces in the cases of test_rules",
-    "chunk": "its result is a tuple",
-    "unbind": "its result is a tuple",
-    "multi_head_attention": "its result is a tuple",
-    "mean": "invariant with the difference from it: test_handwritten",
-    "sub": "invariant with the mean: test_handwritten",
-    "var_mean": "its result is a tuple: test_handwritten",
-    "std_mean": "its result is a tuple: test_handwritten",
-    "native_layer_norm": "its result is a tuple: test_norm_calls",
-    "native_group_norm": "its result is a tuple: test_norm_calls",
+# What does not notice a shift: functions of a tensor [4, 6, 6], by the names of the invariances they show.
+SINKS: dict[str, tuple[str, Callable[[Tensor], Any]]] = {
+    "layer_norm": ("layer_norm", lambda x: functional.layer_norm(x, (6,))),
+    "layer_norm_of_two": ("layer_norm", lambda x: functional.layer_norm(x, (6, 6))),
+    "native": ("native_layer_norm", lambda x: torch.native_layer_norm(x, (6,), None, None, 1e-5)[0]),
+    "native_root": ("native_layer_norm", lambda x: torch.native_layer_norm(x, (6,), None, None, 1e-5)[2]),
+    "native_mean": ("native_layer_norm", lambda x: torch.native_layer_norm(x, (6,), None, None, 1e-5)[1]),
+    "group_norm": ("group_norm", lambda x: functional.group_norm(x, 2)),
+    "group_norm_of_rows": ("group_norm", lambda x: functional.group_norm(x.flatten(0, 1), 3)),
+    "native_group": ("native_group_norm", lambda x: torch.native_group_norm(x, None, None, 4, 6, 6, 3, 1e-5)[0]),
+    "softmax": ("softmax", lambda x: torch.softmax(x, 1)),
+    "log_softmax": ("log_softmax", lambda x: functional.log_softmax(x, dim=-1)),
+    "cross_entropy": ("cross_entropy", lambda x: functional.cross_entropy(x, torch.arange(24).view(4, 6) % 6)),
+    "cross_entropy_of_one": ("cross_entropy", lambda x: functional.cross_entropy(x[0, 0], torch.tensor(2))),
+    "var": ("var", lambda x: x.var(-1)),
+    "var_of_two": ("var", lambda x: torch.var(x, (0, 2), correction=0)),
+    "std": ("std", lambda x: x.std(1, keepdim=True)),
+    "difference": ("mean sub", lambda x: x - x.mean(-1, keepdim=True)),
+    "difference_from_sum": ("sum sub", lambda x: x - x.sum(-1, keepdim=True) / 6),
+    "var_and_mean": ("var_mean", lambda x: x - torch.var_mean(x, -1, keepdim=True)[1]),
+    "std_and_mean": ("std_mean", lambda x: x - torch.std_mean(x, (1, 2), keepdim=True)[1]),
+    "moments": ("mul", lambda x: (x * x).mean(-1) - x.mean(-1) ** 2),
+    "moments_of_squares": ("square", lambda x: x.square().mean(-1) - x.mean(-1).square()),
+    "moments_of_powers": ("pow", lambda x: (x**2).mean(-1, True) - x.mean(-1, True) ** 2),
+    "shape": ("metadata", lambda x: torch.ones(2) * x.size(0) + torch.ones_like(x).sum()),
+    "zeros": ("zeros", lambda x: torch.zeros_like(x) + 1),
+    "mean_alone": ("", lambda x: x.mean(-1)),
+    "square_alone": ("", lambda x: (x * x).sum(-1)),
+    "maximum": ("", lambda x: x.amax(-1)),
 }
+
+
+def is_unseen(captured: Captured, start: fx.Node, axes: Axes) -> bool:
+    """Whether the passes say that nobody sees a shift of a tensor: not its readers, not what is computed from it."""
+    site = SimpleNamespace(input=start, axes=axes)
+    variables = build_streams([site], GraphFacts(captured.graph_module.graph, captured.example_inputs))  # type: ignore[list-item]
+    queue, seen = [(start, axes)], {(start, axes)}
+    while queue:
+        variable = variables[queue.pop()]
+        if variable.reader_blocker is not None:
+            return False
+        queue += [key for key in variable.successors if key not in seen]
+        seen.update(variable.successors)
+    return True
+
+
+@pytest.mark.parametrize("name", SINKS)
+def test_what_does_not_notice_a_shift(name: str) -> None:
+    """For every set of axes: what the passes say is not seen changes nothing, and some shift is not seen."""
+    names, function = SINKS[name]
+    value = torch.randn(4, 6, 6, dtype=torch.float64) + 0.5
+    captured = capture(lambda x: function(x * 1.0), value)
+    graph = captured.graph_module.graph
+    start = next(node for node in graph.nodes if node.op != "placeholder")
+    generator = torch.Generator().manual_seed(0)
+    unseen = 0
+    for axes in axis_sets(tuple(value.shape)):
+        if is_unseen(captured, start, axes):
+            unseen += 1
+            shifted = function(value + shift_along(value, axes, generator))
+            torch.testing.assert_close(shifted, function(value), rtol=1e-8, atol=1e-8)
+    assert bool(unseen) == (bool(names) and name != "native_mean")
+    found = {operation.name for node in graph.nodes if (operation := canonicalise(node)) is not None}
+    assert set(names.split()) <= found
+
+
+def test_every_invariance_and_every_rule_is_checked() -> None:
+    """A rule that nothing above can exercise would be a rule without a test."""
+    assert set(INVARIANCES) - {"getitem"} <= {each for names, _ in SINKS.values() for each in names.split()}
+    in_cases = {rule for case in CASES.values() for rule in case.rules.split()}
+    assert set(RULES) <= in_cases
+    # Of tuples: their pieces are checked where they are taken.
+    assert {"split", "chunk", "unbind", "multi_head_attention"} <= in_cases

@@ -19,11 +19,14 @@ help: ## this list
 demo: $(stamp)-demo ## fold report, exactness and latency of GPT-2 small (MODEL=hub-id-or-folder for another)
 	$(python) -m lncompile.demo --model "$(MODEL)"
 
-test: $(stamp)-test ## the test suite
-	$(python) -m pytest -m "not slow"
+# A process for every core, and one thread in each: the models are tiny. Tests of one group share what they compile.
+pytest := OMP_NUM_THREADS=1 $(python) -m pytest -n auto --dist loadgroup
 
-test-all: $(stamp)-test ## the test suite, slow tests included
-	$(python) -m pytest
+test: $(stamp)-test ## the test suite
+	$(pytest) -m "not slow"
+
+test-all: $(stamp)-test ## the test suite, slow tests included (every model through Inductor: hours)
+	$(pytest)
 
 test-torch: ## the test suite on another torch (TORCH=2.15.0), in an environment of its own
 	$(MAKE) test VENV=.venv-torch-$(TORCH) TORCH=$(TORCH)
@@ -36,7 +39,8 @@ lint: $(stamp)-lint ## ruff, formatting, and mypy on an installed wheel
 	$(python) -m ruff format --check .
 	.ci/types $(python)
 
-bench: $(stamp)-demo ## measure what sites that do not fold should run; writes benchmarks/results/
+bench: $(stamp)-demo ## time of detection, and what sites that do not fold should run; writes benchmarks/results/
+	$(python) benchmarks/detection.py
 	$(python) benchmarks/nonfoldable.py
 
 clean: ## remove environments, caches and build output

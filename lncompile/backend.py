@@ -91,7 +91,7 @@ def lnfold(
         analysis = analyse(graph_module, example_inputs, ours)
         untouched = analysis.placement is None and (ours.nonfoldable == "inductor" or not analysis.sites)
         transformed = None if untouched else transform(analysis, ours)
-        materializer = Materializer(transformed.expressions if transformed else ())
+        materializer = Materializer(transformed.expressions if transformed else (), ours.check)
         values = materializer(example_inputs)
         report = make_report(graph_module, analysis, transformed, values, time.perf_counter() - started)
     except Exception as error:

@@ -25,17 +25,21 @@ class Options:
         nonfoldable: what runs at a site that does not fold. ``"inductor"``: its own layer_norm, as stock torch.compile
             compiles it; ``"eager"``: ATen's eager LayerNorm kernel.
         assist: whether an activation may be centered at run time where that lets more norms fold than it costs.
+        check: whether every call looks if a weight has changed. Without, centered weights are those of the first call
+            with a set of parameters, until :func:`lncompile.refresh`: for servers whose weights stay as they are.
     """
 
     weights: str = "copy"
     nonfoldable: str = "inductor"
     assist: bool = True
+    check: bool = True
 
 
 _VALUES: dict[str, tuple[Any, ...]] = {
     "weights": ("copy",),
     "nonfoldable": ("inductor", "eager"),
     "assist": (True, False),
+    "check": (True, False),
 }
 
 

@@ -89,6 +89,25 @@ def test_swapped_parameter() -> None:
     torch.testing.assert_close(logits(compiled), logits(model), **TOLERANCE)
 
 
+def test_without_the_check_weights_are_those_of_the_first_call() -> None:
+    model = gpt2()
+    compiled = torch.compile(model, backend="lnfold", options={"lnfold.check": False})
+    before = logits(compiled)
+    model.get_parameter("transformer.h.0.mlp.c_proj.weight").mul_(1.5).add_(0.25)
+    torch.testing.assert_close(logits(compiled), before, **TOLERANCE)
+    lncompile.refresh()
+    torch.testing.assert_close(logits(compiled), logits(model), **TOLERANCE)
+
+
+def test_without_the_check_each_set_of_parameters_has_its_own_weights() -> None:
+    blocks = [randomise(gpt2(), seed=seed) for seed in (1, 2)]
+    options = {"lnfold.check": False}
+    compiled = [torch.compile(block, backend="lnfold", options=options) for block in blocks]
+    for _ in range(2):
+        for each, block in zip(compiled, blocks, strict=True):
+            torch.testing.assert_close(logits(each), logits(block), **TOLERANCE)
+
+
 def test_write_through_data_needs_refresh() -> None:
     model = gpt2()
     compiled = torch.compile(model, backend="lnfold")

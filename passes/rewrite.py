@@ -150,10 +150,8 @@ def _exchange_operands(graph: fx.Graph, group: Sequence[Variable], done: Rewrite
     assert operation is not None  # streams come out of operations with rules
     needs: dict[fx.Node, list[Axes]] = defaultdict(list)
     for variable in group:
-        written = {value for write in variable.writes for value in write.needs}
-        for operand, axes in variable.needs.items():
-            if operand not in written:
-                needs[operand].append(axes)
+        for operand, axes in variable.operands.items():
+            needs[operand].append(axes)
     _exchange(graph, operation, needs, first.zeros, done)
     for write in first.writes:
         _exchange(graph, write.operation, {value: [axes] for value, axes in write.needs.items()}, write.zeros, done)

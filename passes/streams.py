@@ -46,7 +46,8 @@ class Variable:
     Attributes:
         source_blocker: why ``Cv`` cannot be computed in the place of ``v`` (rule 1 of the theory), or None.
         reader_blocker: who would notice that ``v`` is shifted (rule 2), or None.
-        needs: operands that must be available centered.
+        needs: what must be available centered: its operands, and what is written into it.
+        operands: those of them that are operands of the operation that makes it.
         zeros: operands that ``C`` takes to zero, by their place in the operation.
         successors: consumers that are shifted with it.
         centering_cost: what it costs to center ``v`` explicitly (nothing for a parameter, which is centered once and
@@ -65,6 +66,7 @@ class Variable:
     reader_blocker: Blocker | None = None
     operation: Operation | None = None
     needs: dict[fx.Node, Axes] = field(default_factory=dict)
+    operands: Mapping[fx.Node, Axes] = field(default_factory=dict)
     zeros: tuple[Key, ...] = ()
     successors: list[VariableKey] = field(default_factory=list)
     centering_cost: Bytes | None = None
@@ -216,7 +218,7 @@ class _Explorer:
             if variable.composed_source is None:
                 variable.source_blocker = Blocker(blocked.reason, blocked.sentence, node)
             return
-        variable.needs, variable.zeros = dict(resolved.needs), resolved.zeros
+        variable.operands, variable.needs, variable.zeros = resolved.needs, dict(resolved.needs), resolved.zeros
 
     def _explore_writes(self, variable: Variable) -> None:
         """Add what is assigned to parts of the tensor later: it holds centered values at all times."""

@@ -214,6 +214,14 @@ def written_through_a_view(m: Parts, u: Tensor) -> Tensor:
     return m.norm(states)
 
 
+def written_with_its_own_operand(m: Parts, u: Tensor) -> Tensor:
+    """With centerings at run time one tensor is exchanged in two places: where it is read, and where it is written."""
+    start = torch.tanh(m.one(u))
+    stream = torch.cat((start, m.two(u)), 1)
+    stream[:, 5:] = start
+    return m.norm(stream) + m.other(stream) * m.norm(stream[:, :1])
+
+
 def part_of_a_shifted_tensor_overwritten(m: Parts, u: Tensor) -> Tensor:
     """What is shifted, not centered, loses its shift in a part of a group: the norm would notice."""
     message = m.one(u)
@@ -286,6 +294,7 @@ CASES: dict[Callable[[Parts, Tensor], Tensor], tuple[int, int]] = {
     raw_value_written: (0, 1),
     written_and_seen: (0, 1),
     written_through_a_view: (0, 1),
+    written_with_its_own_operand: (0, 3),
     part_of_a_shifted_tensor_overwritten: (0, 2),
     tokens_of_a_shifted_tensor_overwritten: (1, 2),
     loss_of_logits: (1, 1),

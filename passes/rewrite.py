@@ -83,7 +83,7 @@ def rewrite(graph: fx.Graph, placement: Placement, variables: Mapping[VariableKe
     for key in sorted(placement.streams, key=lambda key: (order[key[0]], str(key[1]))):
         streams[key[0]].append(variables[key])
     for group in streams.values():
-        _exchange_operands(graph, group, done)
+        _exchange_operands(graph, group, variables, done)
     for site in placement.folded:
         source = done.centered[(site.input, site.axes)]
         if source is not site.input:
@@ -100,7 +100,8 @@ def _make_centered(graph: fx.Graph, key: VariableKey, is_stream: bool, variable:
         done.centered[key] = node
         return
     if variable.is_recomputed:
-        done.centered[key] = _recomputed(graph, variable, done)
+        sources = {source: done.centered[(source, along)] for source, along in variable.needs.items()}
+        done.centered[key] = _recomputed(graph, node, sources)
         return
     tensor = tensor_of(node)
     assert tensor is not None  # variables without a single tensor have no centering cost, so are never chosen
@@ -121,14 +122,13 @@ def _center_weight(graph: fx.Graph, parameter: fx.Node, axes: Sequence[Axes], va
     return centered
 
 
-def _recomputed(graph: fx.Graph, variable: Variable, done: Rewrite) -> fx.Node:
+def _recomputed(graph: fx.Graph, node: fx.Node, sources: Mapping[fx.Node, fx.Node]) -> fx.Node:
     """Do a view of a parameter once more, on the centered parameter."""
-    node = variable.node
     with graph.inserting_before(_after_definition(node)):
         again = graph.node_copy(node)
         again.meta = dict(node.meta)
-    for source, axes in variable.needs.items():
-        again.replace_input_with(source, done.centered[(source, axes)])
+    for source, centered in sources.items():
+        again.replace_input_with(source, centered)
     return again
 
 
@@ -140,7 +140,9 @@ def _after_definition(node: fx.Node) -> fx.Node:
     return following
 
 
-def _exchange_operands(graph: fx.Graph, group: Sequence[Variable], done: Rewrite) -> None:
+def _exchange_operands(
+    graph: fx.Graph, group: Sequence[Variable], variables: Mapping[VariableKey, Variable], done: Rewrite
+) -> None:
     """Let a node compute its streams: one, or several that center different parts of its result."""
     first = group[0]
     if first.composed_source is not None:
@@ -152,9 +154,10 @@ def _exchange_operands(graph: fx.Graph, group: Sequence[Variable], done: Rewrite
     for variable in group:
         for operand, axes in variable.operands.items():
             needs[operand].append(axes)
-    _exchange(graph, operation, needs, first.zeros, done)
+    _exchange(graph, operation, needs, first.zeros, variables, done)
     for write in first.writes:
-        _exchange(graph, write.operation, {value: [axes] for value, axes in write.needs.items()}, write.zeros, done)
+        values = {value: [axes] for value, axes in write.needs.items()}
+        _exchange(graph, write.operation, values, write.zeros, variables, done)
     if operation.in_place:
         # ``x += y`` becomes ``x' = x + y``: the centered x may be a materialised weight, which the next call needs too.
         operation.node.target = _OUT_OF_PLACE.get(operation.node.target, operation.node.target)
@@ -165,12 +168,13 @@ def _exchange(
     operation: Operation,
     needs: Mapping[fx.Node, Sequence[Axes]],
     zeros: Sequence[Key],
+    variables: Mapping[VariableKey, Variable],
     done: Rewrite,
 ) -> None:
     replacements: dict[Key, object] = {}
     for key, operand in operation.operands():
         if operand in needs and key not in zeros:
-            centered = _centered_along(graph, operand, needs[operand], done)
+            centered = _centered_along(graph, operand, needs[operand], variables, done)
             if centered is not operand:
                 replacements[key] = centered
     for name, index in zeros:
@@ -188,16 +192,33 @@ def _exchange(
     operation.replace(replacements)
 
 
-def _centered_along(graph: fx.Graph, operand: fx.Node, sets: Sequence[Axes], done: Rewrite) -> fx.Node:
+def _centered_along(
+    graph: fx.Graph,
+    operand: fx.Node,
+    sets: Sequence[Axes],
+    variables: Mapping[VariableKey, Variable],
+    done: Rewrite,
+) -> fx.Node:
     """The node that carries an operand centered along every one of some sets of axes."""
     explicit = [axes for axes in dict.fromkeys(sets) if done.explicit[(operand, axes)]]
     if len(explicit) <= 1:
         # What is centered in place is centered in its copies too.
         return done.centered[(operand, explicit[0])] if explicit else operand
-    tensor = tensor_of(operand)
-    assert tensor is not None  # only single tensors are centered explicitly
+    parts = [variables[(operand, axes)] for axes in explicit]
+    if all(part.is_recomputed for part in parts):
+        along: dict[fx.Node, list[Axes]] = defaultdict(list)
+        for part in parts:
+            for source, axes in part.needs.items():
+                along[source].append(axes)
+        centered = {
+            source: _centered_along(graph, source, several, variables, done) for source, several in along.items()
+        }
+        return _recomputed(graph, operand, centered)
+    parameter, tensor = parts[0].parameter, tensor_of(operand)
+    assert parameter is not None  # an activation is never centered in parts
+    assert tensor is not None  # a parameter is one tensor
     with graph.inserting_before(_after_definition(operand)):
-        return _center_weight(graph, operand, explicit, tensor, done)
+        return _center_weight(graph, parameter, explicit, tensor, done)
 
 
 # The in-place operations that facts read as plain updates, each with the one that leaves its operand alone.

@@ -88,6 +88,13 @@ def rows_of_a_narrowed_joint(m: Parts, u: Tensor) -> Tensor:
     return m.norm(joint.narrow(-1, D, D)) + torch.relu(joint.narrow(-1, 0, D))
 
 
+def parts_of_an_expanded_parameter(m: Parts, u: Tensor) -> Tensor:
+    """A view of a parameter that others read raw is done again, once for both of its parts."""
+    token = m.joint.bias[None, None].expand(*u.shape[:2], 3 * D)
+    q, k, v = token.chunk(3, dim=-1)
+    return m.norm(q) + m.other(k) * torch.relu(v) + torch.relu(token * u[..., :1]).sum(-1, keepdim=True)
+
+
 def single_features_of_a_part(m: Parts, u: Tensor) -> Tensor:
     """A norm over one element has no mean but that element: where it is chosen it becomes zero."""
     q, k, v = m.joint(u).view(2, 5, 3, D).chunk(3, dim=-2)
@@ -273,6 +280,7 @@ CASES: dict[Callable[[Parts, Tensor], Tensor], tuple[int, int]] = {
     every_other_feature: (1, 1),
     channels_of_a_convolution: (1, 1),
     rows_of_a_narrowed_joint: (1, 1),
+    parts_of_an_expanded_parameter: (2, 2),
     single_features_of_a_part: (1, 1),
     overlapping_parts: (0, 2),
     part_also_read_raw: (0, 1),
@@ -330,3 +338,14 @@ def test_control_without_centering_outputs_change(
     monkeypatch.setattr(rewrite, "center_weight", lambda weight, axes, dtype: weight.to(torch.float64).to(dtype))
     error, _ = compile_and_compare(function, assist=False)
     assert error > 1e-4
+
+
+def test_parts_of_a_view_of_a_parameter_at_a_dynamic_size() -> None:
+    """What is done again for its parts depends on the call, so it is no weight to be computed once."""
+    model = randomise(Parts(parts_of_an_expanded_parameter).double())
+    compiled = torch.compile(model, backend="lnfold", dynamic=True, fullgraph=True)
+    for batch in (2, 3, 4):
+        value = torch.randn(batch, 5, 7, dtype=torch.float64)
+        assert relative_error(compiled(value), model(value)) <= 1e-12
+    (report,) = lncompile.reports(compiled)
+    assert report.folded == 2

@@ -146,6 +146,8 @@ def _taken_shape(operation: Operation) -> tuple[Size, ...]:
 
     def meta(item: Any) -> Any:
         value = value_of(item) if isinstance(item, fx.Node) else item
+        if isinstance(value, torch.Tensor) and not all(isinstance(size, int) for size in value.shape):
+            raise Blocked(Reason.MUTATION, "an assignment at an index of dynamic shape")
         return torch.empty(value.shape, dtype=value.dtype, device="meta") if isinstance(value, torch.Tensor) else value
 
     index = operation["index"]

@@ -340,6 +340,28 @@ def test_control_without_centering_outputs_change(
     assert error > 1e-4
 
 
+class WrittenAtRows(nn.Module):
+    """Rows of a tensor of fixed size are written, at indices whose number changes from call to call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.norm = nn.Linear(7, D), nn.LayerNorm(D)
+
+    def forward(self, value: Tensor, rows: Tensor) -> Tensor:
+        states = torch.zeros(24, D, dtype=value.dtype)
+        states[rows] = self.one(value)
+        return self.norm(states)
+
+
+def test_assignment_at_an_index_of_dynamic_shape() -> None:
+    model = randomise(WrittenAtRows().double())
+    compiled = torch.compile(model, backend="lnfold", dynamic=True, fullgraph=True)
+    for count in (5, 6, 9):
+        value, rows = torch.randn(count, 7, dtype=torch.float64), torch.randperm(24)[:count]
+        assert relative_error(compiled(value, rows), model(value, rows)) <= 1e-12
+    assert lncompile.reports(compiled)
+
+
 def test_parts_of_a_view_of_a_parameter_at_a_dynamic_size() -> None:
     """What is done again for its parts depends on the call, so it is no weight to be computed once."""
     model = randomise(Parts(parts_of_an_expanded_parameter).double())

@@ -171,3 +171,23 @@ def test_found_by_fuzzing(function: Callable[[Parts, Tensor], Tensor]) -> None:
                     parameter.mul_(0.9).add_(0.05)
     for left, right in zip(model.state_dict().values(), reference.state_dict().values(), strict=True):
         torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-9)
+
+
+class PromotedActivation(nn.Module):
+    """A join of double and single precision: the single one is exact when it is promoted, but centered before that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.norm = nn.Linear(D, D), nn.LayerNorm(D)
+
+    def forward(self, value: Tensor) -> Tensor:
+        narrow = torch.tanh(value).to(torch.float32)[:1]
+        return self.norm(torch.cat((self.one(torch.relu(value)), narrow), 0))
+
+
+@pytest.mark.xfail(strict=True, reason="an activation is centered at run time in its own dtype, promoted or not")
+def test_activation_that_is_promoted_keeps_its_precision() -> None:
+    model = randomise(PromotedActivation().double())
+    value = torch.randn(4, D, dtype=torch.float64)
+    compiled = torch.compile(model, backend="lnfold")
+    torch.testing.assert_close(compiled(value), model(value), rtol=1e-12, atol=1e-12)

@@ -20,7 +20,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from lncompile.passes import provenance
@@ -31,6 +30,7 @@ from lncompile.passes.costs import A_MARK, NOTHING, Bytes, one_pass
 from lncompile.passes.decisions import Blocked, Blocker, Reason
 from lncompile.passes.graph_facts import GraphFacts
 from lncompile.passes.operands import WRITTEN
+from lncompile.passes.precision import VIEWS, is_widened_later, tensor_dtype, widened_cast, widened_parameter
 from lncompile.passes.readings import Resolved, follow_reading, resolve_reading
 from lncompile.passes.rules import INVARIANCES, RULES, ZERO_MEANS, blockers
 from lncompile.passes.sites import NormSite
@@ -192,6 +192,8 @@ class _Explorer:
             return A_MARK
         if variable.axes.partial:
             return None  # parts of an activation: no model needs it, and it would have to be assembled
+        if is_widened_later(variable.node):
+            return None  # it would be rounded once more; what it is widened to may be centered instead
         # A centered copy next to a raw value that others still read is written to memory as well as reduced.
         return one_pass(tensor) * (2 if variable.reader_blocker is not None else 1)
 
@@ -202,14 +204,11 @@ class _Explorer:
         if operation is None or operation.name not in RULES:
             variable.source_blocker = Blocker(*blockers.explain_producer(node), node)
             return
-        narrow = widened_parameter(operation, self.facts)
+        narrow = widened_cast(operation, self.facts)
         if narrow is not None:
             # Centered in the dtype it is kept in, it would be rounded once more than it is. Center after the cast.
             variable.parameter = narrow if narrow in self.facts.parametric else None
-            sentence = (
-                f"a parameter kept in {tensor_dtype(narrow)} is cast up: centered before that it would be rounded"
-            )
-            variable.source_blocker = Blocker(Reason.UNSUPPORTED_WEIGHT, sentence, node)
+            variable.source_blocker = Blocker(Reason.UNSUPPORTED_WEIGHT, _would_be_rounded(narrow), node)
             return
         try:
             resolved = self.resolve(operation, variable.axes)
@@ -218,6 +217,10 @@ class _Explorer:
             if variable.composed_source is None:
                 variable.source_blocker = Blocker(blocked.reason, blocked.sentence, node)
             return
+        for operand in resolved.needs:
+            if widened_parameter(operation, operand, self.facts) is not None:
+                variable.source_blocker = Blocker(Reason.UNSUPPORTED_WEIGHT, _would_be_rounded(operand), node)
+                return
         variable.operands, variable.needs, variable.zeros = resolved.needs, dict(resolved.needs), resolved.zeros
 
     def _explore_writes(self, variable: Variable) -> None:
@@ -277,11 +280,13 @@ class _Explorer:
             operation = canonicalise(node)
             if node in self.facts.written or node in self.facts.assigned or operation is None:
                 return False
-            if operation.name not in RULES or widened_parameter(operation, self.facts) is not None:
+            if operation.name not in RULES:
                 return False
             try:
                 needs = self.resolve(operation, axes).needs
             except Blocked:
+                return False
+            if any(widened_parameter(operation, need, self.facts) is not None for need in needs):
                 return False
             for need in needs.items():
                 if need not in seen:
@@ -343,60 +348,24 @@ class _Explorer:
         raise problem or Blocked(*blockers.explain_consumer(user))
 
 
-# Views that are no parameter expressions, because the result is larger than the parameter or depends on the call.
-_VIEWS = frozenset(
-    "expand expand_as repeat view reshape view_as flatten unflatten squeeze unsqueeze permute transpose t mT movedim "
-    "cast to type_as".split()
-)
+def _would_be_rounded(narrow: fx.Node) -> str:
+    return (
+        f"a parameter kept in {tensor_dtype(narrow)} is used in a wider one: centered before that it would be rounded"
+    )
 
 
 def is_view_of_parameter(node: fx.Node, facts: GraphFacts) -> bool:
-    """Whether a tensor is a parameter in another shape (``token.expand(batch, -1, -1)``), however it is used."""
+    """Whether a tensor is a parameter in another shape (``token.expand(batch, -1, -1)``), however it is used.
+
+    It is no parameter expression itself, because it is larger than the parameter or depends on the call.
+    """
     source: Any = node
     while source not in facts.parametric:
         operation = canonicalise(source) if isinstance(source, fx.Node) else None
-        if operation is None or operation.name not in _VIEWS or operation.in_place or source.meta.get(WRITTEN):
+        if operation is None or operation.name not in VIEWS or operation.in_place or source.meta.get(WRITTEN):
             return False
         source = operation["input"]
     return True
-
-
-def tensor_dtype(node: fx.Node) -> torch.dtype:
-    """Dtype of a node's tensor."""
-    tensor = tensor_of(node)
-    assert tensor is not None  # asked of parameters only
-    return tensor.dtype
-
-
-# What hands on the values of a parameter unchanged: look-ups and moves, but no arithmetic.
-_MOVES = _VIEWS | frozenset("embedding getitem narrow slice select index_select gather cat stack".split())
-
-
-def widened_parameter(operation: Operation, facts: GraphFacts) -> fx.Node | None:
-    """The parameter, or what was looked up in it, that an operation casts to a wider dtype, else None.
-
-    Its values are exact after the cast, so that a centered copy has to be kept in the wider dtype. Values that were
-    computed in the narrow dtype are rounded anyway.
-    """
-    if operation.name not in ("cast", "to", "type_as"):
-        return None
-    source = operation["input"]
-    tensor, result = (tensor_of(source) if isinstance(source, fx.Node) else None), tensor_of(operation.node)
-    if tensor is None or result is None or not (tensor.is_floating_point() and result.is_floating_point()):
-        return None
-    if torch.finfo(result.dtype).eps >= torch.finfo(tensor.dtype).eps:
-        return None
-    node: fx.Node = source
-    while node not in facts.parametric:
-        inner = canonicalise(node)
-        if inner is None or inner.name not in _MOVES:
-            return None
-        carrier = inner["weight"] if inner.name == "embedding" else inner.arguments.get("input")
-        if not isinstance(carrier, fx.Node):
-            return None
-        node = carrier
-    exact: fx.Node = source
-    return exact
 
 
 def first_blocker(start: VariableKey, variables: Mapping[VariableKey, Variable]) -> Blocker | None:

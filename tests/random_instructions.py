@@ -499,7 +499,7 @@ def rounding(w: Writer) -> str | None:
         return None
     spelling = w.pick([
         "{}.to(torch.int64).to(torch.float64)", "torch.div({}, 0.37, rounding_mode='floor')",
-        "{}.long().type_as({})", "{} // 0.37", "{}.contiguous().view(torch.int32)[..., 1::2] / 2**29",
+        "{}.long().type_as({})", "{} // 0.37", "{}.contiguous().view(torch.int32)[..., 1::2].double() / 2**29",
         "{}.contiguous().view(torch.float32)[..., 1::2].double()",
     ])  # fmt: skip
     if "float32" in spelling:

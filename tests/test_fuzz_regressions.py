@@ -185,7 +185,6 @@ class PromotedActivation(nn.Module):
         return self.norm(torch.cat((self.one(torch.relu(value)), narrow), 0))
 
 
-@pytest.mark.xfail(strict=True, reason="an activation is centered at run time in its own dtype, promoted or not")
 def test_activation_that_is_promoted_keeps_its_precision() -> None:
     model = randomise(PromotedActivation().double())
     value = torch.randn(4, D, dtype=torch.float64)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import fx
 
 from lncompile.options import Options
 from lncompile.passes.copying import copy_graph_module
+from lncompile.passes.costs import CostModel
 from lncompile.passes.decisions import Reason, Site
 from lncompile.passes.expand import EXPANDED_FROM, closed_norms, expand_opaque_layers, find_opaque_layers
-from lncompile.passes.graph_facts import GraphFacts
+from lncompile.passes.graph_facts import GraphFacts, trained_parameter, turns_gradients_on
 from lncompile.passes.placement import Placement, place
 from lncompile.passes.sites import NormSite, find_sites
 from lncompile.passes.streams import Variable, VariableKey, build_streams
@@ -23,13 +23,25 @@ from lncompile.passes.verdicts import judge, left_alone
 
 @dataclass(frozen=True)
 class Analysis:
-    """A copy of the graph with the decisions made for it; no ``placement`` where the graph is to stay untouched."""
+    """A copy of the graph with the decisions made for it.
+
+    Attributes:
+        graph_module: the copy.
+        sites: its LayerNorms.
+        verdicts: what became of each, those inside of operators that stay closed included.
+        variables: its streams.
+        placement: what is centered where; None where the graph is to stay untouched.
+        costs: what was weighed.
+        trained: parameter expressions whose gradient is wanted: they are centered in the graph, at every step.
+    """
 
     graph_module: fx.GraphModule
     sites: tuple[NormSite, ...]
     verdicts: tuple[Site, ...]
     variables: dict[VariableKey, Variable]
     placement: Placement | None
+    costs: CostModel = field(default_factory=CostModel)
+    trained: frozenset[fx.Node] = frozenset()
 
 
 def analyse(graph_module: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Analysis:
@@ -77,17 +89,24 @@ def _analyse_expanded(
 ) -> Analysis:
     copy = copy_graph_module(graph_module)
     expand_opaque_layers(copy.graph, opaque)
-    # Facts first: what is written to in place decides what is read as a chain.
-    facts = GraphFacts(copy.graph, example_inputs)
+    trained = trained_parameter(copy.graph, example_inputs)
+    # Facts before sites: what is written to in place decides what is read as a chain.
+    facts = GraphFacts(copy.graph, example_inputs, training=trained is not None)
     sites = tuple(find_sites(copy.graph))
-    trained = facts.trained_parameter() if torch.is_grad_enabled() else None
-    if trained is not None:
+    detail = ""
+    if turns_gradients_on(copy.graph):
+        detail = "the model is called without gradients and turns them on inside; turn them on around the call"
+    elif trained is not None and options.training == "off":
         detail = (
-            f"the graph was compiled with gradients enabled and '{trained}' requires one; call the model under "
+            f"gradients are enabled and '{trained}' requires one, and lnfold.training is 'off'; call the model under "
             "torch.no_grad() or torch.inference_mode() to fold its norms"
         )
+    if detail:
         return Analysis(copy, sites, left_alone(sites, Reason.TRAINING, detail), {}, None)
-    variables = build_streams(sites, facts)
-    placement = place(sites, variables, options.assist)
-    verdicts = judge(sites, placement, variables)
-    return Analysis(copy, sites, verdicts, variables, placement if placement.folded else None)
+    costs = CostModel(training=trained is not None, weighs_weights=options.training == "auto")
+    variables = build_streams(sites, facts, costs)
+    placement = place(sites, variables, options.assist, costs)
+    verdicts = judge(sites, placement, variables, costs)
+    return Analysis(
+        copy, sites, verdicts, variables, placement if placement.folded else None, costs, frozenset(facts.trained)
+    )

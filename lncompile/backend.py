@@ -21,9 +21,10 @@ from torch import Tensor, fx
 from lncompile.analysis import Analysis, analyse
 from lncompile.lowering import torch_private
 from lncompile.options import Options, parse_options
+from lncompile.passes.canonical import tensor_of
 from lncompile.passes.decisions import Reason, WeightRewrite
 from lncompile.passes.materialize import Materializer
-from lncompile.passes.provenance import parameter_name
+from lncompile.passes.provenance import parameter_name, parameter_names
 from lncompile.passes.sites import find_sites
 from lncompile.passes.verdicts import describe_centerings, left_alone
 from lncompile.report import FoldReport
@@ -141,8 +142,21 @@ def make_report(
     for expression, value in zip(transformed.expressions if transformed else (), values, strict=True):
         name = " · ".join(parameter_name(placeholders[leaf]) for leaf in expression.leaves)
         weights.append(WeightRewrite(name, value.nbytes, "copy"))
-    centerings = describe_centerings(analysis.placement, analysis.variables) if analysis.placement else ()
+    weights += centered_in_the_graph(transformed)
+    centerings = (
+        describe_centerings(analysis.placement, analysis.variables, analysis.costs) if analysis.placement else ()
+    )
     return FoldReport(analysis.verdicts, tuple(weights), centerings, 1, seconds)
+
+
+def centered_in_the_graph(transformed: Transformed | None) -> list[WeightRewrite]:
+    """The weights that a transformed graph centers at every call."""
+    weights = []
+    for node in transformed.in_graph if transformed else ():
+        tensor = tensor_of(node)
+        assert tensor is not None  # what was emitted carries its value
+        weights.append(WeightRewrite(" · ".join(parameter_names(node)), tensor.nbytes, "graph"))
+    return weights
 
 
 def _untouched(

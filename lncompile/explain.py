@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from lncompile.analysis import analyse
-from lncompile.backend import compiled_graphs, make_report, materializers
+from lncompile.backend import centered_in_the_graph, compiled_graphs, make_report, materializers
 from lncompile.lowering import torch_private
 from lncompile.options import Options, parse_options
 from lncompile.passes.canonical import tensor_of
@@ -69,8 +69,9 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> FoldReport:
 def _with_weights(report: FoldReport, graph_module: fx.GraphModule, analysis: Any, options: Options) -> FoldReport:
     """Add the weights a transformation would center, from shapes alone."""
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
-    weights = []
-    for expression in transform(analysis, options).expressions:
+    transformed = transform(analysis, options)
+    weights = centered_in_the_graph(transformed)
+    for expression in transformed.expressions:
         leaves = [placeholders[leaf] for leaf in expression.leaves]
         name = " · ".join(parameter_name(leaf) for leaf in leaves)
         tensor = tensor_of(leaves[0])

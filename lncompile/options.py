@@ -25,6 +25,8 @@ class Options:
         nonfoldable: what runs at a site that does not fold. ``"inductor"``: its own layer_norm, as stock torch.compile
             compiles it; ``"eager"``: ATen's eager LayerNorm kernel.
         assist: whether an activation may be centered at run time where that lets more norms fold than it costs.
+        training: what happens to norms where gradients of weights are wanted. ``"auto"``: they fold where centering the
+            weights at every step costs less than it saves; ``"on"``: wherever they can; ``"off"``: not at all.
         check: whether every call looks if a weight has changed. Without, centered weights are those of the first call
             with a set of parameters, until :func:`lncompile.refresh`: for servers whose weights stay as they are.
     """
@@ -32,6 +34,7 @@ class Options:
     weights: str = "copy"
     nonfoldable: str = "inductor"
     assist: bool = True
+    training: str = "auto"
     check: bool = True
 
 
@@ -39,6 +42,7 @@ _VALUES: dict[str, tuple[Any, ...]] = {
     "weights": ("copy",),
     "nonfoldable": ("inductor", "eager"),
     "assist": (True, False),
+    "training": ("auto", "on", "off"),
     "check": (True, False),
 }
 

@@ -51,8 +51,8 @@ class FoldReport:
 
     @property
     def extra_bytes(self) -> int:
-        """Bytes of all centered copies."""
-        return sum(weight.bytes for weight in self.weights)
+        """Bytes of all centered copies beside the model; what is centered in the graph is memory of the step alone."""
+        return sum(weight.bytes for weight in self.weights if weight.storage == "copy")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain dicts, lists, strings and numbers, ready for JSON."""
@@ -93,7 +93,9 @@ class FoldReport:
     def summary(self) -> str:
         """One line: how many folded, what was centered, what it costs."""
         words = f"{self.folded} of {self.total} LayerNorms folded into {len(self.weights)} centered weights"
-        words += f" ({self.extra_bytes / 2**20:.1f} MiB beside the model)"
+        words += f" ({self.extra_bytes / 2**20:.1f} MiB beside the model"
+        trained = sum(weight.storage == "graph" for weight in self.weights)
+        words += f", {trained} centered at every step)" if trained else ")"
         left = Counter(site.reason.value for site in self.sites if site.reason is not None)
         if left:
             words += "; left: " + ", ".join(f"{count} {reason}" for reason, count in left.most_common())

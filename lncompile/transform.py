@@ -20,10 +20,17 @@ from lncompile.passes.sites import NormSite
 
 @dataclass(frozen=True)
 class Transformed:
-    """The rewritten graph module, and the parameter expressions that its new placeholders stand for."""
+    """What goes to Inductor.
+
+    Attributes:
+        graph_module: the rewritten graph.
+        expressions: the parameter expressions that its new placeholders stand for, in their order.
+        in_graph: centered weights that are computed in the graph, at every call, because gradients pass through them.
+    """
 
     graph_module: fx.GraphModule
     expressions: tuple[Expression, ...]
+    in_graph: tuple[fx.Node, ...] = ()
 
 
 def transform(analysis: Analysis, options: Options) -> Transformed:
@@ -38,8 +45,10 @@ def transform(analysis: Analysis, options: Options) -> Transformed:
     folded = set() if analysis.placement is None else {site.node for site in analysis.placement.folded}
     calls = [site for site in analysis.sites if site.handwritten is None]
     expressions: Sequence[Expression] = ()
+    in_graph: Sequence[fx.Node] = ()
     if analysis.placement is not None:
-        rewritten = rewrite(graph, analysis.placement, analysis.variables)
+        rewritten = rewrite(graph, analysis.placement, analysis.variables, analysis.trained)
+        in_graph = rewritten.trained
         expressions, _ = hoist(graph, rewritten.weights)
         for site in analysis.placement.folded:
             if site.handwritten is not None:
@@ -50,7 +59,7 @@ def transform(analysis: Analysis, options: Options) -> Transformed:
         lower_to_aten(graph, (_call(site) for site in calls if site.node not in folded))
     graph.lint()
     graph_module.recompile()
-    return Transformed(graph_module, tuple(expressions))
+    return Transformed(graph_module, tuple(expressions), tuple(in_graph))
 
 
 def _input(site: NormSite) -> fx.Node:

@@ -33,6 +33,9 @@ ATEN_LOG_SOFTMAX: Any = torch.ops.aten._log_softmax.default
 # What torch.nn.utils.parametrizations.weight_norm computes a weight with: v · g / ‖v‖.
 WEIGHT_NORM: Any = torch._weight_norm
 
+# What Dynamo writes where the model itself turns gradients on or off.
+SET_GRAD_ENABLED: Any = torch._C._set_grad_enabled
+
 # What Dynamo writes where the model itself turns autocast on or off.
 ENTER_AUTOCAST: Any = torch.amp.autocast_mode._enter_autocast
 EXIT_AUTOCAST: Any = torch.amp.autocast_mode._exit_autocast

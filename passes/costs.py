@@ -4,6 +4,11 @@ A LayerNorm reads its row once more than an RMSNorm does, for the mean: folding 
 centering at run time costs one pass over what it centers, and a second where the raw tensor is read too, because then
 both have to be written. A parameter is centered once and not per call: it costs nothing.
 
+Training is another matter: a weight that changes at every step is centered at every step, and its gradient with it
+(``∂L/∂W = C ∂L/∂(CW)``). That reads and writes as many bytes as the weight has, twice over, whatever the number of
+tokens; what a norm saves grows with the tokens. So training gains where a step has many more tokens than
+a weight has rows.
+
 Amounts are formulas (sympy) where sizes are dynamic; decisions are made with the values those sizes had when the graph
 was traced, as Inductor makes its own.
 """
@@ -63,3 +68,29 @@ def one_pass(tensor: Tensor) -> Bytes:
         hint = torch_private.size_hint(size, UNKNOWN_SIZE_HINT)
         amount = Bytes(amount.formula * size_of(size), amount.hint * hint)
     return amount
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """What placement weighs in a graph for inference, or for training.
+
+    Attributes:
+        training: whether gradients are computed: everything is then done once more backwards.
+        weighs_weights: whether centering trained weights counts. Without, they are centered wherever they can be.
+    """
+
+    training: bool = False
+    weighs_weights: bool = True
+
+    def norm(self, tensor: Tensor) -> Bytes:
+        """What folding a norm saves: one pass over its input, for the mean, and in training one over its gradient."""
+        return one_pass(tensor) * (2 if self.training else 1)
+
+    def activation(self, tensor: Tensor, raw_is_read: bool) -> Bytes:
+        """What centering an activation at run time costs."""
+        # A centered copy next to a raw value that others still read is written to memory as well as reduced.
+        return one_pass(tensor) * ((2 if raw_is_read else 1) + (1 if self.training else 0))
+
+    def weight(self, tensor: Tensor, trained: bool) -> Bytes:
+        """What centering a parameter costs at each call: its value and its gradient are read and written."""
+        return one_pass(tensor) * 4 if trained and self.weighs_weights else NOTHING

@@ -33,7 +33,7 @@ class Reason(enum.Enum):
     UNKNOWN_OPERATION = "unknown_operation"
     #: Centering at run time is possible but costs as much as it saves, or more.
     NOT_WORTH_IT = "not_worth_it"
-    #: Gradients of the weights are wanted.
+    #: Gradients of the weights are wanted, and centering the weights at every step would cost more than it saves.
     TRAINING = "training"
     #: Our own passes failed; the graph was compiled untouched.
     INTERNAL_ERROR = "internal_error"
@@ -56,7 +56,8 @@ REMEDIES: dict[Reason, str] = {
     "used in; fold first, then quantize or shard",
     Reason.UNKNOWN_OPERATION: "a rule for that operation (see ARCHITECTURE.md), or an operation that has one",
     Reason.NOT_WORTH_IT: "more norms behind the same tensor: for those there are, centering it costs what it saves",
-    Reason.TRAINING: "calling the model under torch.no_grad() or torch.inference_mode()",
+    Reason.TRAINING: "more tokens a step, lnfold.training='on' whatever it costs, or, to predict, a call under "
+    "torch.no_grad() or torch.inference_mode()",
     Reason.INTERNAL_ERROR: "a fix of ours: please report it with the log",
 }
 
@@ -109,7 +110,10 @@ class Site:
 
 @dataclass(frozen=True)
 class WeightRewrite:
-    """One parameter expression that is centered: the parameter's name, its size in bytes, and how it is stored."""
+    """One parameter expression that is centered: the parameter's name, its size in bytes, and how it is stored.
+
+    Stored as a ``"copy"`` beside the model, or not at all: computed in the ``"graph"``, at every step of a training.
+    """
 
     name: str
     bytes: int

@@ -28,18 +28,21 @@ class GraphFacts:
     Attributes:
         examples: the real tensor of each placeholder.
         parametric: nodes whose value is a function of parameters and buffers only.
+        trained: those of them whose gradient is wanted; empty where the graph computes no gradients.
         unsupported: parameters that cannot be rewritten, with why.
         written: why a node's storage is written to so that the order of reads matters, by node.
         assigned: the nodes that write into a tensor, by the tensor, where they can be read as a part of its making.
         writers: the tensor that each of them writes into.
     """
 
-    def __init__(self, graph: fx.Graph, example_inputs: Sequence[Any]) -> None:
+    def __init__(self, graph: fx.Graph, example_inputs: Sequence[Any], training: bool = False) -> None:
+        self._training = training
         self.position = {node: index for index, node in enumerate(graph.nodes)}
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
         self.examples: dict[fx.Node, Any] = dict(zip(placeholders, example_inputs, strict=True))
         self.unsupported: dict[fx.Node, str] = {}
         self.parametric: set[fx.Node] = set()
+        self.trained: set[fx.Node] = set()
         self.written: dict[fx.Node, str] = {}
         self.assigned: dict[fx.Node, list[fx.Node]] = {}
         self.writers: dict[fx.Node, fx.Node] = {}
@@ -132,6 +135,8 @@ class GraphFacts:
                 is_parameter = isinstance(example, torch.nn.Parameter) or torch_private.is_static_input(node)
                 if not (isinstance(example, Tensor) and is_parameter):
                     continue
+                if self._training and example.requires_grad:
+                    self.trained.add(node)
                 problem = self._problem_with(node, example)
                 if problem:
                     self.unsupported[node] = problem
@@ -148,6 +153,8 @@ class GraphFacts:
                 if written_arguments(node) or not is_settled(kind, operands, node in autocast):
                     continue
                 known.add(node)
+                if any(source in self.trained for source in node.all_input_nodes):
+                    self.trained.add(node)
                 if not any(source in from_parameters for source in node.all_input_nodes):
                     continue
                 from_parameters.add(node)
@@ -185,18 +192,48 @@ class GraphFacts:
                 f"parameter '{name}' was made under torch.inference_mode(), where changes of its value cannot be seen; "
                 "make or load the model outside of it"
             )
+        if node in self.trained and any(_has_sparse_gradient(user) for user in node.users):
+            return f"parameter '{name}' gets a sparse gradient, which that of a centered copy would not be"
         if example.layout is not torch.strided or example.device.type == "meta":
             return f"parameter '{name}' has no plain dense values ({example.layout}, {example.device})"
         return None
 
-    def trained_parameter(self) -> str | None:
-        """Name of a parameter of the graph whose gradient is wanted, or None."""
-        for node, example in self.examples.items():
-            if isinstance(example, Tensor) and example.requires_grad and (
-                isinstance(example, torch.nn.Parameter) or torch_private.is_static_input(node)
-            ):  # fmt: skip
-                return parameter_name(node)
+
+def _has_sparse_gradient(node: fx.Node) -> bool:
+    """Whether a look-up gives its table a gradient of the rows it read alone (``sparse=True``)."""
+    operation = canonicalise(node)
+    if operation is None or operation.name not in ("embedding", "embedding_bag"):
+        return False
+    return operation["sparse"] is not False
+
+
+def trained_parameter(graph: fx.Graph, example_inputs: Sequence[Any]) -> str | None:
+    """Name of a parameter whose gradient is wanted by a graph that computes gradients, or None.
+
+    Args:
+        graph: a graph that is being compiled under the grad mode of its calls (Dynamo guards it).
+        example_inputs: the value of each placeholder.
+    """
+    if not torch.is_grad_enabled():
         return None
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    for node, example in zip(placeholders, example_inputs, strict=True):
+        if isinstance(example, Tensor) and example.requires_grad and (
+            isinstance(example, torch.nn.Parameter) or torch_private.is_static_input(node)
+        ):  # fmt: skip
+            return parameter_name(node)
+    return None
+
+
+def turns_gradients_on(graph: fx.Graph) -> bool:
+    """Whether a graph that is called without gradients turns them on inside (``with torch.enable_grad()``).
+
+    What is put at its beginning, where parameters and inputs are, would be computed without.
+    """
+    return not torch.is_grad_enabled() and any(
+        node.op == "call_function" and node.target is torch_private.SET_GRAD_ENABLED and node.args == (True,)
+        for node in graph.nodes
+    )
 
 
 _IN_PLACE_OPERATORS = frozenset(

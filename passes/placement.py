@@ -8,6 +8,7 @@ reads it minds) and ``a`` (a centered v is available)::
     s(v) needs           its operands available          s(v) ──∞──▶ a(u)
     s(v) gives           a(v)                            s(v) ──∞──▶ a(v)
     s(v) forbidden       where it cannot be computed     s(v) ──∞──▶ sink
+    s(v) costs           where weights compose per call  s(v) ──μ(v)──▶ sink
     s(v) shifts          v                               s(v) ──∞──▶ f(v)
     f(v) spreads         to its linear consumers         f(v) ──∞──▶ f(w)
     f(v) forbidden       where somebody notices          f(v) ──∞──▶ sink
@@ -27,7 +28,7 @@ import networkx
 from networkx.algorithms.flow import boykov_kolmogorov
 
 from lncompile.passes.canonical import tensor_of
-from lncompile.passes.costs import NOTHING, Bytes, one_pass
+from lncompile.passes.costs import NOTHING, Bytes, CostModel
 from lncompile.passes.sites import NormSite
 from lncompile.passes.streams import Variable, VariableKey
 
@@ -42,7 +43,7 @@ class Placement:
         streams: variables whose tensor is computed centered in place.
         centered: variables of which a centered version is available, streams included.
         folded: the sites whose input is available centered.
-        saved: memory traffic of one call that is saved, net of the explicit centerings.
+        saved: memory traffic of one call that is saved, net of the centerings of that call.
     """
 
     streams: frozenset[VariableKey]
@@ -51,26 +52,32 @@ class Placement:
     saved: Bytes
 
 
-def benefit(site: NormSite) -> Bytes:
-    """What folding a site saves: one pass over its input, for the mean."""
+def benefit(site: NormSite, costs: CostModel) -> Bytes:
+    """What folding a site saves."""
     tensor = tensor_of(site.input)
-    return NOTHING if tensor is None else one_pass(tensor)
+    return NOTHING if tensor is None else costs.norm(tensor)
 
 
-def place(sites: Sequence[NormSite], variables: Mapping[VariableKey, Variable], assist: bool = True) -> Placement:
+def place(
+    sites: Sequence[NormSite],
+    variables: Mapping[VariableKey, Variable],
+    assist: bool = True,
+    costs: CostModel | None = None,
+) -> Placement:
     """Choose the streams and explicit centerings that save the most.
 
     Args:
         sites: the LayerNorm sites.
         variables: the streams of the graph.
         assist: whether activations may be centered at run time where that pays.
+        costs: what folding saves, the model that the streams were priced with; by default that of inference.
 
     Returns:
         The optimum; ties go to doing less.
     """
     forbidden: set[VariableKey] = set()
     while True:
-        placement = _cut(sites, variables, assist, forbidden)
+        placement = _cut(sites, variables, assist, costs or CostModel(), forbidden)
         conflict = _conflict(placement.streams)
         if conflict is None:
             return placement
@@ -94,6 +101,7 @@ def _cut(
     sites: Sequence[NormSite],
     variables: Mapping[VariableKey, Variable],
     assist: bool,
+    costs: CostModel,
     forbidden: Collection[VariableKey],
 ) -> Placement:
     graph = networkx.DiGraph()
@@ -101,7 +109,7 @@ def _cut(
     for key, variable in variables.items():
         _add_variable(graph, key, variable, assist, key in forbidden)
     for site in sites:
-        _add_capacity(graph, _SOURCE, ("a", (site.input, site.axes)), benefit(site).hint)
+        _add_capacity(graph, _SOURCE, ("a", (site.input, site.axes)), benefit(site, costs).hint)
     residual = boykov_kolmogorov(graph, _SOURCE, _SINK, capacity="capacity")
     true = _reachable(residual)
     centered = frozenset(key for key in variables if ("a", key) in true)
@@ -109,9 +117,11 @@ def _cut(
     folded = tuple(site for site in sites if (site.input, site.axes) in centered)
     saved = NOTHING
     for site in folded:
-        saved += benefit(site)
+        saved += benefit(site, costs)
     for key in centered - streams:
         saved -= variables[key].centering_cost or NOTHING
+    for key in streams:
+        saved -= variables[key].making_cost
     return Placement(streams, centered, folded, saved)
 
 
@@ -134,6 +144,8 @@ def _add_variable(graph: networkx.DiGraph, key: VariableKey, variable: Variable,
     if variable.source_blocker is not None or forbidden:
         graph.add_edge(stream, _SINK)
         return
+    if variable.making_cost.hint:
+        graph.add_edge(stream, _SINK, capacity=variable.making_cost.hint)
     for need in variable.needs.items():
         graph.add_edge(stream, ("a", need))
 

@@ -53,6 +53,21 @@ def parameter_name(placeholder: fx.Node) -> str:
     return dotted(source) if source else placeholder.name
 
 
+def parameter_names(node: fx.Node) -> list[str]:
+    """Return the names of the placeholders that a node is computed from, each once."""
+    names: dict[str, None] = {}
+    pending, seen = [node], {node}
+    while pending:
+        source = pending.pop()
+        if source.op == "placeholder":
+            names[parameter_name(source)] = None
+        for other in reversed(source.all_input_nodes):
+            if other not in seen:
+                seen.add(other)
+                pending.append(other)
+    return list(names)
+
+
 def location(node: fx.Node) -> str:
     """Return ``file.py:line`` of the source line of the model that made the node.
 

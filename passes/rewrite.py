@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,7 @@ from lncompile.lowering import emit
 from lncompile.passes.axes import Axes
 from lncompile.passes.canonical import Key, Operation, aten, tensor_of, value_of
 from lncompile.passes.centering import (
+    EXACT,
     batch_norm_scale,
     batch_norm_shift,
     center_activation,
@@ -39,6 +40,7 @@ from lncompile.passes.centering import (
     channel_scale,
     compose_scales,
     compose_shifts,
+    training_dtype,
 )
 from lncompile.passes.composed_sources import BatchNorm, ComposedSource
 from lncompile.passes.placement import Placement
@@ -50,32 +52,42 @@ class Rewrite:
     """What a rewrite put into the graph.
 
     Attributes:
-        weights: nodes that compute a centered parameter expression.
+        weights: nodes that compute a centered parameter expression, once for each set of parameters.
+        trained: those that compute one at every call, because its gradient is wanted.
         activations: nodes that center an activation at run time, by the node they center.
         centered: the node that carries each centered value.
         dead: products that disappeared into their weights.
         explicit: whether a centered value is another node than the one it is the value of.
+        wants_gradient: parameter expressions whose gradient is wanted.
     """
 
     weights: list[fx.Node] = field(default_factory=list)
+    trained: list[fx.Node] = field(default_factory=list)
     activations: dict[fx.Node, fx.Node] = field(default_factory=dict)
     centered: dict[VariableKey, fx.Node] = field(default_factory=dict)
     dead: list[fx.Node] = field(default_factory=list)
     explicit: dict[VariableKey, bool] = field(default_factory=dict)
+    wants_gradient: Collection[fx.Node] = frozenset()
 
 
-def rewrite(graph: fx.Graph, placement: Placement, variables: Mapping[VariableKey, Variable]) -> Rewrite:
+def rewrite(
+    graph: fx.Graph,
+    placement: Placement,
+    variables: Mapping[VariableKey, Variable],
+    trained: Collection[fx.Node] = frozenset(),
+) -> Rewrite:
     """Rewrite the graph so that every stream of the placement is computed centered.
 
     Args:
         graph: changed in place.
         placement: what to do.
         variables: the streams the placement was made from.
+        trained: parameter expressions whose gradient is wanted.
 
     Returns:
         What was put in; ``centered[(site.input, site.axes)]`` is the input of each folded site.
     """
-    done = Rewrite()
+    done = Rewrite(wants_gradient=trained)
     order = {node: index for index, node in enumerate(graph.nodes)}
     for key in sorted(placement.centered, key=lambda key: (order[key[0]], str(key[1]))):
         _make_centered(graph, key, key in placement.streams, variables[key], done)
@@ -117,6 +129,13 @@ def _make_centered(graph: fx.Graph, key: VariableKey, is_stream: bool, variable:
 def _center_weight(graph: fx.Graph, parameter: fx.Node, axes: Sequence[Axes], value: Tensor, done: Rewrite) -> fx.Node:
     """A parameter centered along sets of axes that do not meet, in the dtype of ``value``."""
     name = f"{parameter.name}_centered"
+    if parameter in done.wants_gradient:
+        kept = tensor_of(parameter)
+        assert kept is not None  # a parameter is one tensor
+        compute_dtype = training_dtype(kept.dtype)
+        centered = emit(graph, name, center_weight, parameter, tuple(axes), value.dtype, compute_dtype)
+        done.trained.append(centered)
+        return centered
     centered = emit(graph, name, center_weight, parameter, tuple(axes), value.dtype, value=value)
     done.weights.append(centered)
     return centered
@@ -238,18 +257,30 @@ def _compose(graph: fx.Graph, source: ComposedSource, done: Rewrite) -> None:
     weight_tensor = tensor_of(weight)
     assert weight_tensor is not None  # its shape was read when the source was found
     replacements: dict[tuple[str, int | None], object] = {}
+    is_trained = any(parameter in done.wants_gradient for parameter in source.parameters())
+    compute_dtype = training_dtype(weight_tensor.dtype) if is_trained else EXACT
     with graph.inserting_before(product.node):
-        scale, shift = _composed_stages(graph, source)
+        scale, shift = _composed_stages(graph, source, compute_dtype)
         replacements[source.weight] = emit(
             graph, f"{weight.name}_composed_centered", center_scaled_weight, weight, scale, source.dimension,
-            source.weight_axes, weight_tensor.dtype, source.groups, value=weight_tensor,
+            source.weight_axes, weight_tensor.dtype, source.groups, compute_dtype,
         )  # fmt: skip
         if source.bias is not None and (bias is not None or shift is not None):
             name = f"{product.node.name if bias is None else bias.name}_composed_centered"
             replacements[source.bias] = emit(
-                graph, name, center_composed_bias, bias, scale, shift, source.bias_axes, weight_tensor.dtype
+                graph,
+                name,
+                center_composed_bias,
+                bias,
+                scale,
+                shift,
+                source.bias_axes,
+                weight_tensor.dtype,
+                compute_dtype,
             )
-    done.weights.extend(node for node in replacements.values() if isinstance(node, fx.Node))
+    (done.trained if is_trained else done.weights).extend(
+        node for node in replacements.values() if isinstance(node, fx.Node)
+    )
     product.replace(replacements)
     carriers: dict[fx.Node, fx.Node] = {}
     for stage in source.stages:
@@ -262,18 +293,21 @@ def _compose(graph: fx.Graph, source: ComposedSource, done: Rewrite) -> None:
         done.dead.append(node)
 
 
-def _composed_stages(graph: fx.Graph, source: ComposedSource) -> tuple[fx.Node, fx.Node | None]:
-    """One scale and one shift of the channels for all stages of a source, in float64."""
+def _composed_stages(
+    graph: fx.Graph, source: ComposedSource, compute_dtype: torch.dtype
+) -> tuple[fx.Node, fx.Node | None]:
+    """One scale and one shift of the channels for all stages of a source."""
     total_scale: fx.Node | None = None
     total_shift: fx.Node | None = None
     for stage in source.stages:
         name = f"{stage.operation.node.name}_composed"
         shift = None
         if isinstance(stage, BatchNorm):
-            scale = emit(graph, f"{name}_scale", batch_norm_scale, stage.running_var, stage.weight, stage.eps)
-            shift = emit(graph, f"{name}_shift", batch_norm_shift, stage.running_mean, stage.bias, scale)
+            parameters = (stage.running_var, stage.weight, stage.eps, compute_dtype)
+            scale = emit(graph, f"{name}_scale", batch_norm_scale, *parameters)
+            shift = emit(graph, f"{name}_shift", batch_norm_shift, stage.running_mean, stage.bias, scale, compute_dtype)
         else:
-            scale = emit(graph, f"{name}_scale", channel_scale, stage.scale, stage.divides)
+            scale = emit(graph, f"{name}_scale", channel_scale, stage.scale, stage.divides, compute_dtype)
         if total_shift is not None:
             shift = emit(graph, f"{name}_shift", compose_shifts, scale, total_shift, shift)
         total_shift = shift

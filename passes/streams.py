@@ -26,7 +26,7 @@ from lncompile.passes import provenance
 from lncompile.passes.axes import Axes
 from lncompile.passes.canonical import Key, Operation, canonicalise, tensor_of
 from lncompile.passes.composed_sources import ComposedSource, find_composed_source
-from lncompile.passes.costs import A_MARK, NOTHING, Bytes, one_pass
+from lncompile.passes.costs import A_MARK, NOTHING, Bytes, CostModel
 from lncompile.passes.decisions import Blocked, Blocker, Reason
 from lncompile.passes.graph_facts import GraphFacts
 from lncompile.passes.operands import WRITTEN
@@ -50,8 +50,9 @@ class Variable:
         operands: those of them that are operands of the operation that makes it.
         zeros: operands that ``C`` takes to zero, by their place in the operation.
         successors: consumers that are shifted with it.
-        centering_cost: what it costs to center ``v`` explicitly (nothing for a parameter, which is centered once and
-            not per call); None where that cannot be done.
+        centering_cost: what it costs to center ``v`` explicitly (nothing for a parameter that is centered once and not
+            per call); None where that cannot be done.
+        making_cost: what it costs to make ``Cv`` in its place, beside what its operands cost.
         is_parameter: whether ``v`` is a parameter expression.
         parameter: the parameter expression whose values ``v`` has: itself, or what it is a cast of.
         is_zero_mean: whether ``v`` has zero mean along ``A`` as it is.
@@ -70,6 +71,7 @@ class Variable:
     zeros: tuple[Key, ...] = ()
     successors: list[VariableKey] = field(default_factory=list)
     centering_cost: Bytes | None = None
+    making_cost: Bytes = NOTHING
     parameter: fx.Node | None = None
     is_zero_mean: bool = False
     is_recomputed: bool = False
@@ -88,7 +90,7 @@ class Variable:
 
     @property
     def centered_at_run_time(self) -> bool:
-        """Whether centering it explicitly is work of every call."""
+        """Whether centering it explicitly is work of every call, on a tensor that is no parameter."""
         return not (self.is_parameter or self.is_zero_mean or self.is_recomputed)
 
     @property
@@ -97,25 +99,28 @@ class Variable:
         return self.source_blocker or self.reader_blocker
 
 
-def build_streams(sites: Sequence[NormSite], facts: GraphFacts) -> dict[VariableKey, Variable]:
+def build_streams(
+    sites: Sequence[NormSite], facts: GraphFacts, costs: CostModel | None = None
+) -> dict[VariableKey, Variable]:
     """Explore everything reachable from the sites' inputs.
 
     Args:
         sites: the LayerNorm sites of the graph.
         facts: the facts of the graph.
+        costs: what centering costs; by default that of inference.
 
     Returns:
         The variables by key. Every key in ``needs`` of a variable without a source blocker is there, and every key in
         ``successors`` of one that can be shifted.
     """
-    explorer = _Explorer(facts)
+    explorer = _Explorer(facts, costs or CostModel())
     explorer.explore((site.input, site.axes) for site in sites)
     return explorer.variables
 
 
 class _Explorer:
-    def __init__(self, facts: GraphFacts) -> None:
-        self.facts = facts
+    def __init__(self, facts: GraphFacts, costs: CostModel) -> None:
+        self.facts, self.costs = facts, costs
         self.variables: dict[VariableKey, Variable] = {}
         self._reach_parameters: dict[VariableKey, bool] = {}
 
@@ -139,8 +144,8 @@ class _Explorer:
         facts = self.facts
         variable = Variable(node, axes)
         if node in facts.parametric and node.op == "placeholder":
-            # Parameters are never streams themselves: their raw value stays; a centered one costs nothing per call.
-            variable.parameter, variable.centering_cost = node, NOTHING
+            # Parameters are never streams themselves: their raw value stays.
+            variable.parameter, variable.centering_cost = node, self._weight_cost(node)
             variable.source_blocker = Blocker(Reason.UNSUPPORTED_WEIGHT, "a parameter", node)
             return variable
         tensor = tensor_of(node)
@@ -186,16 +191,20 @@ class _Explorer:
             and ZERO_MEANS[operation.name](operation, variable.axes)
         )
 
-    @staticmethod
-    def _centering_cost(variable: Variable, tensor: Tensor) -> Bytes | None:
-        if variable.is_parameter or variable.is_recomputed:
+    def _weight_cost(self, parameter: fx.Node) -> Bytes:
+        tensor = tensor_of(parameter)
+        return NOTHING if tensor is None else self.costs.weight(tensor, parameter in self.facts.trained)
+
+    def _centering_cost(self, variable: Variable, tensor: Tensor) -> Bytes | None:
+        if variable.parameter is not None:
+            return A_MARK + self._weight_cost(variable.parameter)
+        if variable.is_recomputed:
             return A_MARK
         if variable.axes.partial:
             return None  # parts of an activation: no model needs it, and it would have to be assembled
         if is_widened_later(variable.node):
             return None  # it would be rounded once more; what it is widened to may be centered instead
-        # A centered copy next to a raw value that others still read is written to memory as well as reduced.
-        return one_pass(tensor) * (2 if variable.reader_blocker is not None else 1)
+        return self.costs.activation(tensor, raw_is_read=variable.reader_blocker is not None)
 
     # --- upwards: what would have to be centered ---
 
@@ -216,6 +225,9 @@ class _Explorer:
             variable.composed_source = find_composed_source(operation, variable.axes, self.facts)
             if variable.composed_source is None:
                 variable.source_blocker = Blocker(blocked.reason, blocked.sentence, node)
+            else:
+                for parameter in variable.composed_source.parameters():
+                    variable.making_cost += self._weight_cost(parameter)
             return
         for operand in resolved.needs:
             if widened_parameter(operation, operand, self.facts) is not None:

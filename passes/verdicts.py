@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch import fx
 
 from lncompile.passes import provenance
-from lncompile.passes.costs import NOTHING
+from lncompile.passes.costs import NOTHING, CostModel
 from lncompile.passes.decisions import Blocker, Reason, RuntimeCentering, Site
 from lncompile.passes.placement import Placement, benefit
 from lncompile.passes.sites import NormSite
@@ -16,12 +16,12 @@ from lncompile.passes.streams import Variable, VariableKey, describe_blocker, fi
 
 
 def judge(
-    sites: Sequence[NormSite], placement: Placement, variables: Mapping[VariableKey, Variable]
+    sites: Sequence[NormSite], placement: Placement, variables: Mapping[VariableKey, Variable], costs: CostModel
 ) -> tuple[Site, ...]:
     """Return the verdict on each site, in order."""
     folded = {site.node for site in placement.folded}
     return tuple(
-        _folded_site(site, placement, variables) if site.node in folded else _left_site(site, variables)
+        _folded_site(site, placement, variables) if site.node in folded else _left_site(site, variables, costs)
         for site in sites
     )
 
@@ -52,7 +52,7 @@ def _centered_by(
         variable = variables[key]
         if key not in placement.streams:
             if variable.parameter is not None:
-                parameters.update(dict.fromkeys(_parameter_names(variable.parameter)))
+                parameters.update(dict.fromkeys(provenance.parameter_names(variable.parameter)))
             elif variable.is_recomputed:
                 queue.extend(variable.needs.items())
             elif not variable.is_zero_mean:
@@ -60,7 +60,7 @@ def _centered_by(
             continue
         if variable.composed_source is not None:
             for parameter in variable.composed_source.parameters():
-                parameters.update(dict.fromkeys(_parameter_names(parameter)))
+                parameters.update(dict.fromkeys(provenance.parameter_names(parameter)))
         for need in variable.needs.items():
             if need not in seen:
                 seen.add(need)
@@ -68,21 +68,40 @@ def _centered_by(
     return list(parameters), list(activations)
 
 
-def _parameter_names(node: fx.Node) -> list[str]:
-    if node.op == "placeholder":
-        return [provenance.parameter_name(node)]
-    return [name for source in node.all_input_nodes for name in _parameter_names(source)]
-
-
-def _left_site(site: NormSite, variables: Mapping[VariableKey, Variable]) -> Site:
+def _left_site(site: NormSite, variables: Mapping[VariableKey, Variable], costs: CostModel) -> Site:
     blocker = first_blocker((site.input, site.axes), variables)
-    if blocker is None:
+    if blocker is None and costs.training:
+        blocker = Blocker(Reason.TRAINING, _price_of_training(site, variables, costs), site.input)
+    elif blocker is None:
         blocker = Blocker(Reason.NOT_WORTH_IT, "centering its input would cost what it saves", site.input)
     return Site(site.name, site.location, False, "layer_norm", blocker.reason, describe_blocker(blocker), ())
 
 
+def _price_of_training(site: NormSite, variables: Mapping[VariableKey, Variable], costs: CostModel) -> str:
+    """Why a norm that could fold does not while its weights are trained, in words."""
+    weights, total = 0, NOTHING
+    queue, seen = deque([(site.input, site.axes)]), {(site.input, site.axes)}
+    while queue:
+        variable = variables[queue.popleft()]
+        if variable.parameter is not None:
+            weights += 1
+            total += variable.centering_cost or NOTHING
+            continue
+        total += variable.making_cost
+        weights += len(set(variable.composed_source.parameters())) if variable.composed_source else 0
+        for need in variable.needs.items():
+            if need not in seen:
+                seen.add(need)
+                queue.append(need)
+    return (
+        f"in training its {weights} weight{'s' if weights != 1 else ''} would be centered at every step, for {total} "
+        f"bytes of memory traffic; the norm alone saves {benefit(site, costs)}, and those that share the weights do "
+        "not save the rest"
+    )
+
+
 def describe_centerings(
-    placement: Placement, variables: Mapping[VariableKey, Variable]
+    placement: Placement, variables: Mapping[VariableKey, Variable], costs: CostModel
 ) -> tuple[RuntimeCentering, ...]:
     """Return the centerings that happen at each call, with the norms each serves."""
     centerings = []
@@ -95,7 +114,7 @@ def describe_centerings(
             for site in placement.folded
             if variable.node in _centered_by((site.input, site.axes), placement, variables)[1]
         ]
-        saved = sum((benefit(site) for site in served), NOTHING)
+        saved = sum((benefit(site, costs) for site in served), NOTHING)
         norms = f"{len(served)} norm{'s' if len(served) != 1 else ''}"
         why = describe_blocker(variable.blocker) if variable.blocker else "a cheaper place than its parameters"
         cost = f"{variable.centering_cost} bytes of memory traffic a call, saves {saved}"

@@ -198,21 +198,6 @@ def test_a_graph_without_a_layer_norm_goes_to_inductor_as_it_is(monkeypatch: pyt
     assert seen[0][0] is handed[0]
 
 
-def test_training_compiles_the_untouched_graph_and_says_so() -> None:
-    net, x = model(), value()
-    compiled = torch.compile(net, backend="lnfold")
-    with torch.enable_grad():
-        compiled(x).sum().backward()
-        gradients = {name: parameter.grad.clone() for name, parameter in net.named_parameters()}
-        net.zero_grad()
-        net(x).sum().backward()
-    for name, parameter in net.named_parameters():
-        torch.testing.assert_close(gradients[name], parameter.grad, **TOLERANCE)
-    (report,) = lncompile.reports(compiled)
-    assert {site.reason for site in report.sites} == {lncompile.Reason.TRAINING}
-    assert "no_grad" in report.sites[0].detail
-
-
 def test_frozen_weights_fold_with_gradients_enabled() -> None:
     net, x = model().requires_grad_(False), value().requires_grad_()
     compiled = torch.compile(net, backend="lnfold")

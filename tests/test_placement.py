@@ -52,6 +52,8 @@ def problems(draw: st.DrawFn) -> tuple[dict[VariableKey, Variable], list[FakeSit
             variable.reader_blocker = Blocker(Reason.VISIBLE, "somebody notices", node)
         operands = draw(st.lists(st.integers(0, index - 1), max_size=2, unique=True)) if index else []
         variable.needs = {nodes[operand]: AXES for operand in operands}
+        making = draw(st.sampled_from((0, 0, 1, 3)))
+        variable.making_cost = Bytes(making, making)
         variables[variable.key] = variable
     for variable in variables.values():
         for operand in variable.needs:
@@ -90,6 +92,7 @@ def brute_force(variables: dict[VariableKey, Variable], sites: list[FakeSite]) -
             if stream[key]:
                 legal &= available[key] and variable.source_blocker is None and unseen[key]
                 legal &= all(available[need] for need in variable.needs.items())
+                cost += variable.making_cost.hint
             elif available[key]:
                 legal &= variable.centering_cost is not None
                 cost += variable.centering_cost.hint if variable.centering_cost else 0
@@ -104,7 +107,7 @@ def brute_force(variables: dict[VariableKey, Variable], sites: list[FakeSite]) -
 def test_the_cut_is_the_optimum_and_does_the_least(problem: tuple[dict[VariableKey, Variable], list[FakeSite]]) -> None:
     variables, sites = problem
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(placement_module, "benefit", lambda site: Bytes(site.worth, site.worth))
+        patch.setattr(placement_module, "benefit", lambda site, costs: Bytes(site.worth, site.worth))
         placement = place(sites, variables)  # type: ignore[arg-type]
     cost, touched = brute_force(variables, sites)
     assert sum(site.worth for site in sites) - placement.saved.hint == cost
@@ -140,7 +143,7 @@ def test_amounts_are_formulas_in_the_dynamic_sizes() -> None:
     (size,) = saved.formula.free_symbols
     assert saved.formula == 64 * size
     assert saved.hint == 64 * 6
-    (centering,) = describe_centerings(analysis.placement, analysis.variables)
+    (centering,) = describe_centerings(analysis.placement, analysis.variables, analysis.costs)
     assert f"costs {64 * size} bytes of memory traffic a call, saves {128 * size}" in centering.detail
 
 

@@ -18,6 +18,7 @@ from lncompile.passes.graph_facts import GraphFacts, trained_parameter, turns_gr
 from lncompile.passes.placement import Placement, place
 from lncompile.passes.sites import NormSite, find_sites
 from lncompile.passes.streams import Variable, VariableKey, build_streams
+from lncompile.passes.subgraphs import norms_in_subgraphs
 from lncompile.passes.verdicts import judge, left_alone
 
 
@@ -56,7 +57,7 @@ def analyse(graph_module: fx.GraphModule, example_inputs: Sequence[Any], options
         The decisions, on a copy of the graph.
     """
     opaque = {node.name for node in find_opaque_layers(graph_module.graph)}
-    verdicts: dict[str, list[Site]] = closed_norms(graph_module.graph)
+    verdicts: dict[str, list[Site]] = {**closed_norms(graph_module.graph), **norms_in_subgraphs(graph_module)}
     while True:
         analysis = _analyse_expanded(graph_module, example_inputs, options, opaque)
         needed = {_layer(site) for site in (analysis.placement.folded if analysis.placement else ())} & opaque

@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from lncompile.passes.axes import Axes, same_size
@@ -271,9 +272,10 @@ def _scales(stage: Stage, channels: Axes) -> bool:
 
 
 def _alike(product: Operation, steps: list[Operation], stages: list[Stage], facts: GraphFacts) -> bool:
-    """Whether everything is a parameter where it must be, and of one dtype on one device.
+    """Whether everything is a parameter where it must be, the parameters are of one dtype, all on one device.
 
-    Then leaving the stages out changes no dtype downstream, and only roundings upstream.
+    The product may be of another: autocast computes it in half precision of weights in single precision, and the scale
+    then promotes it to theirs. Where a stage is left out its dtype is kept by a cast.
     """
     if _kind(product) in ("addmm", "baddbmm") and (product["alpha"] != 1 or product["beta"] != 1):
         return False
@@ -286,11 +288,18 @@ def _alike(product: Operation, steps: list[Operation], stages: list[Stage], fact
         return False
     if layout.bias is None and any(isinstance(stage, BatchNorm) for stage in stages):
         return False  # nowhere to put the shift
-    nodes = [*parameters, product.node, *(step.node for step in steps)]
     for stage in stages:
-        nodes += stage.parameters()
-    kinds = {(tensor.dtype, tensor.device) if (tensor := tensor_of(node)) is not None else None for node in nodes}
-    return len(kinds) == 1 and None not in kinds
+        parameters += stage.parameters()
+    scaled = {stage.operation.node for stage in stages}
+    kept = {_kind_of_values(parameter) for parameter in parameters}
+    computed = {_kind_of_values(node) for node in (product.node, *(s.node for s in steps)) if node not in scaled}
+    results = {_kind_of_values(node) for node in scaled}
+    return len(kept) == len(computed) == len(results) == 1 and None not in kept and results == kept
+
+
+def _kind_of_values(node: fx.Node) -> tuple[torch.dtype, torch.device] | None:
+    tensor = tensor_of(node)
+    return None if tensor is None else (tensor.dtype, tensor.device)
 
 
 def _absorb(

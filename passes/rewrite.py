@@ -284,13 +284,29 @@ def _compose(graph: fx.Graph, source: ComposedSource, done: Rewrite) -> None:
     product.replace(replacements)
     carriers: dict[fx.Node, fx.Node] = {}
     for stage in source.stages:
-        node, value = stage.operation.node, carriers.get(stage.value, stage.value)
+        node = stage.operation.node
+        value = _in_dtype_of(graph, carriers.get(stage.value, stage.value), node)
         carriers[node] = value
         node.replace_all_uses_with(value)
         for key, carrier in list(done.centered.items()):
             if carrier is node:
                 done.centered[key] = value
         done.dead.append(node)
+
+
+def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
+    return value.to(dtype)
+
+
+def _in_dtype_of(graph: fx.Graph, value: fx.Node, node: fx.Node) -> fx.Node:
+    """``value`` in the dtype of the node whose place it takes: a scale may promote what autocast computed."""
+    has, wanted = tensor_of(value), tensor_of(node)
+    assert has is not None  # both were read when the source was found
+    assert wanted is not None
+    if has.dtype == wanted.dtype:
+        return value
+    with graph.inserting_before(node):
+        return emit(graph, node.name, _cast, value, wanted.dtype)
 
 
 def _composed_stages(

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from architectures import randomise
-from fuzzing import centering_left_out
+from fuzzing import centering_left_out, run_through_aot
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 import lncompile
 from lncompile import Reason
+from lncompile.lowering import torch_private
 from lncompile.passes.costs import CostModel
 
 D = 16
@@ -247,3 +250,43 @@ def test_cost_model_counts_the_way_back() -> None:
     assert [training.activation(tensor, raw).hint for raw in (False, True)] == [256, 384]
     assert [training.weight(tensor, trained).hint for trained in (False, True)] == [0, 512]
     assert CostModel(training=True, weighs_weights=False).weight(tensor, True).hint == 0
+
+
+def test_norms_behind_gradient_checkpointing_are_listed_and_gradients_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Checkpointed(nn.Module):
+        """Two blocks of a residual stream, the first of them computed again on the way back."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = Block(), Block()
+
+        def forward(self, value: Tensor) -> Tensor:
+            return self.second(checkpoint(self.first, value, use_reentrant=False))
+
+    monkeypatch.setattr(torch_private, "inductor_compile", run_through_aot)
+    model, value = randomise(Checkpointed().double()), torch.randn(5, D, dtype=torch.float64)
+    compiled = torch.compile(model, backend="lnfold", options=ON)
+    assert_same_gradients(gradients_of(model, compiled, value), gradients_of(model, model, value))
+    (report,) = lncompile.reports(compiled)
+    assert [(site.name, site.folded) for site in report.sites] == [
+        ("first.norm", False), ("first.last", False), ("second.norm", True), ("second.last", True),
+    ]  # fmt: skip
+    assert "tag_activation_checkpoint" in report.sites[0].detail
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are centered in float32, before autocast casts them: the error is that of eager's own autocast."""
+    monkeypatch.setattr(torch_private, "inductor_compile", run_through_aot)
+    model, value = randomise(Block()), torch.randn(64, D)
+    exact = gradients_of(wide := copy.deepcopy(model).double(), wide, value.double())
+    compiled = torch.compile(model, backend="lnfold", options=ON)
+    with torch.autocast("cpu", dtype=dtype):
+        eager, ours = gradients_of(model, model, value), gradients_of(model, compiled, value)
+    (report,) = lncompile.reports(compiled)
+    assert report.folded == 2
+
+    def error(gradients: dict[str, Tensor]) -> float:
+        return max(float((gradients[name] - exact[name]).norm() / exact[name].norm()) for name in exact)
+
+    assert error(ours) <= 1.25 * error(eager)

@@ -1,6 +1,7 @@
 """lncompile: ``torch.compile(model, backend="lnfold")`` folds LayerNorms' mean-centering into upstream weights."""
 
 from lncompile.explain import explain, refresh, reports
+from lncompile.integrations import allow_in_accelerate
 from lncompile.lowering.inspection import GeneratedCode, generated_code
 from lncompile.options import OptionError, Options
 from lncompile.passes.decisions import Reason, Site
@@ -18,6 +19,7 @@ __all__ = [
     "Site",
     "Verification",
     "__version__",
+    "allow_in_accelerate",
     "explain",
     "generated_code",
     "refresh",

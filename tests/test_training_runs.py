@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import pydoc
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTForImageClassification
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
 
 import lncompile
+from lncompile.lowering import torch_private
 
 STEPS = 50
 ON = {"lnfold.training": "on"}
@@ -108,3 +110,31 @@ def test_fifty_steps_end_at_eagers_loss(
     assert expected[-1] < 0.9 * expected[0], "nothing was learnt"
     # Float32 rounding, carried through fifty steps.
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-3, atol=1e-4)
+
+
+def test_transformers_trainer_takes_the_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch_compile_backend="lnfold"`: the losses of an eager Trainer, from a graph in which norms fold."""
+    monkeypatch.setattr(torch_private, "inductor_compile", run_through_aot)
+    lncompile.allow_in_accelerate()
+    lncompile.allow_in_accelerate()
+    data = [{"input_ids": tokens, "labels": tokens} for tokens, _ in text_batches() for tokens in tokens]
+
+    def losses(**settings: Any) -> tuple[nn.Module, list[float]]:
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = LanguageModel().model
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), max_steps=5, per_device_train_batch_size=32, gradient_accumulation_steps=2,
+            logging_steps=1, use_cpu=True, save_strategy="no", report_to=[], disable_tqdm=True, **settings,
+        )  # fmt: skip
+        trainer = Trainer(model=model, args=arguments, train_dataset=data)
+        trainer.train()
+        return model, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    _, expected = losses()
+    model, actual = losses(torch_compile=True, torch_compile_backend="lnfold")
+    assert len(actual) == 5
+    torch.testing.assert_close(torch.tensor(actual), torch.tensor(expected), rtol=1e-3, atol=1e-4)
+    reports = lncompile.reports(model)
+    assert [(report.folded, report.total) for report in reports] == [(5, 5)]
+    assert {weight.storage for report in reports for weight in report.weights} == {"graph"}

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from fuzzing import run_through_aot
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, ViTConfig, ViTForImageClassification

@@ -50,8 +50,10 @@ def transform(analysis: Analysis, options: Options) -> Transformed:
         rewritten = rewrite(graph, analysis.placement, analysis.variables, analysis.trained)
         in_graph = rewritten.trained
         expressions, _ = hoist(graph, rewritten.weights)
+        # A norm of parameters alone may have left the graph with an expression that it is a part of.
+        present = set(graph.nodes)
         for site in analysis.placement.folded:
-            if site.handwritten is not None:
+            if site.handwritten is not None and site.node in present:
                 fold_handwritten_norm(graph, site.handwritten, _input(site))
         # One at a time: lowering a norm exchanges the input of a norm of that norm.
         lower_to_rms_norm(graph, (_call(site) for site in calls if site.node in folded))

@@ -24,14 +24,14 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from random import SystemRandom
 
 import torch
-from fuzzing import COMPILERS, Outcome, Statistics, examine
+from fuzzing import COMPILERS, Outcome, Statistics, examine, examine_training
 from random_modules import Program, random_program
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -53,28 +53,29 @@ class Counterexample:
     problem: str
 
 
-def run_seeds(seeds: range, steps: int, compiler: str) -> tuple[list[Outcome], list[Counterexample]]:
+def run_seeds(seeds: range, steps: int, compiler: str, training: bool) -> tuple[list[Outcome], list[Counterexample]]:
     """Examine the programs of some seeds, and shrink those that go wrong."""
+    look = functools.partial(examine_training if training else examine, compiler=compiler)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", UserWarning)  # torch's remarks on programs that nobody wrote
     outcomes, counterexamples = [], []
     for seed in seeds:
         program = random_program(seed, steps)
-        outcome = examine(program, compiler)
+        outcome = look(program)
         outcomes.append(outcome)
         if outcome.problem:
-            small = shrink(program, functools.partial(_fails_like, outcome, compiler))
-            counterexamples.append(Counterexample(seed, small, examine(small, compiler).problem))
+            small = shrink(program, functools.partial(_fails_like, outcome, look))
+            counterexamples.append(Counterexample(seed, small, look(small).problem))
     return outcomes, counterexamples
 
 
-def _fails_like(outcome: Outcome, compiler: str, program: Program) -> bool:
+def _fails_like(outcome: Outcome, look: Callable[[Program], Outcome], program: Program) -> bool:
     """A wrong number stays a wrong number while it is shrunk, an exception the same exception."""
 
     def kind(problem: str) -> str:
         return "difference" if problem.startswith("call ") else problem.split(":")[0]
 
-    problem = examine(program, compiler).problem
+    problem = look(program).problem
     return bool(problem) and kind(problem) == kind(outcome.problem)
 
 
@@ -103,7 +104,7 @@ def fuzz(arguments: argparse.Namespace, console: Console) -> tuple[Statistics, l
             while len(running) < 2 * arguments.jobs and (deadline is None or time.monotonic() < deadline):
                 if (seeds := next(todo, None)) is None:
                     break
-                running.add(pool.submit(run_seeds, seeds, arguments.steps, arguments.compiler))
+                running.add(pool.submit(run_seeds, seeds, arguments.steps, arguments.compiler, arguments.training))
             if not running:
                 return statistics, counterexamples
             done, running = wait(running, return_when=FIRST_COMPLETED)
@@ -118,7 +119,8 @@ def fuzz(arguments: argparse.Namespace, console: Console) -> tuple[Statistics, l
 
 def report(counterexample: Counterexample, arguments: argparse.Namespace, console: Console) -> None:
     """Print a counterexample and write it to a file."""
-    text = f"# --seed {counterexample.seed} --steps {arguments.steps} --compiler {arguments.compiler}\n"
+    text = f"# --seed {counterexample.seed} --steps {arguments.steps} --compiler {arguments.compiler}"
+    text += " --training\n" if arguments.training else "\n"
     text += f"# torch {torch.__version__}, {commit()}\n"
     text += "".join(f"# {line}\n" for line in counterexample.problem.splitlines())
     text += repr(counterexample.program)
@@ -164,7 +166,7 @@ def summary(
 
     return {
         "commit": commit(), "torch": torch.__version__, "seed": arguments.seed, "steps": arguments.steps,
-        "compiler": arguments.compiler,
+        "compiler": arguments.compiler, "training": arguments.training,
         "jobs": arguments.jobs, "seconds": round(seconds, 1), "graphs": statistics.graphs,
         "graphs_with_a_folded_site": statistics.with_a_folded_site, "sites": statistics.sites,
         "folded": statistics.folded, "differences": len(counterexamples),
@@ -181,6 +183,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, help="of the first program (default: another one each time)")
     parser.add_argument("--steps", type=int, default=14, help="instructions in a program, at most")
     parser.add_argument("--compiler", choices=COMPILERS, default="none", help="of rewritten graphs (default: none)")
+    parser.add_argument("--training", action="store_true", help="compare gradients, in graphs for training")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write a summary")
     parser.add_argument("--counterexamples", type=Path, default=ROOT / "counterexamples", metavar="FOLDER")

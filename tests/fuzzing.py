@@ -160,16 +160,76 @@ def examine(program: Program, compiler: str = "none") -> Outcome:
     )
 
 
-def check(program: Program, compiler: str = "none") -> Outcome:
-    """As :func:`examine`.
+def examine_training(program: Program, compiler: str = "none") -> Outcome:
+    """Run a program once with gradients, eagerly and compiled for training, and compare outputs and gradients.
+
+    What autograd itself refuses (writes into what the way back needs, or into parameters) counts as unsupported.
+
+    Args:
+        program: what to run.
+        compiler: what takes the rewritten graph, one of :data:`COMPILERS`.
+    """
+    torch._dynamo.reset()
+    with compiled_by(compiler), torch.enable_grad():
+        try:
+            expected = _gradients(program)
+        except Exception as error:
+            return Outcome(instructions=program.instructions, unsupported=f"{type(error).__name__}: {error}")
+        options = {**dict(program.options), "lnfold.training": "on"}
+        try:
+            model = program.build()
+            compiled = torch.compile(
+                model, backend="lnfold", fullgraph=True, dynamic=program.dynamic or None, options=options
+            )
+            actual = _gradients(program, model, compiled)
+            problem = _compare([actual], [expected], program.tolerance)
+            reports = lncompile.reports(compiled)
+        except Exception as error:
+            problem, reports = f"{type(error).__name__}: {error}", []
+        if problem.startswith("call "):
+            noise = _compare([_gradients(program, disturbed=True)], [expected], 0.1 * program.tolerance)
+            if noise:
+                return Outcome(instructions=program.instructions, unsupported=f"rounding alone does that: {noise}")
+    problem = problem or _contradiction(reports)
+    sites = [site for report in reports for site in report.sites]
+    return Outcome(
+        folded=sum(site.folded for site in sites),
+        total=len(sites),
+        reasons=tuple(site.reason.value for site in sites if site.reason is not None),
+        instructions=program.instructions,
+        problem=problem,
+    )
+
+
+def check(program: Program, compiler: str = "none", training: bool = False) -> Outcome:
+    """As :func:`examine`, or :func:`examine_training`.
 
     Raises:
         Difference: with the program, where something is wrong.
     """
-    outcome = examine(program, compiler)
+    outcome = (examine_training if training else examine)(program, compiler)
     if outcome.problem:
         raise Difference(f"{outcome.problem}\n{program!r}")
     return outcome
+
+
+def _gradients(
+    program: Program, model: nn.Module | None = None, compiled: Any = None, disturbed: bool = False
+) -> Values:
+    """Outputs of one call and the gradients of a loss in all of them; ``disturbed`` by a rounding of the parameters."""
+    model = program.build() if model is None else model
+    if disturbed:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1 + 1e-15 * torch.randn_like(parameter))
+    outputs: Sequence[Tensor] = (model if compiled is None else compiled)(*program.arguments())
+    values = {f"output {name}": value.detach().clone() for name, value in zip(program.outputs, outputs, strict=True)}
+    floating = [value for value in outputs if value.is_floating_point() and value.requires_grad]
+    if floating:
+        weights = [torch.linspace(-1, 1, v.numel(), dtype=v.dtype).reshape(v.shape) for v in floating]
+        sum((value * weight).sum() for value, weight in zip(floating, weights, strict=True)).backward()  # type: ignore[union-attr]
+    values |= {f"gradient {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return values
 
 
 def _fails_without_us(program: Program, compiler: str) -> str:

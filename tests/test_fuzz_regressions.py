@@ -173,6 +173,26 @@ def test_found_by_fuzzing(function: Callable[[Parts, Tensor], Tensor]) -> None:
         torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-9)
 
 
+class NormOfABuffer(nn.Module):
+    """A norm by hand of a buffer, and a norm of what it gives: all of it is computed once, and leaves the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("constant", torch.randn(6, D))
+
+    def forward(self, value: Tensor) -> Tensor:
+        mean = self.constant.mean(-1, keepdim=True)
+        variance = (self.constant * self.constant).mean(-1, keepdim=True) - mean * mean
+        normed = (self.constant - mean) / torch.sqrt(variance + 1e-5)
+        return value + functional.layer_norm(normed.mean(1), (6,)).sum()
+
+
+def test_norm_of_a_buffer_that_leaves_the_graph() -> None:
+    model, value = NormOfABuffer().double(), torch.randn(4, D, dtype=torch.float64)
+    compiled = torch.compile(model, backend="lnfold", fullgraph=True)
+    torch.testing.assert_close(compiled(value), model(value), rtol=1e-12, atol=1e-12)
+
+
 class PromotedActivation(nn.Module):
     """A join of double and single precision: the single one is exact when it is promoted, but centered before that."""
 

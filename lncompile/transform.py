@@ -47,7 +47,7 @@ def transform(analysis: Analysis, options: Options) -> Transformed:
     expressions: Sequence[Expression] = ()
     in_graph: Sequence[fx.Node] = ()
     if analysis.placement is not None:
-        rewritten = rewrite(graph, analysis.placement, analysis.variables, analysis.trained)
+        rewritten = rewrite(graph, analysis.placement, analysis.variables, analysis.trained, analysis.costs.training)
         in_graph = rewritten.trained
         expressions, _ = hoist(graph, rewritten.weights)
         # A norm of parameters alone may have left the graph with an expression that it is a part of.

@@ -59,6 +59,7 @@ class Rewrite:
         dead: products that disappeared into their weights.
         explicit: whether a centered value is another node than the one it is the value of.
         wants_gradient: parameter expressions whose gradient is wanted.
+        in_training: whether the graph computes gradients.
     """
 
     weights: list[fx.Node] = field(default_factory=list)
@@ -68,6 +69,7 @@ class Rewrite:
     dead: list[fx.Node] = field(default_factory=list)
     explicit: dict[VariableKey, bool] = field(default_factory=dict)
     wants_gradient: Collection[fx.Node] = frozenset()
+    in_training: bool = False
 
 
 def rewrite(
@@ -75,6 +77,7 @@ def rewrite(
     placement: Placement,
     variables: Mapping[VariableKey, Variable],
     trained: Collection[fx.Node] = frozenset(),
+    in_training: bool = False,
 ) -> Rewrite:
     """Rewrite the graph so that every stream of the placement is computed centered.
 
@@ -83,11 +86,12 @@ def rewrite(
         placement: what to do.
         variables: the streams the placement was made from.
         trained: parameter expressions whose gradient is wanted.
+        in_training: whether the graph computes gradients.
 
     Returns:
         What was put in; ``centered[(site.input, site.axes)]`` is the input of each folded site.
     """
-    done = Rewrite(wants_gradient=trained)
+    done = Rewrite(wants_gradient=trained, in_training=in_training)
     order = {node: index for index, node in enumerate(graph.nodes)}
     for key in sorted(placement.centered, key=lambda key: (order[key[0]], str(key[1]))):
         _make_centered(graph, key, key in placement.streams, variables[key], done)
@@ -200,10 +204,8 @@ def _exchange(
         argument = operation[name] if index is None else operation[name][index]
         if isinstance(argument, fx.Node) and tensor_of(argument) is not None:
             with graph.inserting_before(operation.node):
-                name_ = f"{argument.name}_centered"
-                replacements[(name, index)] = graph.create_node(
-                    "call_function", torch.zeros_like, (argument,), name=name_
-                )
+                zero = _connected_zeros if done.in_training else torch.zeros_like
+                replacements[(name, index)] = emit(graph, f"{argument.name}_centered", zero, argument)
         else:
             # A number, or the node of a dynamic one: zero of the same kind, so that no dtype changes.
             number = value_of(argument) if isinstance(argument, fx.Node) else argument
@@ -292,6 +294,14 @@ def _compose(graph: fx.Graph, source: ComposedSource, done: Rewrite) -> None:
             if carrier is node:
                 done.centered[key] = value
         done.dead.append(node)
+
+
+def _connected_zeros(value: Tensor) -> Tensor:
+    """Zeros that autograd knows to come from ``value``: its gradient is zero, as in the original, and not missing.
+
+    Optimizers pass over a parameter without a gradient, weight decay included.
+    """
+    return torch.sub(value, value)
 
 
 def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:

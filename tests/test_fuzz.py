@@ -49,6 +49,29 @@ def test_programs_do_what_eager_does(part: int) -> None:
     assert statistics.unsupported <= 0.02 * statistics.graphs
 
 
+def test_gradients_of_programs_are_eagers() -> None:
+    outcomes: list[Outcome] = []
+
+    @seed(PARTS)
+    @settings(
+        max_examples=PROGRAMS_PER_PART,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        phases=(Phase.generate, Phase.shrink),
+    )
+    @given(programs())
+    def run(program: Program) -> None:
+        outcomes.append(check(program, training=True))
+
+    run()
+    statistics = Statistics()
+    statistics.add(outcomes)
+    assert statistics.with_a_folded_site >= 0.2 * statistics.graphs
+    # Autograd refuses programs that write into what the way back needs.
+    assert statistics.unsupported <= 0.4 * statistics.graphs
+
+
 def test_every_instruction_occurs() -> None:
     drawn = [random_program(seed) for seed in range(500)]
     used = {name for program in drawn for name in program.instructions}

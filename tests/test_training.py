@@ -210,6 +210,23 @@ def test_gradients_turned_on_inside_of_the_graph_are_training() -> None:
     assert "turns them on inside" in report.sites[0].detail
 
 
+def test_what_centers_to_zero_keeps_a_gradient_of_zero(without_inductor: None) -> None:
+    """A number for each token is constant along the features: its gradient is zero, but it is there (weight decay)."""
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.norm, self.level = nn.Linear(D, D), nn.LayerNorm(D), nn.Parameter(torch.randn(5, 1))
+
+        def forward(self, value: Tensor) -> Tensor:
+            return self.norm(self.linear(value) + self.level)
+
+    model, value = randomise(Gated().double()), torch.randn(5, D, dtype=torch.float64)
+    compiled = torch.compile(model, backend="lnfold", options=ON)
+    assert_same_gradients(gradients_of(model, compiled, value), gradients_of(model, model, value))
+    assert lncompile.reports(compiled)[0].folded == 1
+
+
 def test_dropout_is_centered_behind_it_or_not_at_all(without_inductor: None) -> None:
     model, value = randomise(Block(dropout=0.5).double()).train(), torch.randn(5, D, dtype=torch.float64)
     compiled = torch.compile(model, backend="lnfold", options=ON)

@@ -49,12 +49,12 @@ def transform(analysis: Analysis, options: Options) -> Transformed:
     if analysis.placement is not None:
         rewritten = rewrite(graph, analysis.placement, analysis.variables, analysis.trained, analysis.costs.training)
         in_graph = rewritten.trained
-        expressions, _ = hoist(graph, rewritten.weights)
-        # A norm of parameters alone may have left the graph with an expression that it is a part of.
-        present = set(graph.nodes)
+        # Before expressions leave the graph: one may read a norm by hand, of parameters alone, whose chain is half
+        # changed now, with the input exchanged in one place and the raw mean in another.
         for site in analysis.placement.folded:
-            if site.handwritten is not None and site.node in present:
+            if site.handwritten is not None:
                 fold_handwritten_norm(graph, site.handwritten, _input(site))
+        expressions, _ = hoist(graph, rewritten.weights)
         # One at a time: lowering a norm exchanges the input of a norm of that norm.
         lower_to_rms_norm(graph, (_call(site) for site in calls if site.node in folded))
     if options.nonfoldable == "eager":

@@ -187,8 +187,40 @@ class NormOfABuffer(nn.Module):
         return value + functional.layer_norm(normed.mean(1), (6,)).sum()
 
 
-def test_norm_of_a_buffer_that_leaves_the_graph() -> None:
-    model, value = NormOfABuffer().double(), torch.randn(4, D, dtype=torch.float64)
+class NormsOfAParameter(nn.Module):
+    """A norm by hand of a parameter expression, read by a second norm and by others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.row, self.column = (nn.Parameter(torch.randn(size)) for size in ((D,), (1, D), (D, 1)))
+        self.gain = nn.Parameter(torch.randn(D))
+
+    def forward(self, value: Tensor) -> Tensor:
+        table = (self.row * self.scale).sub(self.column.mT, alpha=2)
+        mean = table.mean(-1, keepdim=True)
+        variance = (table * table).mean(-1, keepdim=True) - mean * mean
+        normed = (table - mean).div(torch.sqrt(variance + 1e-5))
+        return value + (normed + functional.layer_norm(normed, (D,), self.gain, eps=0.1))
+
+
+class PartsOfAProjectedNorm(nn.Module):
+    """A norm by hand of a buffer, projected, and one part of it normed again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.randn(4, D) + 1)
+        self.linear = nn.Linear(D, 2 * D)
+
+    def forward(self, value: Tensor) -> Tensor:
+        mean = self.table.mean(-1, keepdim=True)
+        variance = (self.table - mean).square().sum(-1, True) / D
+        parts = self.linear((self.table - mean) / torch.sqrt(variance + 1e-5)).chunk(2, -1)
+        return functional.layer_norm(parts[0], (D,)) + value * parts[1]
+
+
+@pytest.mark.parametrize("kind", [NormOfABuffer, NormsOfAParameter, PartsOfAProjectedNorm])
+def test_norm_by_hand_of_parameters_alone(kind: type[nn.Module]) -> None:
+    model, value = randomise(kind().double()), torch.randn(4, D, dtype=torch.float64)
     compiled = torch.compile(model, backend="lnfold", fullgraph=True)
     torch.testing.assert_close(compiled(value), model(value), rtol=1e-12, atol=1e-12)
 

@@ -3,23 +3,23 @@
 Each centered parameter expression of the graph is cut out into a small graph of its own (:class:`Expression`), and a
 placeholder takes its place. At each call a :class:`Materializer` supplies the values, computed under
 ``torch.no_grad()`` from the parameters *that arrive in this call* and cached by the identity and version of these
-tensors. Nothing is baked in: Dynamo reuses one compiled graph for several parameter sets, and in-place updates,
+tensors (``parameter_state``). Nothing is baked in: Dynamo reuses one compiled graph for several parameter sets, and in-place updates,
 ``load_state_dict`` or a swapped Parameter cause no recompile.
 """
 
 from __future__ import annotations
 
+import operator
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from lncompile.lowering import torch_private
-
-version_of = torch_private.version_of
+from lncompile.passes.parameter_state import ParameterState
 
 
 class Expression:
@@ -78,16 +78,13 @@ def _closure(root: fx.Node) -> list[fx.Node]:
 class _Entry:
     """One materialised tensor and the state of the parameters it was made from. Kept alive by its materializers."""
 
-    def __init__(self, leaves: Sequence[Tensor], value: Tensor) -> None:
-        self.references = tuple(weakref.ref(leaf) for leaf in leaves)
-        self.versions = tuple(version_of(leaf) for leaf in leaves)
-        self.value = value
+    def __init__(self, expression: Expression, leaves: tuple[Tensor, ...]) -> None:
+        # The state is read before the value is computed: a write in between makes the entry outdated, not wrong.
+        self.state = ParameterState(leaves)
+        self.value = expression.evaluate(leaves)
 
-    def is_current(self, leaves: Sequence[Tensor]) -> bool:
-        return all(
-            reference() is leaf and version == version_of(leaf)
-            for reference, version, leaf in zip(self.references, self.versions, leaves, strict=True)
-        )
+    def is_current(self, leaves: tuple[Tensor, ...]) -> bool:
+        return self.state.is_current(leaves) and self.state.has_storages_of(leaves)
 
 
 class _Store:
@@ -97,14 +94,13 @@ class _Store:
         self._entries: weakref.WeakValueDictionary[tuple[Any, ...], _Entry] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()
 
-    def get(self, expression: Expression, leaves: Sequence[Tensor]) -> _Entry:
+    def get(self, expression: Expression, leaves: tuple[Tensor, ...]) -> _Entry:
         key = (expression.code, *(id(leaf) for leaf in leaves))
         with self._lock:
             entry = self._entries.get(key)
-            # Identity is checked on the live object: an id() is used again after its owner is freed.
+            # An id() is used again after its owner is freed; the entry's state knows.
             if entry is None or not entry.is_current(leaves):
-                # The state is read before the value is computed: a change in between makes the entry outdated.
-                entry = _Entry(leaves, expression.evaluate(leaves))
+                entry = _Entry(expression, leaves)
                 self._entries[key] = entry
                 torch_private.count("materialized")
             return entry
@@ -125,18 +121,10 @@ def forget_all() -> None:
 class _ParameterSet:
     """The values for one set of parameters that a graph was called with."""
 
-    def __init__(self, checks: Sequence[tuple[int, Any, int]], entries: Sequence[_Entry]) -> None:
-        self.checks = checks
+    def __init__(self, state: ParameterState, entries: Sequence[_Entry]) -> None:
+        self.state = state
         self.entries = entries
         self.values = [entry.value for entry in entries]
-
-    def is_current(self, arguments: Sequence[Any]) -> bool:
-        # A plain loop: this runs at every call of the compiled model.
-        for index, reference, version in self.checks:
-            tensor = arguments[index]
-            if reference() is not tensor or version_of(tensor) != version:
-                return False
-        return True
 
 
 class Materializer:
@@ -156,6 +144,7 @@ class Materializer:
         self.expressions = tuple(expressions)
         self._check = check
         self._leaves = tuple(sorted({leaf for expression in expressions for leaf in expression.leaves}))
+        self._choose_leaves = _chooser(self._leaves)
         # By the id of the first parameter: one compiled graph may serve many equal blocks in turn.
         self._sets: dict[int, _ParameterSet] = {}
 
@@ -168,38 +157,45 @@ class Materializer:
         if not self._leaves:
             return []
         known = self._sets.get(id(arguments[self._leaves[0]]))
-        if known is not None and (not self._check or known.is_current(arguments)):
+        if known is not None and (not self._check or known.state.is_current(self._choose_leaves(arguments))):
             return known.values
         return self._refresh(arguments)
 
     def seen(self) -> set[int]:
         """Ids of the living parameters that values were supplied for."""
-        references = (check[1] for known in list(self._sets.values()) for check in known.checks)
-        return {id(tensor) for reference in references if (tensor := reference()) is not None}
+        return {id(tensor) for known in list(self._sets.values()) for tensor in known.state.living()}
 
     def refresh(self) -> None:
         """Forget all values, so that the next call computes them anew."""
         self._sets.clear()
 
     def _refresh(self, arguments: Sequence[Any]) -> list[Tensor]:
-        leaves = [arguments[index] for index in self._leaves]
+        leaves = self._choose_leaves(arguments)
         if any(leaf.is_inference() for leaf in leaves):
             # Their changes cannot be seen, so nothing may be kept.
             return [e.evaluate([arguments[index] for index in e.leaves]) for e in self.expressions]
         first = id(leaves[0])
-        sets = self._sets
+        own = weakref.ref(self)
 
-        def forget(reference: object) -> None:
+        def forget(ended: ParameterState) -> None:
+            materializer = own()
+            known = None if materializer is None else materializer._sets.get(first)
             # A later owner of the same id may have put its own set there.
-            known = sets.get(first)
-            if known is not None and any(reference is check[1] for check in known.checks):
-                del sets[first]
+            if materializer is not None and known is not None and known.state is ended:
+                materializer._sets.pop(first, None)
 
-        checks = [(i, weakref.ref(arguments[i], forget), version_of(arguments[i])) for i in self._leaves]
-        entries = [_store.get(e, [arguments[index] for index in e.leaves]) for e in self.expressions]
-        fresh = _ParameterSet(checks, entries)
-        sets[first] = fresh
+        state = ParameterState(leaves, forget)  # before the values are computed, see _Entry
+        entries = [_store.get(e, tuple(arguments[index] for index in e.leaves)) for e in self.expressions]
+        fresh = _ParameterSet(state, entries)
+        self._sets[first] = fresh
         return fresh.values
+
+
+def _chooser(indices: tuple[int, ...]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """A function that takes the items at some indices out of a sequence, always as a tuple."""
+    if len(indices) > 1:
+        return operator.itemgetter(*indices)
+    return lambda items: tuple(items[index] for index in indices)
 
 
 def hoist(graph: fx.Graph, roots: Sequence[fx.Node]) -> tuple[list[Expression], list[fx.Node]]:

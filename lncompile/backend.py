@@ -53,7 +53,6 @@ class CompiledGraph:
 
 
 compiled_graphs: weakref.WeakSet[CompiledGraph] = weakref.WeakSet()
-materializers: weakref.WeakSet[Materializer] = weakref.WeakSet()
 _used_configurations: list[dict[str, Any]] = []
 
 
@@ -114,7 +113,6 @@ def lnfold(
         if not safety_net:
             raise
         return _untouched(graph_module, example_inputs, inductor_config, arguments, error)
-    materializers.add(materializer)
     return _remember(compiled, example_inputs, report, arguments, materializer)
 
 
@@ -207,4 +205,4 @@ def _remember(
     return run
 
 
-__all__ = ["CompiledGraph", "Options", "compiled_graphs", "lnfold", "make_report", "materializers"]
+__all__ = ["CompiledGraph", "Options", "compiled_graphs", "lnfold", "make_report"]

@@ -2,13 +2,14 @@
 
 Each centered parameter expression of the graph is cut out into a small graph of its own (:class:`Expression`), and a
 placeholder takes its place. At each call a :class:`Materializer` supplies the values, computed under
-``torch.no_grad()`` from the parameters *that arrive in this call* and cached by the identity and version of these
-tensors (``parameter_state``). Nothing is baked in: Dynamo reuses one compiled graph for several parameter sets, and in-place updates,
-``load_state_dict`` or a swapped Parameter cause no recompile.
+``torch.no_grad()`` from the parameters *that arrive in this call* and kept while these are the same tensors and nobody
+writes to them (``parameter_state``). Nothing is baked in: Dynamo reuses one compiled graph for several parameter sets,
+and in-place updates, ``load_state_dict`` or a swapped Parameter cause no recompile.
 """
 
 from __future__ import annotations
 
+import logging
 import operator
 import threading
 import weakref
@@ -20,6 +21,8 @@ from torch import Tensor, fx
 
 from lncompile.lowering import torch_private
 from lncompile.passes.parameter_state import ParameterState
+
+log = logging.getLogger("lncompile")
 
 
 class Expression:
@@ -94,16 +97,23 @@ class _Store:
         self._entries: weakref.WeakValueDictionary[tuple[Any, ...], _Entry] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()
 
-    def get(self, expression: Expression, leaves: tuple[Tensor, ...]) -> _Entry:
+    def get(self, expression: Expression, leaves: tuple[Tensor, ...]) -> tuple[_Entry, bool]:
+        """The value of an expression, and whether another graph's value of it turned out to be outdated unnoticed.
+
+        It is always computed, and then shared with the graphs that have the same one: a graph that is new, or that was
+        not called for a while, is not to inherit what others made before a write that torch did not count.
+        """
         key = (expression.code, *(id(leaf) for leaf in leaves))
         with self._lock:
-            entry = self._entries.get(key)
+            fresh = _Entry(expression, leaves)
+            torch_private.count("materialized")
             # An id() is used again after its owner is freed; the entry's state knows.
-            if entry is None or not entry.is_current(leaves):
-                entry = _Entry(expression, leaves)
-                self._entries[key] = entry
-                torch_private.count("materialized")
-            return entry
+            known = self._entries.get(key)
+            believed = known is not None and known.is_current(leaves)
+            if known is not None and believed and torch.equal(known.value, fresh.value):
+                return known, False
+            self._entries[key] = fresh
+            return fresh, believed
 
     def clear(self) -> None:
         with self._lock:
@@ -113,9 +123,18 @@ class _Store:
 _store = _Store()
 
 
+_materializers: weakref.WeakSet[Materializer] = weakref.WeakSet()
+
+
 def forget_all() -> None:
-    """Forget every materialised tensor: the next look-up computes it anew."""
+    """Forget every materialised tensor: the next call of each compiled graph computes its own anew."""
+    _forget_sets()
     _store.clear()
+
+
+def _forget_sets() -> None:
+    for materializer in list(_materializers):
+        materializer.refresh()
 
 
 class _ParameterSet:
@@ -147,6 +166,7 @@ class Materializer:
         self._choose_leaves = _chooser(self._leaves)
         # By the id of the first parameter: one compiled graph may serve many equal blocks in turn.
         self._sets: dict[int, _ParameterSet] = {}
+        _materializers.add(self)
 
     def __call__(self, arguments: Sequence[Any]) -> list[Tensor]:
         """Return the value of each expression for these arguments.
@@ -185,8 +205,11 @@ class Materializer:
                 materializer._sets.pop(first, None)
 
         state = ParameterState(leaves, forget)  # before the values are computed, see _Entry
-        entries = [_store.get(e, tuple(arguments[index] for index in e.leaves)) for e in self.expressions]
-        fresh = _ParameterSet(state, entries)
+        found = [_store.get(e, tuple(arguments[index] for index in e.leaves)) for e in self.expressions]
+        if any(outdated for _, outdated in found):
+            log.debug("a weight was written to through .data: every compiled graph computes its centered weights anew")
+            _forget_sets()
+        fresh = _ParameterSet(state, [entry for entry, _ in found])
         self._sets[first] = fresh
         return fresh.values
 

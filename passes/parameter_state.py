@@ -5,9 +5,9 @@ Three things are compared, none of which keeps a parameter alive:
 * *identity*. Comparing addresses is exact as long as every tensor lives, for an address is used again only after its
   owner is freed; when one is freed, a weak reference ends the state.
 * *version*, torch's count of the in-place writes to a tensor.
-* *storage*. ``parameter.data = other`` and ``module.to(dtype)`` exchange it under the same object and count nothing. Most
-  often that frees the old storage, which ends the state as well. Where somebody else keeps it, nothing is noticed: this
-  is a write that only :func:`lncompile.refresh` knows of.
+* *storage*. ``parameter.data = other`` and ``module.to(dtype)`` exchange it under the same object and count nothing.
+  Most often that frees the old storage, which ends the state as well. Where somebody else keeps it, nothing is noticed:
+  this is a write that only :func:`lncompile.refresh` knows of.
 """
 
 from __future__ import annotations

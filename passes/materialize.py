@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lncompile.lowering import torch_private
 from lncompile.passes.parameter_state import ParameterState
@@ -189,6 +191,12 @@ class Materializer:
         """Forget all values, so that the next call computes them anew."""
         self._sets.clear()
 
+    def forget(self, parameters: set[int]) -> None:
+        """Forget the values made from any of these, given by their ids; none if changes are not to be looked for."""
+        for first, known in list(self._sets.items()) if self._check else ():
+            if any(id(tensor) in parameters for tensor in known.state.living()):
+                self._sets.pop(first, None)
+
     def _refresh(self, arguments: Sequence[Any]) -> list[Tensor]:
         leaves = self._choose_leaves(arguments)
         if any(leaf.is_inference() for leaf in leaves):
@@ -212,6 +220,18 @@ class Materializer:
         fresh = _ParameterSet(state, [entry for entry, _ in found])
         self._sets[first] = fresh
         return fresh.values
+
+
+def _forget_after_step(optimizer: Optimizer, *_: object) -> None:
+    """Fused optimizers count no write (torch 2.13), and others may not: what an optimizer stepped is outdated."""
+    if torch.compiler.is_compiling():
+        return  # a compiled step: what AOTAutograd compiles does count
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for materializer in list(_materializers):
+        materializer.forget(stepped)
+
+
+register_optimizer_step_post_hook(_forget_after_step)
 
 
 def _chooser(indices: tuple[int, ...]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:

@@ -49,6 +49,9 @@ def _choose_reader() -> Callable[[tuple[Any, ...]], bytes]:
 #: The identities of a tuple's items, to be compared with those of others.
 addresses_of: Callable[[tuple[Any, ...]], bytes] = _choose_reader()
 
+# What the addresses of no tuple are.
+_ENDED = b"ended"
+
 
 class ParameterState:
     """Which tensors there were at one moment, and which values they had.
@@ -73,8 +76,8 @@ class ParameterState:
 
         def end(_: object) -> None:
             state = own()
-            if state is not None:
-                state._addresses = b"ended"
+            if state is not None and state._addresses != _ENDED:
+                state._addresses = _ENDED
                 ended(state)
 
         self._addresses = addresses_of(tensors)

@@ -1,16 +1,20 @@
 """lncompile: ``torch.compile(model, backend="lnfold")`` folds LayerNorms' mean-centering into upstream weights."""
 
 from lncompile.explain import explain, refresh, reports
+from lncompile.fold import FoldedModule, fold
 from lncompile.lowering.inspection import GeneratedCode, generated_code
 from lncompile.options import OptionError, Options
 from lncompile.passes.decisions import Reason, Site
 from lncompile.report import FoldReport
+from lncompile.signature import CallError
 from lncompile.verify import Verification, verify
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CallError",
     "FoldReport",
+    "FoldedModule",
     "GeneratedCode",
     "OptionError",
     "Options",
@@ -19,6 +23,7 @@ __all__ = [
     "Verification",
     "__version__",
     "explain",
+    "fold",
     "generated_code",
     "refresh",
     "reports",

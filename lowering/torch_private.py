@@ -55,6 +55,14 @@ def size_hint(size: Any, fallback: int) -> int:
     return int(node.hint) if node.has_hint() else fallback
 
 
+def conditions_on_sizes(size: torch.SymInt) -> list[Any]:
+    """Return what was assumed of dynamic sizes while a graph was traced, as sympy conditions."""
+    environment = size.node.shape_env
+    # Sizes of 0 and 1 are never taken to be dynamic.
+    smallest = [symbol >= 2 for symbol in environment.var_to_range]
+    return [*smallest, *(guard.expr for guard in environment.guards)]
+
+
 def storage_identity(value: Tensor) -> int | None:
     """Return a number that two tensors share exactly when they share storage; None where there is no storage."""
     try:
@@ -241,6 +249,21 @@ def code_being_compiled() -> Any:
 def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
     """Apply a function to every leaf of nested containers, model outputs included."""
     return _pytree.tree_map(function, tree)
+
+
+def tree_flatten(tree: Any) -> tuple[list[Any], Any]:
+    """Return the leaves of nested containers, and their form."""
+    return _pytree.tree_flatten(tree)
+
+
+def tree_leaves(tree: Any) -> list[Any]:
+    """Return the leaves of nested containers."""
+    return _pytree.tree_leaves(tree)
+
+
+def tree_unflatten(leaves: Sequence[Any], form: Any) -> Any:
+    """Put leaves into nested containers of a form."""
+    return _pytree.tree_unflatten(leaves, form)
 
 
 def leaves_with_path(tree: Any) -> list[tuple[str, Any]]:

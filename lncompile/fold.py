@@ -29,19 +29,19 @@ class FoldedModule(nn.Module):
     """What :func:`fold` returns. It takes what the model took and returns what the model returned.
 
     Attributes:
-        graph: the rewritten graph, with the weights under the names they had in the model.
+        folded: the rewritten graph, with the weights under the names they had in the model.
         report: what folded.
     """
 
     def __init__(self, graph: fx.GraphModule, signature: Signature, report: FoldReport) -> None:
         super().__init__()
-        self.graph = graph
+        self.folded = graph
         self.report = report
         self._signature = signature
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call it like the model."""
-        return self._signature.outputs(self.graph(*self._signature.inputs(args, kwargs)))
+        return self._signature.outputs(self.folded(*self._signature.inputs(args, kwargs)))
 
 
 def fold(model: nn.Module, *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> FoldedModule:

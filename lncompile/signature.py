@@ -65,12 +65,12 @@ class Signature:
 
     def take(self, placeholder: fx.Node, value: Any) -> bool:
         """Note how a placeholder is filled at each call; False if no argument of the caller fills it."""
-        example = placeholder.meta.get("example_value")
+        example: Any = placeholder.meta.get("example_value")
         if isinstance(value, Tensor):
             index = next((i for i, tensor in enumerate(self.examples) if tensor is value), None)
             if index is None:
                 return False
-            sizes = tuple(example.shape) if isinstance(example, Tensor) else tuple(value.shape)
+            sizes: tuple[Any, ...] = tuple(example.shape) if isinstance(example, Tensor) else tuple(value.shape)
             self._sources.append(index)
             self._shapes[index] = tuple(
                 torch_private.symbolic_expression(size) if isinstance(size, torch.SymInt) else size for size in sizes

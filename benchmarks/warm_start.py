@@ -1,9 +1,9 @@
 """How long until the first answer, in a fresh process, with empty and with filled caches?
 
 Each measurement is a process of its own that builds GPT-2 with a few layers and makes the first call of
-``torch.compile(model, backend=...)``. Cold, Inductor's caches are empty; warm, they are what the cold process of the same
-backend left behind. Stock ``inductor`` and ``lnfold`` take turns. For ``lnfold`` the time to import it is a part of the
-call, and its centered weights are computed in both.
+``torch.compile(model, backend=...)``. Cold, Inductor's caches are empty; warm, they are what the cold process of the
+same backend left behind. Stock ``inductor`` and ``lnfold`` take turns. For ``lnfold`` the call includes importing it,
+and its centered weights are computed in both.
 
     python benchmarks/warm_start.py [--layers 4] [--rounds 5]
 

@@ -185,7 +185,10 @@ def _remember(
 ) -> Callable[..., Any]:
     """Return the function Dynamo calls, with the report tied to it and freed with it."""
     tensors: tuple[weakref.ref[Tensor], ...] = tuple(
-        weakref.ref(value) for value in example_inputs if isinstance(value, torch.nn.Parameter)
+        weakref.ref(value)
+        for value in example_inputs
+        # Of quantized weights `module.to()` swaps the contents, which torch refuses where there are weak references.
+        if isinstance(value, torch.nn.Parameter) and not torch_private.is_tensor_subclass(value)
     )
     record = CompiledGraph(report, tensors, torch_private.code_being_compiled(), arguments, materializer)
     compiled_graphs.add(record)

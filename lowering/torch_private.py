@@ -88,6 +88,15 @@ def copy_placeholder_source(old: fx.Node, new: fx.Node) -> None:
     new._dynamo_source = getattr(old, "_dynamo_source", None)
 
 
+def forget_example(placeholder: fx.Node) -> None:
+    """Drop the real value that Dynamo keeps with a placeholder of its own while it traces.
+
+    Dynamo forgets it after compiling. In a copy it would stay: large constants, and weak references for which torch
+    refuses to move a tensor subclass (``swap_tensors``).
+    """
+    placeholder.meta.pop("grapharg", None)
+
+
 def copy_graph_module_attributes(old: fx.GraphModule, new: fx.GraphModule) -> None:
     """Carry over what AOTAutograd reads from the graph module Dynamo made."""
     new.meta = dict(old.meta)

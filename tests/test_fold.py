@@ -186,3 +186,14 @@ def test_quantized_weights_are_left_alone_with_a_reason() -> None:
     assert second.reason is lncompile.Reason.UNSUPPORTED_WEIGHT
     assert "'branch.weight' is a Int8Tensor" in second.detail
     assert "fold first, then quantize" in str(report)
+
+
+def test_a_compiled_model_with_quantized_weights_can_be_moved() -> None:
+    """`module.to()` swaps the contents of such weights, which torch refuses where anybody holds a weak reference."""
+    quantization = pytest.importorskip("torchao.quantization")
+    model = randomise(Tied()).eval()
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    compiled = torch.compile(model, backend="lnfold")
+    compiled(IDS)
+    model.to("meta")
+    assert model.branch.weight.device.type == "meta"

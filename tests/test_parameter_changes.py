@@ -75,6 +75,20 @@ def test_optimizer_steps_between_evaluations() -> None:
     assert all((one - other).abs().max() > 1e-3 for one, other in itertools.pairwise(answers))
 
 
+def test_a_step_without_the_check_changes_nothing_until_refresh() -> None:
+    model = tied()
+    compiled = torch.compile(model, backend="lnfold", options={"lnfold.check": False})
+    check(compiled, model)
+    optimizer = torch.optim.SGD([model.branch.bias], lr=0.1, fused=True)
+    before = [value.clone() for value in materialized(compiled)]
+    model.branch.bias.grad = torch.ones(8, dtype=torch.float64).cumsum(0)
+    optimizer.step()
+    compiled(IDS)
+    assert all(torch.equal(old, new) for old, new in zip(before, materialized(compiled), strict=True))
+    lncompile.refresh()
+    check(compiled, model)
+
+
 @pytest.mark.parametrize("assign", [False, True])
 def test_load_state_dict_while_compiled(assign: bool) -> None:
     model, other = tied(), randomise(Tied().double(), seed=3)

@@ -6,8 +6,9 @@ Three things are compared, none of which keeps a parameter alive:
   owner is freed; when one is freed, a weak reference ends the state.
 * *version*, torch's count of the in-place writes to a tensor.
 * *storage*. ``parameter.data = other`` and ``module.to(dtype)`` exchange it under the same object and count nothing.
-  Most often that frees the old storage, which ends the state as well. Where somebody else keeps it, nothing is noticed:
-  this is a write that only :func:`lncompile.refresh` knows of.
+  Most often that frees the old storage, which ends the state as well. Where somebody else keeps it (a ``state_dict``),
+  a conversion is noticed by the first parameter's storage, for it exchanges all of them. One other parameter's exchange
+  is not: only :func:`lncompile.refresh` knows of it.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class ParameterState:
     """Which tensors there were at one moment, and which values they had.
 
     Args:
-        tensors: with a storage and a version, so none that was made under ``torch.inference_mode()``.
+        tensors: at least one, with storages and versions, so none that was made under ``torch.inference_mode()``.
         ended: called with this state when it can never be current again: a tensor or its storage was freed.
 
     Example:
@@ -87,7 +88,11 @@ class ParameterState:
 
     def is_current(self, tensors: tuple[Tensor, ...]) -> bool:
         """Whether these are the same tensors, not written to since."""
-        return addresses_of(tensors) == self._addresses and list(map(version_of, tensors)) == self._versions
+        return (
+            addresses_of(tensors) == self._addresses
+            and list(map(version_of, tensors)) == self._versions
+            and self._storages[0]() is tensors[0].untyped_storage()
+        )
 
     def has_storages_of(self, tensors: tuple[Tensor, ...]) -> bool:
         """Whether these tensors have the same storages, freed or not: a closer look than each call can pay for."""

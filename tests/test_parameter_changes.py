@@ -132,14 +132,17 @@ def test_to_dtype_and_back() -> None:
     assert not torch.equal(rounded, exact), "the control: rounded on the way"
 
 
-def test_to_dtype_and_back_between_two_calls() -> None:
+@pytest.mark.parametrize("kept", [False, True])
+def test_to_dtype_and_back_between_two_calls(kept: bool) -> None:
     model = tied()
     compiled = torch.compile(model, backend="lnfold")
+    state = model.state_dict() if kept else {}  # not a copy: it keeps the old storages
     version = model.table.weight._version
     exact = check(compiled, model)
     rounded = check(compiled, model.bfloat16().double())
     assert (rounded - exact).abs().max() > 1e-3
     assert model.table.weight._version == version, "the control: torch does not count it"
+    del state
 
 
 def test_to_device_that_has_no_values_and_back() -> None:

@@ -39,8 +39,10 @@ lint: $(stamp)-lint ## ruff, formatting, and mypy on an installed wheel
 	$(python) -m ruff format --check .
 	.ci/types $(python)
 
-bench: $(stamp)-demo ## time of detection, and what sites that do not fold should run; writes benchmarks/results/
+bench: $(stamp)-demo ## detection, the look at weights, cold and warm starts, sites that do not fold; writes benchmarks/results/
 	$(python) benchmarks/detection.py
+	$(python) benchmarks/weight_check.py
+	$(python) benchmarks/warm_start.py
 	$(python) benchmarks/nonfoldable.py
 
 clean: ## remove environments, caches and build output

@@ -1,17 +1,21 @@
 """lncompile: ``torch.compile(model, backend="lnfold")`` folds LayerNorms' mean-centering into upstream weights."""
 
 from lncompile.explain import explain, refresh, reports
+from lncompile.fold import FoldedModule, fold
 from lncompile.integrations import allow_in_accelerate
 from lncompile.lowering.inspection import GeneratedCode, generated_code
 from lncompile.options import OptionError, Options
 from lncompile.passes.decisions import Reason, Site
 from lncompile.report import FoldReport
+from lncompile.signature import CallError
 from lncompile.verify import Verification, verify
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CallError",
     "FoldReport",
+    "FoldedModule",
     "GeneratedCode",
     "OptionError",
     "Options",
@@ -21,6 +25,7 @@ __all__ = [
     "__version__",
     "allow_in_accelerate",
     "explain",
+    "fold",
     "generated_code",
     "refresh",
     "reports",

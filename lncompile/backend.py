@@ -54,7 +54,6 @@ class CompiledGraph:
 
 
 compiled_graphs: weakref.WeakSet[CompiledGraph] = weakref.WeakSet()
-materializers: weakref.WeakSet[Materializer] = weakref.WeakSet()
 _used_configurations: list[dict[str, Any]] = []
 
 
@@ -115,7 +114,6 @@ def lnfold(
         if not safety_net:
             raise
         return _untouched(graph_module, example_inputs, inductor_config, arguments, error)
-    materializers.add(materializer)
     return _remember(compiled, example_inputs, report, arguments, materializer)
 
 
@@ -201,7 +199,10 @@ def _remember(
 ) -> Callable[..., Any]:
     """Return the function Dynamo calls, with the report tied to it and freed with it."""
     tensors: tuple[weakref.ref[Tensor], ...] = tuple(
-        weakref.ref(value) for value in example_inputs if isinstance(value, torch.nn.Parameter)
+        weakref.ref(value)
+        for value in example_inputs
+        # Of quantized weights `module.to()` swaps the contents, which torch refuses where there are weak references.
+        if isinstance(value, torch.nn.Parameter) and not torch_private.is_tensor_subclass(value)
     )
     record = CompiledGraph(report, tensors, torch_private.code_being_compiled(), arguments, materializer)
     compiled_graphs.add(record)
@@ -221,4 +222,4 @@ def _remember(
     return run
 
 
-__all__ = ["CompiledGraph", "Options", "compiled_graphs", "lnfold", "make_report", "materializers"]
+__all__ = ["CompiledGraph", "Options", "compiled_graphs", "lnfold", "make_report"]

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from lncompile.analysis import analyse
-from lncompile.backend import centered_in_the_graph, compiled_graphs, make_report, materializers
+from lncompile.backend import centered_in_the_graph, compiled_graphs, make_report
 from lncompile.lowering import torch_private
 from lncompile.options import Options, parse_options
 from lncompile.passes.canonical import tensor_of
@@ -134,6 +134,4 @@ def refresh() -> None:
     Needed only after a write that torch does not count: ``parameter.data.copy_(...)`` or a write through NumPy.
     In-place updates, optimizer steps, ``load_state_dict`` and swapped Parameters are noticed by themselves.
     """
-    for materializer in list(materializers):
-        materializer.refresh()
     forget_all()

@@ -58,6 +58,14 @@ def size_hint(size: Any, fallback: int) -> int:
     return int(node.hint) if node.has_hint() else fallback
 
 
+def conditions_on_sizes(size: torch.SymInt) -> list[Any]:
+    """Return what was assumed of dynamic sizes while a graph was traced, as sympy conditions."""
+    environment = size.node.shape_env
+    # Sizes of 0 and 1 are never taken to be dynamic.
+    smallest = [symbol >= 2 for symbol in environment.var_to_range]
+    return [*smallest, *(guard.expr for guard in environment.guards)]
+
+
 def storage_identity(value: Tensor) -> int | None:
     """Return a number that two tensors share exactly when they share storage; None where there is no storage."""
     try:
@@ -81,6 +89,15 @@ def mark_static_input(placeholder: fx.Node) -> None:
 def copy_placeholder_source(old: fx.Node, new: fx.Node) -> None:
     """Carry over what Graph.graph_copy drops: the source Dynamo keeps on a placeholder."""
     new._dynamo_source = getattr(old, "_dynamo_source", None)
+
+
+def forget_example(placeholder: fx.Node) -> None:
+    """Drop the real value that Dynamo keeps with a placeholder of its own while it traces.
+
+    Dynamo forgets it after compiling. In a copy it would stay: large constants, and weak references for which torch
+    refuses to move a tensor subclass (``swap_tensors``).
+    """
+    placeholder.meta.pop("grapharg", None)
 
 
 def copy_graph_module_attributes(old: fx.GraphModule, new: fx.GraphModule) -> None:
@@ -244,6 +261,21 @@ def code_being_compiled() -> Any:
 def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
     """Apply a function to every leaf of nested containers, model outputs included."""
     return _pytree.tree_map(function, tree)
+
+
+def tree_flatten(tree: Any) -> tuple[list[Any], Any]:
+    """Return the leaves of nested containers, and their form."""
+    return _pytree.tree_flatten(tree)
+
+
+def tree_leaves(tree: Any) -> list[Any]:
+    """Return the leaves of nested containers."""
+    return _pytree.tree_leaves(tree)
+
+
+def tree_unflatten(leaves: Sequence[Any], form: Any) -> Any:
+    """Put leaves into nested containers of a form."""
+    return _pytree.tree_unflatten(leaves, form)
 
 
 def leaves_with_path(tree: Any) -> list[tuple[str, Any]]:

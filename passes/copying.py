@@ -26,6 +26,7 @@ def copy_graph_module(graph_module: fx.GraphModule) -> fx.GraphModule:
     for old, new in copies.items():
         new.meta = dict(old.meta)
         if old.op == "placeholder":
+            torch_private.forget_example(new)
             torch_private.copy_placeholder_source(old, new)
     copy = fx.GraphModule(graph_module, graph)
     torch_private.copy_graph_module_attributes(graph_module, copy)

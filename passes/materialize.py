@@ -2,24 +2,29 @@
 
 Each centered parameter expression of the graph is cut out into a small graph of its own (:class:`Expression`), and a
 placeholder takes its place. At each call a :class:`Materializer` supplies the values, computed under
-``torch.no_grad()`` from the parameters *that arrive in this call* and cached by the identity and version of these
-tensors. Nothing is baked in: Dynamo reuses one compiled graph for several parameter sets, and in-place updates,
-``load_state_dict`` or a swapped Parameter cause no recompile.
+``torch.no_grad()`` from the parameters *that arrive in this call* and kept while these are the same tensors and nobody
+writes to them (``parameter_state``). Nothing is baked in: Dynamo reuses one compiled graph for several parameter sets,
+and in-place updates, ``load_state_dict`` or a swapped Parameter cause no recompile.
 """
 
 from __future__ import annotations
 
+import logging
+import operator
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lncompile.lowering import torch_private
+from lncompile.passes.parameter_state import ParameterState
 
-version_of = torch_private.version_of
+log = logging.getLogger("lncompile")
 
 
 class Expression:
@@ -78,16 +83,13 @@ def _closure(root: fx.Node) -> list[fx.Node]:
 class _Entry:
     """One materialised tensor and the state of the parameters it was made from. Kept alive by its materializers."""
 
-    def __init__(self, leaves: Sequence[Tensor], value: Tensor) -> None:
-        self.references = tuple(weakref.ref(leaf) for leaf in leaves)
-        self.versions = tuple(version_of(leaf) for leaf in leaves)
-        self.value = value
+    def __init__(self, expression: Expression, leaves: tuple[Tensor, ...]) -> None:
+        # The state is read before the value is computed: a write in between makes the entry outdated, not wrong.
+        self.state = ParameterState(leaves)
+        self.value = expression.evaluate(leaves)
 
-    def is_current(self, leaves: Sequence[Tensor]) -> bool:
-        return all(
-            reference() is leaf and version == version_of(leaf)
-            for reference, version, leaf in zip(self.references, self.versions, leaves, strict=True)
-        )
+    def is_current(self, leaves: tuple[Tensor, ...]) -> bool:
+        return self.state.is_current(leaves) and self.state.has_storages_of(leaves)
 
 
 class _Store:
@@ -97,17 +99,23 @@ class _Store:
         self._entries: weakref.WeakValueDictionary[tuple[Any, ...], _Entry] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()
 
-    def get(self, expression: Expression, leaves: Sequence[Tensor]) -> _Entry:
+    def get(self, expression: Expression, leaves: tuple[Tensor, ...]) -> tuple[_Entry, bool]:
+        """The value of an expression, and whether another graph's value of it turned out to be outdated unnoticed.
+
+        It is always computed, and then shared with the graphs that have the same one: a graph that is new, or that was
+        not called for a while, is not to inherit what others made before a write that torch did not count.
+        """
         key = (expression.code, *(id(leaf) for leaf in leaves))
         with self._lock:
-            entry = self._entries.get(key)
-            # Identity is checked on the live object: an id() is used again after its owner is freed.
-            if entry is None or not entry.is_current(leaves):
-                # The state is read before the value is computed: a change in between makes the entry outdated.
-                entry = _Entry(leaves, expression.evaluate(leaves))
-                self._entries[key] = entry
-                torch_private.count("materialized")
-            return entry
+            fresh = _Entry(expression, leaves)
+            torch_private.count("materialized")
+            # An id() is used again after its owner is freed; the entry's state knows.
+            known = self._entries.get(key)
+            believed = known is not None and known.is_current(leaves)
+            if known is not None and believed and torch.equal(known.value, fresh.value):
+                return known, False
+            self._entries[key] = fresh
+            return fresh, believed
 
     def clear(self) -> None:
         with self._lock:
@@ -117,26 +125,27 @@ class _Store:
 _store = _Store()
 
 
+_materializers: weakref.WeakSet[Materializer] = weakref.WeakSet()
+
+
 def forget_all() -> None:
-    """Forget every materialised tensor: the next look-up computes it anew."""
+    """Forget every materialised tensor: the next call of each compiled graph computes its own anew."""
+    _forget_sets()
     _store.clear()
+
+
+def _forget_sets() -> None:
+    for materializer in list(_materializers):
+        materializer.refresh()
 
 
 class _ParameterSet:
     """The values for one set of parameters that a graph was called with."""
 
-    def __init__(self, checks: Sequence[tuple[int, Any, int]], entries: Sequence[_Entry]) -> None:
-        self.checks = checks
+    def __init__(self, state: ParameterState, entries: Sequence[_Entry]) -> None:
+        self.state = state
         self.entries = entries
         self.values = [entry.value for entry in entries]
-
-    def is_current(self, arguments: Sequence[Any]) -> bool:
-        # A plain loop: this runs at every call of the compiled model.
-        for index, reference, version in self.checks:
-            tensor = arguments[index]
-            if reference() is not tensor or version_of(tensor) != version:
-                return False
-        return True
 
 
 class Materializer:
@@ -156,8 +165,10 @@ class Materializer:
         self.expressions = tuple(expressions)
         self._check = check
         self._leaves = tuple(sorted({leaf for expression in expressions for leaf in expression.leaves}))
+        self._choose_leaves = _chooser(self._leaves)
         # By the id of the first parameter: one compiled graph may serve many equal blocks in turn.
         self._sets: dict[int, _ParameterSet] = {}
+        _materializers.add(self)
 
     def __call__(self, arguments: Sequence[Any]) -> list[Tensor]:
         """Return the value of each expression for these arguments.
@@ -168,38 +179,66 @@ class Materializer:
         if not self._leaves:
             return []
         known = self._sets.get(id(arguments[self._leaves[0]]))
-        if known is not None and (not self._check or known.is_current(arguments)):
+        if known is not None and (not self._check or known.state.is_current(self._choose_leaves(arguments))):
             return known.values
         return self._refresh(arguments)
 
     def seen(self) -> set[int]:
         """Ids of the living parameters that values were supplied for."""
-        references = (check[1] for known in list(self._sets.values()) for check in known.checks)
-        return {id(tensor) for reference in references if (tensor := reference()) is not None}
+        return {id(tensor) for known in list(self._sets.values()) for tensor in known.state.living()}
 
     def refresh(self) -> None:
         """Forget all values, so that the next call computes them anew."""
         self._sets.clear()
 
+    def forget(self, parameters: set[int]) -> None:
+        """Forget the values made from any of these, given by their ids; none if changes are not to be looked for."""
+        for first, known in list(self._sets.items()) if self._check else ():
+            if any(id(tensor) in parameters for tensor in known.state.living()):
+                self._sets.pop(first, None)
+
     def _refresh(self, arguments: Sequence[Any]) -> list[Tensor]:
-        leaves = [arguments[index] for index in self._leaves]
+        leaves = self._choose_leaves(arguments)
         if any(leaf.is_inference() for leaf in leaves):
             # Their changes cannot be seen, so nothing may be kept.
             return [e.evaluate([arguments[index] for index in e.leaves]) for e in self.expressions]
         first = id(leaves[0])
-        sets = self._sets
+        own = weakref.ref(self)
 
-        def forget(reference: object) -> None:
+        def forget(ended: ParameterState) -> None:
+            materializer = own()
+            known = None if materializer is None else materializer._sets.get(first)
             # A later owner of the same id may have put its own set there.
-            known = sets.get(first)
-            if known is not None and any(reference is check[1] for check in known.checks):
-                del sets[first]
+            if materializer is not None and known is not None and known.state is ended:
+                materializer._sets.pop(first, None)
 
-        checks = [(i, weakref.ref(arguments[i], forget), version_of(arguments[i])) for i in self._leaves]
-        entries = [_store.get(e, [arguments[index] for index in e.leaves]) for e in self.expressions]
-        fresh = _ParameterSet(checks, entries)
-        sets[first] = fresh
+        state = ParameterState(leaves, forget)  # before the values are computed, see _Entry
+        found = [_store.get(e, tuple(arguments[index] for index in e.leaves)) for e in self.expressions]
+        if any(outdated for _, outdated in found):
+            log.debug("a weight was written to through .data: every compiled graph computes its centered weights anew")
+            _forget_sets()
+        fresh = _ParameterSet(state, [entry for entry, _ in found])
+        self._sets[first] = fresh
         return fresh.values
+
+
+def _forget_after_step(optimizer: Optimizer, *_: object) -> None:
+    """Fused optimizers count no write (torch 2.13), and others may not: what an optimizer stepped is outdated."""
+    if torch.compiler.is_compiling():
+        return  # a compiled step: what AOTAutograd compiles does count
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for materializer in list(_materializers):
+        materializer.forget(stepped)
+
+
+register_optimizer_step_post_hook(_forget_after_step)
+
+
+def _chooser(indices: tuple[int, ...]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """A function that takes the items at some indices out of a sequence, always as a tuple."""
+    if len(indices) > 1:
+        return operator.itemgetter(*indices)
+    return lambda items: tuple(items[index] for index in indices)
 
 
 def hoist(graph: fx.Graph, roots: Sequence[fx.Node]) -> tuple[list[Expression], list[fx.Node]]:

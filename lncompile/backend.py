@@ -24,6 +24,7 @@ from lncompile.options import Options, parse_options
 from lncompile.passes.decisions import Reason, WeightRewrite
 from lncompile.passes.materialize import Materializer
 from lncompile.passes.provenance import parameter_name
+from lncompile.passes.sharding import local_bytes
 from lncompile.passes.sites import find_sites
 from lncompile.passes.verdicts import describe_centerings, left_alone
 from lncompile.report import FoldReport
@@ -140,7 +141,7 @@ def make_report(
     weights = []
     for expression, value in zip(transformed.expressions if transformed else (), values, strict=True):
         name = " · ".join(parameter_name(placeholders[leaf]) for leaf in expression.leaves)
-        weights.append(WeightRewrite(name, value.nbytes, "copy"))
+        weights.append(WeightRewrite(name, local_bytes(value), "copy"))
     centerings = describe_centerings(analysis.placement, analysis.variables) if analysis.placement else ()
     return FoldReport(analysis.verdicts, tuple(weights), centerings, 1, seconds)
 

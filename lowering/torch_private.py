@@ -58,7 +58,8 @@ def size_hint(size: Any, fallback: int) -> int:
 def storage_identity(value: Tensor) -> int | None:
     """Return a number that two tensors share exactly when they share storage; None where there is no storage."""
     try:
-        return int(value.untyped_storage()._cdata)
+        # A DTensor's own storage holds nothing.
+        return int(getattr(value, "_local_tensor", value).untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):
         # Tensor subclasses without a storage of their own, sparse and mkldnn tensors.
         return None
@@ -198,6 +199,13 @@ def schemas_of(packet: Any) -> list[Any]:
 
 
 # --- Tensors --------------------------------------------------------------------------------------------------------
+
+
+def local_tensor(value: Any) -> Tensor:
+    """Return the tensor that this process holds of a DTensor, itself and not a view of it."""
+    local: Tensor = value._local_tensor
+    return local
+
 
 # Counts the in-place writes to a tensor that autograd can see (not those through `.data`).
 version_of: Callable[[Tensor], int] = operator.attrgetter("_version")

@@ -33,6 +33,7 @@ from lncompile.passes.decisions import Blocked
 from lncompile.passes.graph_facts import GraphFacts
 from lncompile.passes.operands import WRITTEN, shape
 from lncompile.passes.rules.base import RULES, AxisMap
+from lncompile.passes.sharding import is_sharded
 
 # Between the product and what scales it there may be these: they only say where the channels go.
 _TRANSPARENT = frozenset(
@@ -289,6 +290,8 @@ def _alike(product: Operation, steps: list[Operation], stages: list[Stage], fact
     nodes = [*parameters, product.node, *(step.node for step in steps)]
     for stage in stages:
         nodes += stage.parameters()
+    if any(is_sharded(tensor_of(node)) for node in nodes):
+        return False  # a row of channels has other placements than the weight it would go into
     kinds = {(tensor.dtype, tensor.device) if (tensor := tensor_of(node)) is not None else None for node in nodes}
     return len(kinds) == 1 and None not in kinds
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from lncompile.lowering import torch_private
+from lncompile.passes.optimizer_steps import watch_optimizers
 
 version_of = torch_private.version_of
 
@@ -156,6 +157,8 @@ class Materializer:
         self.expressions = tuple(expressions)
         self._check = check
         self._leaves = tuple(sorted({leaf for expression in expressions for leaf in expression.leaves}))
+        if self._leaves and check:
+            watch_optimizers()
         # By the id of the first parameter: one compiled graph may serve many equal blocks in turn.
         self._sets: dict[int, _ParameterSet] = {}
 

@@ -42,6 +42,13 @@ TRANSFORMER_ENCODER_LAYER_FORWARD: Any = torch._transformer_encoder_layer_fwd
 TRANSFORMER_ENCODER_LAYER: Any = torch.ops.aten._transformer_encoder_layer_fwd.default
 
 
+def functional_collective(name: str) -> Any:
+    """Return the operator that a functional collective becomes in a graph; None where torch has no distributed."""
+    if not torch.distributed.is_available():
+        return None
+    return getattr(torch.ops._c10d_functional, name).default
+
+
 def symbolic_expression(size: torch.SymInt) -> Any:
     """Return the sympy expression of a dynamic size, without guarding on its value."""
     return size.node.expr
@@ -96,6 +103,17 @@ def source_name(placeholder: fx.Node) -> str | None:
         return None
     name = source.name
     return str(name() if callable(name) else name)
+
+
+def is_gathered_for_the_call(placeholder: fx.Node) -> bool:
+    """Whether a placeholder is a parameter of a module under FSDP, which fills it anew before each call.
+
+    FSDP keeps the tensor and takes its memory away; the gathered values come back without a new version.
+    """
+    source = getattr(placeholder, "_dynamo_source", None)
+    kind = getattr(source, "guard_source", None)
+    kind = kind() if callable(kind) else kind
+    return bool(kind is not None and kind.is_fsdp_module())
 
 
 def is_tensor_subclass(value: Any) -> bool:

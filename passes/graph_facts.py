@@ -177,6 +177,8 @@ class GraphFacts:
         name = parameter_name(node)
         if node in self.written:
             return f"parameter '{name}' is written to in the graph: {self.written[node]}"
+        if torch_private.is_gathered_for_the_call(node):
+            return f"parameter '{name}' is gathered anew for each call (FSDP): a centered copy would be outdated unseen"
         if sharding.is_sharded(example):
             problem = sharding.problem_with(example)
             if problem is not None:

@@ -82,8 +82,7 @@ def centering_obstacle(tensor: Tensor | None, axes: Axes) -> str | None:
 def is_understood(tensor: Tensor) -> bool:
     """Whether a DTensor's pieces make the whole by being joined and summed, and in no other way."""
     return all(
-        type(placement) in (Shard, Replicate)
-        or (type(placement) is Partial and placement.reduce_op in ("sum", "avg"))
+        type(placement) in (Shard, Replicate) or (type(placement) is Partial and placement.reduce_op in ("sum", "avg"))
         for placement in _placements(tensor)
     )
 

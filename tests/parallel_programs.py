@@ -5,6 +5,7 @@ The processes are spawned, so the programs stand in a module of their own that i
 
 from __future__ import annotations
 
+import copy
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -16,8 +17,9 @@ import torch
 from architectures import randomise
 from graphs import run_as_it_is
 from torch import Tensor, distributed, nn
+from torch.distributed._functional_collectives import all_reduce
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import (
@@ -31,7 +33,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-import lncompile
+from lncompile.backend import compiled_graphs
 from lncompile.lowering import torch_private
 from lncompile.passes import materialize
 
@@ -97,9 +99,9 @@ def relative(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).norm() / expected.norm())
 
 
-def summary(compiled: Any) -> Found:
-    """Counts, reasons and words of what was compiled."""
-    reports = lncompile.reports(compiled)
+def summary() -> Found:
+    """Counts, reasons and words of what was compiled since the last reset."""
+    reports = [record.report for record in compiled_graphs]
     sites = [site for report in reports for site in report.sites]
     return {
         "sites": len(sites),
@@ -127,25 +129,38 @@ def collectives_of_materialising() -> Any:
     return patch
 
 
-def in_parallel(mesh: DeviceMesh, styles: dict[str, ParallelStyle], options: Any = None, **arguments: Any) -> Found:
-    """A decoder whose blocks follow a plan, compiled, next to the whole model in eager."""
-    model, ids = decoder(**arguments), token_ids()
-    expected = model(ids)
-    for block in model.blocks:
-        parallelize_module(block, mesh, styles)
-    compiled = torch.compile(model, backend="lnfold", options=options)
-    with collectives_of_materialising() as _, CommDebugMode() as eager:
-        model(ids)
+def collectives(function: Callable[..., Any], *arguments: Any) -> int:
+    """Count the collectives of a call."""
+    with CommDebugMode() as mode:
+        function(*arguments)
+    return mode.get_total_counts()
+
+
+def compare(model: nn.Module, expected: Tensor, assist: bool = False) -> Found:
+    """A model that was parallelised, compiled, next to what the whole model gave in eager."""
+    ids = token_ids()
+    # `compile` in place: a module around it would have the hooks that count collectives fire twice.
+    compiled = copy.copy(model)
+    compiled.compile(backend="lnfold", options={"lnfold.assist": assist})
     counting = collectives_of_materialising()
     with counting:
         actual = compiled(ids)
     return {
         "error": relative(actual, expected),
-        **summary(compiled),
+        **summary(),
         "materialised": len(counting.counts),
-        "collectives": sum(counting.counts),
-        "eager_collectives": eager.get_total_counts(),
+        "collectives_of_materialising": sum(counting.counts),
+        "collectives": (collectives(compiled, ids), collectives(model, ids)),
     }
+
+
+def in_parallel(mesh: DeviceMesh, styles: dict[str, ParallelStyle], **arguments: Any) -> Found:
+    """A decoder whose blocks follow a plan."""
+    model = decoder(**arguments)
+    expected = model(token_ids())
+    for block in model.blocks:
+        parallelize_module(block, mesh, styles)
+    return compare(model, expected)
 
 
 # --- programs ---
@@ -156,7 +171,7 @@ def usual_plan(mesh: DeviceMesh) -> Found:
 
 
 def norms_of_heads(mesh: DeviceMesh) -> Found:
-    return in_parallel(mesh, plan(), norm_heads=True, options={"lnfold.assist": False})
+    return in_parallel(mesh, plan(), norm_heads=True)
 
 
 def gathered_columns(mesh: DeviceMesh) -> Found:
@@ -168,8 +183,7 @@ def gathered_columns(mesh: DeviceMesh) -> Found:
 def changed_weights(mesh: DeviceMesh) -> Found:
     """Sharded weights are changed in place, by an optimizer that raises no version, and by loading a state."""
     model, reference, ids = decoder(layers=1), decoder(layers=1), token_ids()
-    for each in (model,):
-        parallelize_module(each.blocks[0], mesh, plan())
+    parallelize_module(model.blocks[0], mesh, plan())
     compiled = torch.compile(model, backend="lnfold")
     errors = [relative(compiled(ids), reference(ids))]
 
@@ -178,8 +192,9 @@ def changed_weights(mesh: DeviceMesh) -> Found:
     errors.append(relative(compiled(ids), reference(ids)))
 
     for each in (model, reference):
-        optimizer = torch.optim.SGD(each.parameters(), lr=0.5, foreach=True)
-        for parameter in each.parameters():
+        block = each.blocks[0]
+        optimizer = torch.optim.SGD([block.down.weight, block.o.weight], lr=0.5, foreach=True)
+        for parameter in (block.down.weight, block.o.weight):
             parameter.grad = parameter.detach().clone()
         optimizer.step()
         optimizer.zero_grad()
@@ -189,13 +204,13 @@ def changed_weights(mesh: DeviceMesh) -> Found:
     model.load_state_dict(state)
     reference.load_state_dict({name: 1.25 * value for name, value in reference.state_dict().items()})
     errors.append(relative(compiled(ids), reference(ids)))
-    return {"errors": errors, **summary(compiled)}
+    return {"errors": errors, **summary()}
 
 
 def vocabulary_cut(mesh: DeviceMesh) -> Found:
     """Token embeddings cut along the vocabulary, as Megatron does it, and a head cut along its output."""
-    model, ids = decoder(), token_ids()
-    expected = model(ids)
+    model = decoder()
+    expected = model(token_ids())
     for block in model.blocks:
         parallelize_module(block, mesh, plan())
     outside = {
@@ -203,14 +218,13 @@ def vocabulary_cut(mesh: DeviceMesh) -> Found:
         "head": ColwiseParallel(output_layouts=Replicate()),
     }
     parallelize_module(model, mesh, outside)
-    compiled = torch.compile(model, backend="lnfold")
-    return {"error": relative(compiled(ids), expected), **summary(compiled)}
+    return compare(model, expected)
 
 
 def sequence_parallel(mesh: DeviceMesh) -> Found:
     """Streams and norms cut along the sequence, gathered in front of attention and MLP."""
-    model, ids = decoder(), token_ids()
-    expected = model(ids)
+    model = decoder()
+    expected = model(token_ids())
     outside = {
         "tokens": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
         "positions": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(0)),
@@ -226,34 +240,88 @@ def sequence_parallel(mesh: DeviceMesh) -> Found:
         rows = {name: RowwiseParallel(output_layouts=Shard(1)) for name in ("o", "down")}
         norms = {name: SequenceParallel() for name in ("attention_norm", "mlp_norm")}
         parallelize_module(block, mesh, {**columns, **rows, **norms})
-    eager = model(ids)
-    compiled = torch.compile(model, backend="lnfold")
-    actual = compiled(ids)
-    return {"error": relative(actual, expected), "eager_error": relative(eager, expected), **summary(compiled)}
+    return compare(model, expected)
+
+
+class _Reduced(nn.Module):
+    """A linear layer of which this process has some input features; the sum over processes is written by hand."""
+
+    def __init__(self, whole: nn.Linear, mesh: DeviceMesh) -> None:
+        super().__init__()
+        self.mesh = mesh
+        self.weight = nn.Parameter(whole.weight.chunk(WORLD, dim=1)[mesh.get_rank()].clone())
+        self.bias = whole.bias
+
+    def forward(self, value: Tensor) -> Tensor:
+        return all_reduce(functional.linear(value, self.weight), "sum", self.mesh) + self.bias
+
+
+def reduced_by_hand(mesh: DeviceMesh) -> Found:
+    """Plain local weights and functional collectives in place of DTensors."""
+    model = decoder()
+    expected = model(token_ids())
+    for block in model.blocks:
+        for name in ("q", "k", "v", "up"):
+            layer = block.get_submodule(name)
+            for parameter in ("weight", "bias"):
+                piece = layer.get_parameter(parameter).chunk(WORLD)[mesh.get_rank()].clone()
+                setattr(layer, parameter, nn.Parameter(piece))
+        block.o, block.down = _Reduced(block.o, mesh), _Reduced(block.down, mesh)
+    return compare(model, expected)
 
 
 def data_parallel(mesh: DeviceMesh) -> Found:
     """DDP: inference folds, training gives eager's outputs and gradients."""
-    return _training(lambda model: DistributedDataParallel(model))
+
+    def wrap(model: Decoder) -> Any:
+        return torch.compile(DistributedDataParallel(model), backend="lnfold")
+
+    return _training(wrap)
+
+
+def data_parallel_in_buckets(mesh: DeviceMesh) -> Found:
+    """DDP with small buckets, at whose borders Dynamo cuts the graph: a backend gets each piece."""
+
+    def wrap(model: Decoder) -> Any:
+        return torch.compile(DistributedDataParallel(model, bucket_cap_mb=0.005), backend="lnfold")
+
+    with mock.patch.object(distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 1000):
+        return _training(wrap)
 
 
 def fully_sharded(mesh: DeviceMesh) -> Found:
-    """FSDP2, each block and the whole."""
+    """FSDP2 of each block and of the whole, which is compiled as a whole: Dynamo leaves its frame to Python."""
 
-    def shard(model: Decoder) -> nn.Module:
+    def wrap(model: Decoder) -> Any:
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
-        return fully_shard(model, mesh=mesh)
+        return torch.compile(fully_shard(model, mesh=mesh), backend="lnfold")
 
-    return _training(shard)
+    return _training(wrap)
 
 
-def _training(wrap: Callable[[Decoder], nn.Module]) -> Found:
+def fully_sharded_blocks(mesh: DeviceMesh, after_forward: bool = True) -> Found:
+    """FSDP2 of each block, each of which is compiled: Dynamo sees the parameters that were gathered for the call."""
+
+    def wrap(model: Decoder) -> Any:
+        for block in model.blocks:
+            block.compile(backend="lnfold")
+            fully_shard(block, mesh=mesh, reshard_after_forward=after_forward)
+        return fully_shard(model, mesh=mesh, reshard_after_forward=after_forward)
+
+    return _training(wrap)
+
+
+def fully_sharded_until_backward(mesh: DeviceMesh) -> Found:
+    """The same, with parameters that stay gathered from the forward pass to the backward pass."""
+    return fully_sharded_blocks(mesh, after_forward=False)
+
+
+def _training(wrap: Callable[[Decoder], Any]) -> Found:
     own = token_ids(seed=distributed.get_rank())
-    model, reference = decoder(layers=1), decoder(layers=1)
-    wrapped = wrap(model)
-    compiled = torch.compile(wrapped, backend="lnfold")
-    found: Found = {"inference": relative(compiled(own), reference(own)), "in_inference": summary(compiled)}
+    model, reference = decoder(norm_heads=True), decoder(norm_heads=True)
+    compiled = wrap(model)
+    found: Found = {"inference": relative(compiled(own), reference(own)), "in_inference": summary()}
 
     with torch.enable_grad():
         # Both halves of the batch at once: gradients are averaged over the processes.
@@ -261,7 +329,7 @@ def _training(wrap: Callable[[Decoder], nn.Module]) -> Found:
         (sum(losses) / WORLD).backward()
         outputs = []
         for _ in range(2):
-            wrapped.zero_grad()
+            model.zero_grad()
             output = compiled(own)
             output.square().mean().backward()
             outputs.append(relative(output.detach(), reference(own).detach()))
@@ -274,18 +342,24 @@ def _training(wrap: Callable[[Decoder], nn.Module]) -> Found:
         whole = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
         gradients.append(relative(whole, expected.grad))
     found["gradients"] = max(gradients)
-    for each in (model, reference):
-        torch.optim.AdamW(each.parameters(), lr=0.01, foreach=True).step()
-    found["after_a_step"] = relative(compiled(own), reference(own))
-    found["in_training"] = summary(compiled)
+    found["after_steps"] = []
+    for _ in range(2):
+        for each in (model, reference):
+            for module in each.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()  # what stays gathered after a forward pass is no parameter to be stepped
+            torch.optim.AdamW(each.parameters(), lr=0.1, foreach=True).step()
+        found["after_steps"].append(relative(compiled(own), reference(own)))
+    found["in_training"] = summary()
     return found
 
 
 PROGRAMS: dict[str, Callable[[DeviceMesh], Found]] = {
     program.__name__: program
     for program in (
-        usual_plan, norms_of_heads, gathered_columns, changed_weights, vocabulary_cut, sequence_parallel, data_parallel,
-        fully_sharded,
+        usual_plan, norms_of_heads, gathered_columns, changed_weights, vocabulary_cut, sequence_parallel,
+        reduced_by_hand, data_parallel,
+        data_parallel_in_buckets,         fully_sharded, fully_sharded_blocks, fully_sharded_until_backward,
     )
 }  # fmt: skip
 
@@ -301,6 +375,7 @@ def run(rank: int, store: str, names: list[str], through_inductor: bool, results
     found: dict[str, Found] = {}
     for name in names:
         torch._dynamo.reset()
+        compiled_graphs.clear()
         try:
             with torch.no_grad(), compile_with:
                 found[name] = PROGRAMS[name](mesh)

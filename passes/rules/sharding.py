@@ -1,6 +1,6 @@
-"""The borders of tensor parallelism: where a tensor of one process becomes a sharded one, and back.
+"""Tensors of several processes: where one of a single process becomes a sharded one and back, and sums over processes.
 
-Between them operations on sharded tensors mean the whole tensor, and have the rules that they have on any other.
+Between the borders operations on sharded tensors mean the whole tensor, and have the rules that they have on any other.
 """
 
 from __future__ import annotations
@@ -15,6 +15,20 @@ from lncompile.passes.canonical import Operation, tensor_of
 from lncompile.passes.decisions import Blocked, Reason
 from lncompile.passes.operands import other_operands, shape
 from lncompile.passes.rules.base import SAME, AxisMap, Linear, linear_rule
+
+
+@linear_rule("all_reduce")
+def all_reduce(operation: Operation) -> Sequence[Linear]:
+    """``C (x_1 + x_2) = C x_1 + C x_2``: each process centers the addend it has. A maximum is none."""
+    if str(operation["reduce_op"]).lower() not in ("sum", "avg"):
+        raise Blocked(Reason.NON_COMMUTING, f"an all_reduce by '{operation['reduce_op']}' over processes")
+    return [Linear({("input", None): SAME})]
+
+
+@linear_rule("wait_tensor")
+def wait_tensor(operation: Operation) -> Sequence[Linear]:
+    """``C x = C x``: it waits for a collective."""
+    return [Linear({("input", None): SAME})]
 
 
 @linear_rule("redistribute")

@@ -39,8 +39,9 @@ lint: $(stamp)-lint ## ruff, formatting, and mypy on an installed wheel
 	$(python) -m ruff format --check .
 	.ci/types $(python)
 
-bench: $(stamp)-demo ## time of detection, and what sites that do not fold should run; writes benchmarks/results/
+bench: $(stamp)-test ## time of detection, errors in narrow dtypes, what sites that do not fold should run
 	$(python) benchmarks/detection.py
+	OMP_NUM_THREADS=1 $(python) benchmarks/numerics.py
 	$(python) benchmarks/nonfoldable.py
 
 clean: ## remove environments, caches and build output

@@ -17,7 +17,7 @@ import argparse
 import importlib
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +34,16 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def run(models: Sequence[str], draws: int, eager: bool, console: Console) -> dict[str, Any]:
+def run(models: Sequence[str], draws: int, eager: bool) -> Iterator[dict[str, Any]]:
     """Measure every model, dtype and stress.
 
     Args:
         models: names in the tests' table of architectures.
         draws: sets of random weights for each.
         eager: whether to leave Inductor out: the rewritten graph as it is against eager.
-        console: told what is being measured.
 
-    Returns:
-        Everything measured, ready for JSON.
+    Yields:
+        Everything measured so far, after each model and dtype, ready for JSON.
     """
     architectures: Any = importlib.import_module("architectures")
     numerics: Any = importlib.import_module("numerics")
@@ -59,7 +58,6 @@ def run(models: Sequence[str], draws: int, eager: bool, console: Console) -> dic
         for dtype in DTYPES:
             torch.compiler.reset()
             found = numerics.measure(architecture, dtype, draws=draws, eager=eager)
-            console.print(f"{architecture.name} {dtype}")
             for stress, errors in found.items():
                 for error in errors:
                     rows.append(
@@ -78,16 +76,16 @@ def run(models: Sequence[str], draws: int, eager: bool, console: Console) -> dic
                             "passed": error.passed,
                         }
                     )
-    return {
-        "benchmark": "numerics",
-        "measured": recording.now(),
-        "commit": measured,
-        "machine": machine,
-        "yardstick": "eager" if eager else "inductor",
-        "draws": draws,
-        "summary": summarise(rows),
-        "rows": rows,
-    }
+            yield {
+                "benchmark": "numerics",
+                "measured": recording.now(),
+                "commit": measured,
+                "machine": machine,
+                "yardstick": "eager" if eager else "inductor",
+                "draws": draws,
+                "summary": summarise(rows),
+                "rows": rows,
+            }
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -127,8 +125,12 @@ def main() -> int:
     parser.add_argument("--eager", action="store_true", help="leave Inductor out: quick, the yardstick is eager")
     chosen = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    name = "numerics-eager" if chosen.eager else "numerics"
     with torch.no_grad():
-        found = run(chosen.models, chosen.draws, chosen.eager, console)
+        for found in run(chosen.models, chosen.draws, chosen.eager):
+            # It takes long: what was measured is kept, whatever happens to the rest.
+            path = recording.write(name, found)
+            console.print(f"{found['rows'][-1]['model']} {found['rows'][-1]['dtype']}")
     table = Table(title=f"lnfold's error over {found['yardstick']}'s", box=None, pad_edge=False)
     for header in ("dtype", "stress", "outputs", "geometric mean", "maximum", "worst", "within budget"):
         table.add_column(header)
@@ -136,8 +138,7 @@ def main() -> int:
         ratios = (f"{row['geometric_mean']:.2f}", f"{row['maximum']:.2f}")
         table.add_row(row["dtype"], row["stress"], str(row["outputs"]), *ratios, row["worst"], str(row["passed"]))
     console.print(table)
-    name = "numerics-eager" if chosen.eager else "numerics"
-    console.print(f"written to {recording.write(name, found)}", soft_wrap=True)
+    console.print(f"written to {path}", soft_wrap=True)
     return 0
 
 

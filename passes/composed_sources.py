@@ -160,7 +160,8 @@ def find_composed_source(operation: Operation, axes: Axes, facts: GraphFacts) ->
             source = _compose(outermost, axes, facts)
         except Blocked:
             source = None  # a view in between, or the product's own rule: the reason at the outermost stage stands
-        if source is not None:
+        # A row of channels has other placements than the sharded weight it would go into.
+        if source is not None and not any(is_sharded(tensor_of(parameter)) for parameter in source.parameters()):
             return source
     return None
 
@@ -290,8 +291,6 @@ def _alike(product: Operation, steps: list[Operation], stages: list[Stage], fact
     nodes = [*parameters, product.node, *(step.node for step in steps)]
     for stage in stages:
         nodes += stage.parameters()
-    if any(is_sharded(tensor_of(node)) for node in nodes):
-        return False  # a row of channels has other placements than the weight it would go into
     kinds = {(tensor.dtype, tensor.device) if (tensor := tensor_of(node)) is not None else None for node in nodes}
     return len(kinds) == 1 and None not in kinds
 

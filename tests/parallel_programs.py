@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lncompile.backend import compiled_graphs
 from lncompile.lowering import torch_private
+from lncompile.options import Options
 from lncompile.passes import materialize
 
 WORLD = 2
+#: Centering in the graph wherever it is possible, where this version can: gradients must be the same.
+TRAINING = {"lnfold.training": "on"} if hasattr(Options, "training") else {}
 WIDTH, HEADS, VOCABULARY, LENGTH = 16, 4, 31, 6
 Found = dict[str, Any]
 
@@ -93,6 +96,14 @@ def token_ids(seed: int = 1) -> Tensor:
 def plan(**changes: ParallelStyle) -> dict[str, ParallelStyle]:
     columns = {name: ColwiseParallel() for name in ("q", "k", "v", "up")}
     return {**columns, "o": RowwiseParallel(), "down": RowwiseParallel(), **changes}
+
+
+def parameters_by_kind(model: nn.Module) -> list[list[nn.Parameter]]:
+    """Plain and sharded ones apart: one foreach step does not take both."""
+    kinds: dict[type, list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        kinds.setdefault(type(parameter.data), []).append(parameter)
+    return list(kinds.values())
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:
@@ -274,7 +285,7 @@ def data_parallel(mesh: DeviceMesh) -> Found:
     """DDP: inference folds, training gives eager's outputs and gradients."""
 
     def wrap(model: Decoder) -> Any:
-        return torch.compile(DistributedDataParallel(model), backend="lnfold")
+        return torch.compile(DistributedDataParallel(model), backend="lnfold", options=TRAINING)
 
     return _training(wrap)
 
@@ -283,10 +294,21 @@ def data_parallel_in_buckets(mesh: DeviceMesh) -> Found:
     """DDP with small buckets, at whose borders Dynamo cuts the graph: a backend gets each piece."""
 
     def wrap(model: Decoder) -> Any:
-        return torch.compile(DistributedDataParallel(model, bucket_cap_mb=0.005), backend="lnfold")
+        return torch.compile(DistributedDataParallel(model, bucket_cap_mb=0.005), backend="lnfold", options=TRAINING)
 
     with mock.patch.object(distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 1000):
         return _training(wrap)
+
+
+def tensor_parallel_training(mesh: DeviceMesh) -> Found:
+    """Gradients of sharded weights: both processes see the same tokens."""
+
+    def wrap(model: Decoder) -> Any:
+        for block in model.blocks:
+            parallelize_module(block, mesh, plan())
+        return torch.compile(model, backend="lnfold", options=TRAINING)
+
+    return _training(wrap, norm_heads=False, seeds=[0, 0])
 
 
 def fully_sharded(mesh: DeviceMesh) -> Found:
@@ -295,7 +317,7 @@ def fully_sharded(mesh: DeviceMesh) -> Found:
     def wrap(model: Decoder) -> Any:
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
-        return torch.compile(fully_shard(model, mesh=mesh), backend="lnfold")
+        return torch.compile(fully_shard(model, mesh=mesh), backend="lnfold", options=TRAINING)
 
     return _training(wrap)
 
@@ -305,7 +327,7 @@ def fully_sharded_blocks(mesh: DeviceMesh, after_forward: bool = True) -> Found:
 
     def wrap(model: Decoder) -> Any:
         for block in model.blocks:
-            block.compile(backend="lnfold")
+            block.compile(backend="lnfold", options=TRAINING)
             fully_shard(block, mesh=mesh, reshard_after_forward=after_forward)
         return fully_shard(model, mesh=mesh, reshard_after_forward=after_forward)
 
@@ -317,15 +339,15 @@ def fully_sharded_until_backward(mesh: DeviceMesh) -> Found:
     return fully_sharded_blocks(mesh, after_forward=False)
 
 
-def _training(wrap: Callable[[Decoder], Any]) -> Found:
-    own = token_ids(seed=distributed.get_rank())
-    model, reference = decoder(norm_heads=True), decoder(norm_heads=True)
+def _training(wrap: Callable[[Decoder], Any], norm_heads: bool = True, seeds: Sequence[int] = range(WORLD)) -> Found:
+    own = token_ids(seed=seeds[distributed.get_rank()])
+    model, reference = decoder(norm_heads=norm_heads), decoder(norm_heads=norm_heads)
     compiled = wrap(model)
     found: Found = {"inference": relative(compiled(own), reference(own)), "in_inference": summary()}
 
     with torch.enable_grad():
         # Both halves of the batch at once: gradients are averaged over the processes.
-        losses = [reference(token_ids(seed=rank)).square().mean() for rank in range(WORLD)]
+        losses = [reference(token_ids(seed=seed)).square().mean() for seed in seeds]
         (sum(losses) / WORLD).backward()
         outputs = []
         for _ in range(2):
@@ -349,7 +371,8 @@ def _training(wrap: Callable[[Decoder], Any]) -> Found:
             for module in each.modules():
                 if isinstance(module, FSDPModule):
                     module.reshard()  # what stays gathered after a forward pass is no parameter to be stepped
-            torch.optim.AdamW(each.parameters(), lr=0.1, foreach=True).step()
+            for parameters in parameters_by_kind(each):
+                torch.optim.AdamW(parameters, lr=0.1, foreach=True).step()
         found["after_steps"].append(relative(compiled(own), reference(own)))
     found["in_training"] = summary()
     return found
@@ -359,7 +382,7 @@ PROGRAMS: dict[str, Callable[[DeviceMesh], Found]] = {
     program.__name__: program
     for program in (
         usual_plan, norms_of_heads, gathered_columns, changed_weights, vocabulary_cut, sequence_parallel,
-        reduced_by_hand, data_parallel,
+        reduced_by_hand, tensor_parallel_training, data_parallel,
         data_parallel_in_buckets,         fully_sharded, fully_sharded_blocks, fully_sharded_until_backward,
     )
 }  # fmt: skip

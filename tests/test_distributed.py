@@ -16,7 +16,7 @@ import torch
 from parallel_programs import PROGRAMS, WORLD, run
 from torch import distributed
 
-SECONDS = 240
+SECONDS = 500
 TOLERANCE = 1e-10
 
 pytestmark = [
@@ -108,7 +108,7 @@ def test_sharded_weights_are_never_stale() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["data_parallel", "data_parallel_in_buckets", "fully_sharded", "fully_sharded_blocks",
+    ["tensor_parallel_training", "data_parallel", "data_parallel_in_buckets", "fully_sharded", "fully_sharded_blocks",
      "fully_sharded_until_backward"],
 )  # fmt: skip
 def test_data_parallel_training_is_eagers(name: str) -> None:

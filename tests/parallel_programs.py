@@ -300,17 +300,6 @@ def data_parallel_in_buckets(mesh: DeviceMesh) -> Found:
         return _training(wrap)
 
 
-def tensor_parallel_training(mesh: DeviceMesh) -> Found:
-    """Gradients of sharded weights: both processes see the same tokens."""
-
-    def wrap(model: Decoder) -> Any:
-        for block in model.blocks:
-            parallelize_module(block, mesh, plan())
-        return torch.compile(model, backend="lnfold", options=TRAINING)
-
-    return _training(wrap, norm_heads=False, seeds=[0, 0])
-
-
 def fully_sharded(mesh: DeviceMesh) -> Found:
     """FSDP2 of each block and of the whole, which is compiled as a whole: Dynamo leaves its frame to Python."""
 
@@ -382,7 +371,7 @@ PROGRAMS: dict[str, Callable[[DeviceMesh], Found]] = {
     program.__name__: program
     for program in (
         usual_plan, norms_of_heads, gathered_columns, changed_weights, vocabulary_cut, sequence_parallel,
-        reduced_by_hand, tensor_parallel_training, data_parallel,
+        reduced_by_hand, data_parallel,
         data_parallel_in_buckets,         fully_sharded, fully_sharded_blocks, fully_sharded_until_backward,
     )
 }  # fmt: skip

@@ -108,7 +108,7 @@ def test_sharded_weights_are_never_stale() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["tensor_parallel_training", "data_parallel", "data_parallel_in_buckets", "fully_sharded", "fully_sharded_blocks",
+    ["data_parallel", "data_parallel_in_buckets", "fully_sharded", "fully_sharded_blocks",
      "fully_sharded_until_backward"],
 )  # fmt: skip
 def test_data_parallel_training_is_eagers(name: str) -> None:

@@ -25,6 +25,7 @@ from lncompile.passes.canonical import tensor_of
 from lncompile.passes.decisions import Reason, WeightRewrite
 from lncompile.passes.materialize import Materializer
 from lncompile.passes.provenance import parameter_name, parameter_names
+from lncompile.passes.sharding import local_bytes
 from lncompile.passes.sites import find_sites
 from lncompile.passes.verdicts import describe_centerings, left_alone
 from lncompile.report import FoldReport
@@ -139,7 +140,7 @@ def make_report(
     weights = []
     for expression, value in zip(transformed.expressions if transformed else (), values, strict=True):
         name = " · ".join(parameter_name(placeholders[leaf]) for leaf in expression.leaves)
-        weights.append(WeightRewrite(name, value.nbytes, "copy"))
+        weights.append(WeightRewrite(name, local_bytes(value), "copy"))
     weights += centered_in_the_graph(transformed)
     centerings = (
         describe_centerings(analysis.placement, analysis.variables, analysis.costs) if analysis.placement else ()

@@ -45,6 +45,13 @@ TRANSFORMER_ENCODER_LAYER_FORWARD: Any = torch._transformer_encoder_layer_fwd
 TRANSFORMER_ENCODER_LAYER: Any = torch.ops.aten._transformer_encoder_layer_fwd.default
 
 
+def functional_collective(name: str) -> Any:
+    """Return the operator that a functional collective becomes in a graph; None where torch has no distributed."""
+    if not torch.distributed.is_available():
+        return None
+    return getattr(torch.ops._c10d_functional, name).default
+
+
 def symbolic_expression(size: torch.SymInt) -> Any:
     """Return the sympy expression of a dynamic size, without guarding on its value."""
     return size.node.expr
@@ -69,7 +76,8 @@ def conditions_on_sizes(size: torch.SymInt) -> list[Any]:
 def storage_identity(value: Tensor) -> int | None:
     """Return a number that two tensors share exactly when they share storage; None where there is no storage."""
     try:
-        return int(value.untyped_storage()._cdata)
+        # A DTensor's own storage holds nothing.
+        return int(getattr(value, "_local_tensor", value).untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):
         # Tensor subclasses without a storage of their own, sparse and mkldnn tensors.
         return None
@@ -115,6 +123,17 @@ def source_name(placeholder: fx.Node) -> str | None:
         return None
     name = source.name
     return str(name() if callable(name) else name)
+
+
+def is_gathered_for_the_call(placeholder: fx.Node) -> bool:
+    """Whether a placeholder is a parameter of a module under FSDP, which fills it anew before each call.
+
+    FSDP keeps the tensor and takes its memory away; the gathered values come back without a new version.
+    """
+    source = getattr(placeholder, "_dynamo_source", None)
+    kind = getattr(source, "guard_source", None)
+    kind = kind() if callable(kind) else kind
+    return bool(kind is not None and kind.is_fsdp_module())
 
 
 def is_tensor_subclass(value: Any) -> bool:
@@ -218,6 +237,13 @@ def schemas_of(packet: Any) -> list[Any]:
 
 
 # --- Tensors --------------------------------------------------------------------------------------------------------
+
+
+def local_tensor(value: Any) -> Tensor:
+    """Return the tensor that this process holds of a DTensor, itself and not a view of it."""
+    local: Tensor = value._local_tensor
+    return local
+
 
 # Counts the in-place writes to a tensor that autograd can see (not those through `.data`).
 version_of: Callable[[Tensor], int] = operator.attrgetter("_version")

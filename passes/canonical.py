@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from lncompile.lowering import torch_private
+from lncompile.passes.sharding import FROM_LOCAL
 
 aten: Any = torch.ops.aten
 bindings = torch_private.NN_BINDINGS
@@ -183,6 +184,17 @@ def to(input: Any, *rest: Any, dtype: Any = None, **keywords: Any) -> None: ...
 @spelled(torch.clone, torch.detach, aten.clone.default, aten.detach.default, aten.alias.default,
          aten.contiguous.default, methods="float half bfloat16 double contiguous clone detach cpu cuda")  # fmt: skip
 def cast(input: Any, **keywords: Any) -> None: ...
+@spelled(torch_private.functional_collective("all_reduce"))
+def all_reduce(input: Any, reduce_op: Any, *group: Any) -> None: ...
+@spelled(torch_private.functional_collective("wait_tensor"))
+def wait_tensor(input: Any) -> None: ...
+@spelled(methods="redistribute")
+def redistribute(input: Any, device_mesh: Any = None, placements: Any = None, **keywords: Any) -> None: ...
+@spelled(methods="to_local")
+def to_local(input: Any, **keywords: Any) -> None: ...
+@spelled(FROM_LOCAL)
+def from_local(input: Any, device_mesh: Any = None, placements: Any = None, run_check: Any = False,
+               shape: Any = None, stride: Any = None, grad_placements: Any = None) -> None: ...  # fmt: skip
 @spelled(methods="type_as")
 def type_as(input: Any, other: Any) -> None: ...
 @spelled(functional.dropout, torch.dropout, functional.dropout1d, functional.dropout2d, functional.dropout3d,

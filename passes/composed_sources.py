@@ -34,6 +34,7 @@ from lncompile.passes.decisions import Blocked
 from lncompile.passes.graph_facts import GraphFacts
 from lncompile.passes.operands import WRITTEN, shape
 from lncompile.passes.rules.base import RULES, AxisMap
+from lncompile.passes.sharding import is_sharded
 
 # Between the product and what scales it there may be these: they only say where the channels go.
 _TRANSPARENT = frozenset(
@@ -160,7 +161,8 @@ def find_composed_source(operation: Operation, axes: Axes, facts: GraphFacts) ->
             source = _compose(outermost, axes, facts)
         except Blocked:
             source = None  # a view in between, or the product's own rule: the reason at the outermost stage stands
-        if source is not None:
+        # A row of channels has other placements than the sharded weight it would go into.
+        if source is not None and not any(is_sharded(tensor_of(parameter)) for parameter in source.parameters()):
             return source
     return None
 

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from lncompile.lowering import torch_private
+from lncompile.passes import sharding
 from lncompile.passes.canonical import canonicalise, tensor_of, value_of
 from lncompile.passes.operands import WRITTEN
 from lncompile.passes.parameter_expressions import Kind, find_autocast, is_settled, kind_of
@@ -183,7 +184,15 @@ class GraphFacts:
         name = parameter_name(node)
         if node in self.written:
             return f"parameter '{name}' is written to in the graph: {self.written[node]}"
-        if torch_private.is_tensor_subclass(example):
+        if torch_private.is_gathered_for_the_call(node):
+            return f"parameter '{name}' is gathered anew for each call (FSDP): a centered copy would be outdated unseen"
+        if sharding.is_sharded(example):
+            problem = sharding.problem_with(example)
+            if problem is not None:
+                return f"parameter '{name}' {problem}"
+            if node in self.trained:
+                return f"parameter '{name}' is sharded and trained: it would have to be centered at every step"
+        elif torch_private.is_tensor_subclass(example):
             return f"parameter '{name}' is a {type(example).__name__}, whose values cannot be centered"
         if not example.is_floating_point():
             return f"parameter '{name}' has dtype {example.dtype}, whose values cannot be centered"

@@ -33,6 +33,7 @@ from lncompile.passes.operands import WRITTEN
 from lncompile.passes.precision import VIEWS, is_widened_later, tensor_dtype, widened_cast, widened_parameter
 from lncompile.passes.readings import Resolved, follow_reading, resolve_reading
 from lncompile.passes.rules import INVARIANCES, RULES, ZERO_MEANS, blockers
+from lncompile.passes.sharding import centering_obstacle
 from lncompile.passes.sites import NormSite
 from lncompile.passes.writes import Write, follow_write, read_write
 
@@ -143,12 +144,18 @@ class _Explorer:
     def _explore(self, node: fx.Node, axes: Axes) -> Variable:
         facts = self.facts
         variable = Variable(node, axes)
+        tensor = tensor_of(node)
+        obstacle = centering_obstacle(tensor, axes)
+        if node in facts.parametric and obstacle is not None:
+            sentence = f"parameter '{provenance.parameter_name(node)}' cannot be centered in its shards: {obstacle}"
+            variable.source_blocker = Blocker(Reason.UNSUPPORTED_WEIGHT, sentence, node)
+            variable.reader_blocker = variable.source_blocker
+            return variable
         if node in facts.parametric and node.op == "placeholder":
             # Parameters are never streams themselves: their raw value stays.
             variable.parameter, variable.centering_cost = node, self._weight_cost(node)
             variable.source_blocker = Blocker(Reason.UNSUPPORTED_WEIGHT, "a parameter", node)
             return variable
-        tensor = tensor_of(node)
         problem = (
             (Reason.UNSUPPORTED_WEIGHT, facts.unsupported[node])
             if node in facts.unsupported
@@ -200,6 +207,8 @@ class _Explorer:
             return A_MARK + self._weight_cost(variable.parameter)
         if variable.is_recomputed:
             return A_MARK
+        if centering_obstacle(tensor, variable.axes) is not None:
+            return None  # communication at every call
         if variable.axes.partial:
             return None  # parts of an activation: no model needs it, and it would have to be assembled
         if is_widened_later(variable.node):

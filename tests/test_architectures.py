@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import numerics
 import pytest
 import torch
 from architectures import ARCHITECTURES, Architecture
@@ -79,11 +80,28 @@ def test_control_without_centering_predictions_change(
     assert worst_error(actual, expected) > 1e-4
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@each_architecture()
+#: Models that CI sends through Inductor in float16 as well: a decoder, one with a centering at run time, a post-norm
+#: encoder, a vision model.
+IN_FLOAT16 = ("gpt2", "bloom", "bert", "vit")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype"),
+    [
+        pytest.param(
+            architecture,
+            dtype,
+            id=f"{architecture.name}-{str(dtype).removeprefix('torch.')}",
+            marks=[pytest.mark.slow] if dtype is torch.float16 and architecture.name not in IN_FLOAT16 else [],
+        )
+        for architecture in ARCHITECTURES
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    ],
+)
 def test_error_is_within_budget_of_inductor(architecture: Architecture, dtype: torch.dtype) -> None:
-    verification = lncompile.verify(architecture.model(dtype), **architecture.inputs(dtype))
-    assert verification.passed, f"\n{verification}"
+    """On weights as they are, with massive channels, and with large means; the three share what was compiled."""
+    found = numerics.measure(architecture, dtype)
+    assert all(error.passed for errors in found.values() for error in errors), f"\n{numerics.table(found)}"
 
 
 def test_randomise_hides_nothing() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numerics
 import pytest
 import torch
 from gradients import compare_gradients
@@ -200,6 +201,14 @@ def test_error_through_inductor_is_within_budget(architecture: Model) -> None:
     """CI sends the models of test_architectures.py through Inductor; `make test-all` these as well."""
     verification = lncompile.verify(architecture.model(torch.float32), **architecture.inputs(torch.float32))
     assert verification.passed, f"\n{verification}"
+
+
+@pytest.mark.slow
+@each_architecture
+def test_error_in_bfloat16_is_within_budget_of_eager(architecture: Model, without_inductor: None) -> None:
+    """The rewritten graph as it is; eager in the same dtype is the yardstick."""
+    found = numerics.measure(architecture, torch.bfloat16, stresses=("plain", "large means"), draws=4, eager=True)
+    assert all(error.passed for errors in found.values() for error in errors), f"\n{numerics.table(found)}"
 
 
 def test_what_is_missing_is_documented() -> None:

@@ -22,7 +22,7 @@ import pytest
 import torch
 from architectures import randomise
 from graphs import Captured, capture
-from test_rules import CASES, Around, extra_inputs
+from test_rules import CASES, OF_SEVERAL_PROCESSES, Around, extra_inputs
 from torch import Tensor, fx
 from torch.nn import functional
 
@@ -300,5 +300,5 @@ def test_every_invariance_and_every_rule_is_checked() -> None:
     """A rule that nothing above can exercise would be a rule without a test."""
     assert set(INVARIANCES) - {"getitem"} <= {each for names, _ in SINKS.values() for each in names.split()}
     in_cases = {rule for case in CASES.values() for rule in case.rules.split()}
-    assert set(RULES) <= in_cases
+    assert set(RULES) - OF_SEVERAL_PROCESSES <= in_cases
     assert in_cases >= TUPLES

@@ -25,6 +25,8 @@ from lncompile.passes.rules import RULES
 pytestmark = pytest.mark.usefixtures("without_inductor")
 
 D = 12
+#: Rules whose cases need a group of processes: test_sharding.py and test_distributed.py have them.
+OF_SEVERAL_PROCESSES = frozenset("from_local to_local redistribute all_reduce wait_tensor".split())
 aten = torch.ops.aten
 
 
@@ -658,7 +660,7 @@ def test_rule(name: str) -> None:
 
 def test_every_rule_has_a_case() -> None:
     covered = {rule for case in CASES.values() if case.reason is None for rule in case.rules.split()}
-    assert covered == set(RULES)
+    assert covered == set(RULES) - OF_SEVERAL_PROCESSES
 
 
 def test_cases_are_what_they_say() -> None:

@@ -9,6 +9,7 @@ from lncompile.passes.rules import (
     resampling,
     rows,
     shapes,
+    sharding,
     sinks,
 )
 from lncompile.passes.rules.base import INVARIANCES, RULES, ZERO_MEANS, AxisMap, Linear
@@ -27,5 +28,6 @@ __all__ = [
     "resampling",
     "rows",
     "shapes",
+    "sharding",
     "sinks",
 ]

@@ -1,0 +1,398 @@
+"""What the processes of test_distributed.py do: each program runs in both and returns what it found, for its test.
+
+The processes are spawned, so the programs stand in a module of their own that is quick to import.
+"""
+
+from __future__ import annotations
+
+import copy
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from architectures import randomise
+from graphs import run_as_it_is
+from torch import Tensor, distributed, nn
+from torch.distributed._functional_collectives import all_reduce
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+
+from lncompile.backend import compiled_graphs
+from lncompile.lowering import torch_private
+from lncompile.passes import materialize
+
+WORLD = 2
+#: Centering in the graph wherever it is possible, where this version can: gradients must be the same.
+TRAINING = {"lnfold.training": "on"}
+WIDTH, HEADS, VOCABULARY, LENGTH = 16, 4, 31, 6
+Found = dict[str, Any]
+
+
+class Block(nn.Module):
+    """A pre-norm block of GPT-2's kind, with norms on the heads of queries and keys where wanted."""
+
+    def __init__(self, norm_heads: bool = False) -> None:
+        super().__init__()
+        self.attention_norm, self.mlp_norm = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+        self.norm_heads = norm_heads
+        if norm_heads:
+            self.q_norm, self.k_norm = nn.LayerNorm(WIDTH // HEADS), nn.LayerNorm(WIDTH // HEADS)
+
+    def forward(self, stream: Tensor) -> Tensor:
+        normed = self.attention_norm(stream)
+        # As many heads as this process has.
+        q, k, v = (layer(normed).unflatten(-1, (-1, WIDTH // HEADS)) for layer in (self.q, self.k, self.v))
+        if self.norm_heads:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (each.transpose(1, 2) for each in (q, k, v))
+        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        stream = stream + self.o(mixed.transpose(1, 2).flatten(2))
+        return stream + self.down(functional.gelu(self.up(self.mlp_norm(stream))))
+
+
+class Decoder(nn.Module):
+    def __init__(self, layers: int = 2, norm_heads: bool = False) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(LENGTH, WIDTH)
+        self.blocks = nn.ModuleList([Block(norm_heads) for _ in range(layers)])
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        stream = self.tokens(ids) + self.positions(torch.arange(ids.shape[1]))
+        for block in self.blocks:
+            stream = block(stream)
+        return self.head(self.norm(stream))
+
+
+def decoder(**arguments: Any) -> Decoder:
+    model = Decoder(**arguments).double().eval()
+    randomise(model)
+    return model
+
+
+def token_ids(seed: int = 1) -> Tensor:
+    return torch.randint(VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(seed))
+
+
+def plan(**changes: ParallelStyle) -> dict[str, ParallelStyle]:
+    columns = {name: ColwiseParallel() for name in ("q", "k", "v", "up")}
+    return {**columns, "o": RowwiseParallel(), "down": RowwiseParallel(), **changes}
+
+
+def parameters_by_kind(model: nn.Module) -> list[list[nn.Parameter]]:
+    """Plain and sharded ones apart: one foreach step does not take both."""
+    kinds: dict[type, list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        kinds.setdefault(type(parameter.data), []).append(parameter)
+    return list(kinds.values())
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
+
+
+def summary() -> Found:
+    """Counts, reasons and words of what was compiled since the last reset."""
+    reports = [record.report for record in compiled_graphs]
+    sites = [site for report in reports for site in report.sites]
+    return {
+        "sites": len(sites),
+        "folded": sum(site.folded for site in sites),
+        "reasons": [site.reason.value for site in sites if site.reason is not None],
+        "details": [site.detail for site in sites if not site.folded],
+        "bytes": sum(weight.bytes for report in reports for weight in report.weights),
+        "centerings": sum(len(report.centerings) for report in reports),
+    }
+
+
+def collectives_of_materialising() -> Any:
+    """Count, in ``.counts``, the collectives that computing centered weights makes."""
+    evaluate = materialize.Expression.evaluate
+    counts: list[int] = []
+
+    def counted(expression: Any, leaves: Any) -> Any:
+        with CommDebugMode() as mode:
+            value = evaluate(expression, leaves)
+        counts.append(mode.get_total_counts())
+        return value
+
+    patch = mock.patch.object(materialize.Expression, "evaluate", counted)
+    patch.counts = counts  # type: ignore[attr-defined]
+    return patch
+
+
+def collectives(function: Callable[..., Any], *arguments: Any) -> int:
+    """Count the collectives of a call."""
+    with CommDebugMode() as mode:
+        function(*arguments)
+    return mode.get_total_counts()
+
+
+def compare(model: nn.Module, expected: Tensor, assist: bool = False) -> Found:
+    """A model that was parallelised, compiled, next to what the whole model gave in eager."""
+    ids = token_ids()
+    # `compile` in place: a module around it would have the hooks that count collectives fire twice.
+    compiled = copy.copy(model)
+    compiled.compile(backend="lnfold", options={"lnfold.assist": assist})
+    counting = collectives_of_materialising()
+    with counting:
+        actual = compiled(ids)
+    return {
+        "error": relative(actual, expected),
+        **summary(),
+        "materialised": len(counting.counts),
+        "collectives_of_materialising": sum(counting.counts),
+        "collectives": (collectives(compiled, ids), collectives(model, ids)),
+    }
+
+
+def in_parallel(mesh: DeviceMesh, styles: dict[str, ParallelStyle], **arguments: Any) -> Found:
+    """A decoder whose blocks follow a plan."""
+    model = decoder(**arguments)
+    expected = model(token_ids())
+    for block in model.blocks:
+        parallelize_module(block, mesh, styles)
+    return compare(model, expected)
+
+
+# --- programs ---
+
+
+def usual_plan(mesh: DeviceMesh) -> Found:
+    return in_parallel(mesh, plan())
+
+
+def norms_of_heads(mesh: DeviceMesh) -> Found:
+    return in_parallel(mesh, plan(), norm_heads=True)
+
+
+def gathered_columns(mesh: DeviceMesh) -> Found:
+    """The down projection cut along its output: its mean runs over both processes."""
+    down = ColwiseParallel(output_layouts=Replicate())
+    return in_parallel(mesh, plan(up=ColwiseParallel(output_layouts=Replicate()), down=down))
+
+
+def changed_weights(mesh: DeviceMesh) -> Found:
+    """Sharded weights are changed in place, by an optimizer that raises no version, and by loading a state."""
+    model, reference, ids = decoder(layers=1), decoder(layers=1), token_ids()
+    parallelize_module(model.blocks[0], mesh, plan())
+    compiled = torch.compile(model, backend="lnfold")
+    errors = [relative(compiled(ids), reference(ids))]
+
+    for each in (model, reference):
+        each.blocks[0].down.weight.mul_(1.5)
+    errors.append(relative(compiled(ids), reference(ids)))
+
+    for each in (model, reference):
+        block = each.blocks[0]
+        optimizer = torch.optim.SGD([block.down.weight, block.o.weight], lr=0.5, foreach=True)
+        for parameter in (block.down.weight, block.o.weight):
+            parameter.grad = parameter.detach().clone()
+        optimizer.step()
+        optimizer.zero_grad()
+    errors.append(relative(compiled(ids), reference(ids)))
+
+    state = {name: 1.25 * value for name, value in model.state_dict().items()}
+    model.load_state_dict(state)
+    reference.load_state_dict({name: 1.25 * value for name, value in reference.state_dict().items()})
+    errors.append(relative(compiled(ids), reference(ids)))
+    return {"errors": errors, **summary()}
+
+
+def vocabulary_cut(mesh: DeviceMesh) -> Found:
+    """Token embeddings cut along the vocabulary, as Megatron does it, and a head cut along its output."""
+    model = decoder()
+    expected = model(token_ids())
+    for block in model.blocks:
+        parallelize_module(block, mesh, plan())
+    outside = {
+        "tokens": RowwiseParallel(input_layouts=Replicate()),
+        "head": ColwiseParallel(output_layouts=Replicate()),
+    }
+    parallelize_module(model, mesh, outside)
+    return compare(model, expected)
+
+
+def sequence_parallel(mesh: DeviceMesh) -> Found:
+    """Streams and norms cut along the sequence, gathered in front of attention and MLP."""
+    model = decoder()
+    expected = model(token_ids())
+    outside = {
+        "tokens": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
+        "positions": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(0)),
+        "norm": SequenceParallel(),
+        "head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
+    }
+    parallelize_module(model, mesh, outside)
+    for block in model.blocks:
+        for name in ("q", "k", "v", "up"):
+            inputs = PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),))
+            parallelize_module(block, mesh, {name: inputs})
+        columns = {name: ColwiseParallel() for name in ("q", "k", "v", "up")}
+        rows = {name: RowwiseParallel(output_layouts=Shard(1)) for name in ("o", "down")}
+        norms = {name: SequenceParallel() for name in ("attention_norm", "mlp_norm")}
+        parallelize_module(block, mesh, {**columns, **rows, **norms})
+    return compare(model, expected)
+
+
+class _Reduced(nn.Module):
+    """A linear layer of which this process has some input features; the sum over processes is written by hand."""
+
+    def __init__(self, whole: nn.Linear, mesh: DeviceMesh) -> None:
+        super().__init__()
+        self.mesh = mesh
+        self.weight = nn.Parameter(whole.weight.chunk(WORLD, dim=1)[mesh.get_rank()].clone())
+        self.bias = whole.bias
+
+    def forward(self, value: Tensor) -> Tensor:
+        return all_reduce(functional.linear(value, self.weight), "sum", self.mesh) + self.bias
+
+
+def reduced_by_hand(mesh: DeviceMesh) -> Found:
+    """Plain local weights and functional collectives in place of DTensors."""
+    model = decoder()
+    expected = model(token_ids())
+    for block in model.blocks:
+        for name in ("q", "k", "v", "up"):
+            layer = block.get_submodule(name)
+            for parameter in ("weight", "bias"):
+                piece = layer.get_parameter(parameter).chunk(WORLD)[mesh.get_rank()].clone()
+                setattr(layer, parameter, nn.Parameter(piece))
+        block.o, block.down = _Reduced(block.o, mesh), _Reduced(block.down, mesh)
+    return compare(model, expected)
+
+
+def data_parallel(mesh: DeviceMesh) -> Found:
+    """DDP: inference folds, training gives eager's outputs and gradients."""
+
+    def wrap(model: Decoder) -> Any:
+        return torch.compile(DistributedDataParallel(model), backend="lnfold", options=TRAINING)
+
+    return _training(wrap)
+
+
+def data_parallel_in_buckets(mesh: DeviceMesh) -> Found:
+    """DDP with small buckets, at whose borders Dynamo cuts the graph: a backend gets each piece."""
+
+    def wrap(model: Decoder) -> Any:
+        return torch.compile(DistributedDataParallel(model, bucket_cap_mb=0.005), backend="lnfold", options=TRAINING)
+
+    with mock.patch.object(distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 1000):
+        return _training(wrap)
+
+
+def fully_sharded(mesh: DeviceMesh) -> Found:
+    """FSDP2 of each block and of the whole, which is compiled as a whole: Dynamo leaves its frame to Python."""
+
+    def wrap(model: Decoder) -> Any:
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        return torch.compile(fully_shard(model, mesh=mesh), backend="lnfold", options=TRAINING)
+
+    return _training(wrap)
+
+
+def fully_sharded_blocks(mesh: DeviceMesh, after_forward: bool = True) -> Found:
+    """FSDP2 of each block, each of which is compiled: Dynamo sees the parameters that were gathered for the call."""
+
+    def wrap(model: Decoder) -> Any:
+        for block in model.blocks:
+            block.compile(backend="lnfold", options=TRAINING)
+            fully_shard(block, mesh=mesh, reshard_after_forward=after_forward)
+        return fully_shard(model, mesh=mesh, reshard_after_forward=after_forward)
+
+    return _training(wrap)
+
+
+def fully_sharded_until_backward(mesh: DeviceMesh) -> Found:
+    """The same, with parameters that stay gathered from the forward pass to the backward pass."""
+    return fully_sharded_blocks(mesh, after_forward=False)
+
+
+def _training(wrap: Callable[[Decoder], Any], norm_heads: bool = True, seeds: Sequence[int] = range(WORLD)) -> Found:
+    own = token_ids(seed=seeds[distributed.get_rank()])
+    model, reference = decoder(norm_heads=norm_heads), decoder(norm_heads=norm_heads)
+    compiled = wrap(model)
+    found: Found = {"inference": relative(compiled(own), reference(own)), "in_inference": summary()}
+
+    with torch.enable_grad():
+        # Both halves of the batch at once: gradients are averaged over the processes.
+        losses = [reference(token_ids(seed=seed)).square().mean() for seed in seeds]
+        (sum(losses) / WORLD).backward()
+        outputs = []
+        for _ in range(2):
+            model.zero_grad()
+            output = compiled(own)
+            output.square().mean().backward()
+            outputs.append(relative(output.detach(), reference(own).detach()))
+    found["outputs"] = outputs
+    gradients, expected = [], []
+    for parameter, other in zip(model.parameters(), reference.parameters(), strict=True):
+        assert parameter.grad is not None
+        assert other.grad is not None
+        whole = parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
+        gradients.append(whole.flatten())
+        expected.append(other.grad.flatten())
+    # All at once: some of them are zero but for rounding (softmax sees no shift of the keys).
+    found["gradients"] = relative(torch.cat(gradients), torch.cat(expected))
+    found["after_steps"] = []
+    for _ in range(2):
+        for each in (model, reference):
+            for module in each.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()  # what stays gathered after a forward pass is no parameter to be stepped
+            for parameters in parameters_by_kind(each):
+                torch.optim.AdamW(parameters, lr=0.1, foreach=True).step()
+        found["after_steps"].append(relative(compiled(own), reference(own)))
+    found["in_training"] = summary()
+    return found
+
+
+PROGRAMS: dict[str, Callable[[DeviceMesh], Found]] = {
+    program.__name__: program
+    for program in (
+        usual_plan, norms_of_heads, gathered_columns, changed_weights, vocabulary_cut, sequence_parallel,
+        reduced_by_hand, data_parallel,
+        data_parallel_in_buckets,         fully_sharded, fully_sharded_blocks, fully_sharded_until_backward,
+    )
+}  # fmt: skip
+
+
+def run(rank: int, store: str, names: list[str], through_inductor: bool, results: str) -> None:
+    """Run programs in one process of the group, and write what each found, or how it failed."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+    mesh = init_device_mesh("cpu", (WORLD,))
+    compile_with = nullcontext() if through_inductor else mock.patch.object(
+        torch_private, "inductor_compile", run_as_it_is
+    )  # fmt: skip
+    found: dict[str, Found] = {}
+    for name in names:
+        torch._dynamo.reset()
+        compiled_graphs.clear()
+        try:
+            with torch.no_grad(), compile_with:
+                found[name] = PROGRAMS[name](mesh)
+        except Exception as error:
+            found[name] = {"failure": f"{error}\n{traceback.format_exc()}"}
+        torch.save(found, Path(results) / f"{rank}.pt")
+        distributed.barrier()
+    distributed.destroy_process_group()

@@ -228,10 +228,16 @@ class Axes:
         return not any(factor.normalised or factor.chosen is not None for factor in self.dimensions[dimension])
 
     def chosen_indices(self, dimension: int) -> tuple[int, ...] | None:
-        """Indices of a dimension at which anything is centered; None for all of them."""
+        """Indices of a dimension at which anything is centered; None for all of them.
+
+        Raises:
+            Uncuttable: if a choice stands beside a factor of unknown size.
+        """
         factors = self.dimensions[dimension]
         if all(factor.chosen is None for factor in factors):
             return None
+        if not all(isinstance(factor.size, int) for factor in factors):
+            raise Uncuttable
         indices = [0]
         for factor in factors:
             indices = [index * factor.size + own for index in indices for own in factor.indices]
@@ -240,7 +246,10 @@ class Axes:
     def overlaps(self, other: Axes) -> bool:
         """Whether both center some element of one tensor: not if their choices share no index in a dimension."""
         for dimension in range(self.rank):
-            mine, theirs = self.chosen_indices(dimension), other.chosen_indices(dimension)
+            try:
+                mine, theirs = self.chosen_indices(dimension), other.chosen_indices(dimension)
+            except Uncuttable:
+                continue  # they may meet
             if mine is not None and theirs is not None and not set(mine) & set(theirs):
                 return False
         return True
@@ -299,7 +308,9 @@ class Axes:
         else:
             outer, inner = factors, ()
         (factor,) = outer or (Factor(len(kept), False),)
-        return self._with(dimension, (_factor(size, factor.normalised, [kept[i] for i in factor.indices]), *inner))
+        # Its size may be a formula; in numbers it is that of what is kept.
+        chosen = range(len(kept)) if factor.chosen is None else factor.chosen
+        return self._with(dimension, (_factor(size, factor.normalised, [kept[i] for i in chosen]), *inner))
 
     def _cut_open(self, factors: Dimension, kept: range) -> tuple[Factor, Dimension, range]:
         """A dimension as one factor along which it is cut, the factors inside of it, and the indices to keep of it."""

@@ -371,3 +371,22 @@ def test_parts_of_a_view_of_a_parameter_at_a_dynamic_size() -> None:
         assert relative_error(compiled(value), model(value)) <= 1e-12
     (report,) = lncompile.reports(compiled)
     assert report.folded == 2
+
+
+def test_a_part_of_a_parameter_beside_a_dimension_of_unknown_size() -> None:
+    """Dynamic: what is taken has nine rows, and so has the stream, but one says 9 and the other (s + 1)²."""
+
+    class Image(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convolution, self.norm = nn.ConvTranspose2d(4, 12, 2), nn.LayerNorm(6)
+            self.positions = nn.Parameter(torch.randn(10, 12))
+
+        def forward(self, image: Tensor) -> Tensor:
+            stream = self.convolution(image).flatten(2).transpose(1, 2)
+            return self.norm((stream + self.positions.narrow(0, 1, 9)).unflatten(-1, (2, -1)))
+
+    model = randomise(Image().double())
+    image = torch.randn(1, 4, 2, 2, dtype=torch.float64)
+    compiled = torch.compile(model, backend="lnfold", fullgraph=True, dynamic=True)
+    torch.testing.assert_close(compiled(image), model(image), rtol=1e-12, atol=1e-12)

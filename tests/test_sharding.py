@@ -133,3 +133,13 @@ def test_local_factors() -> None:
     assert sharding.centering_obstacle(value, Axes.of(value.shape, [1])) is None
     assert "communication" in (sharding.centering_obstacle(value, Axes.of(value.shape, [0])) or "")
     assert sharding.local_bytes(value) == value.nbytes // 2
+
+
+def test_sharded_weights_are_not_centered_at_every_step() -> None:
+    model, value = Sharded(1, lambda m, x: gathered(product(m, x))), torch.randn(3, 8, dtype=torch.float64)
+    with torch.enable_grad():
+        (site,) = capture(model, value).analyse(Options(training="on")).verdicts
+    assert site.reason is Reason.UNSUPPORTED_WEIGHT
+    assert "sharded and trained" in site.detail
+    (site,) = capture(model, value).analyse(Options(training="on")).verdicts
+    assert site.folded

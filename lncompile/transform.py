@@ -54,7 +54,9 @@ def transform(analysis: Analysis, options: Options) -> Transformed:
         for site in analysis.placement.folded:
             if site.handwritten is not None:
                 fold_handwritten_norm(graph, site.handwritten, _input(site))
-        expressions, _ = hoist(graph, rewritten.weights)
+        # Taking a mean out may have taken with it what was centered for the mean alone.
+        present = set(graph.nodes)
+        expressions, _ = hoist(graph, [weight for weight in rewritten.weights if weight in present])
         # One at a time: lowering a norm exchanges the input of a norm of that norm.
         lower_to_rms_norm(graph, (_call(site) for site in calls if site.node in folded))
     if options.nonfoldable == "eager":

@@ -223,6 +223,14 @@ class Axes:
             len(dimension) <= 1 or not any(f.normalised for f in dimension) for dimension in self.dimensions
         )
 
+    @property
+    def can_be_unfolded(self) -> bool:
+        """Whether a tensor's dimensions can be split into their factors: one at most may be of unknown size in each."""
+        return all(
+            len(dimension) <= 1 or sum(not isinstance(factor.size, int) for factor in dimension) <= 1
+            for dimension in self.dimensions
+        )
+
     def is_free(self, dimension: int) -> bool:
         """Whether ``A`` does not touch this dimension: nothing is centered along it, and nothing chosen."""
         return not any(factor.normalised or factor.chosen is not None for factor in self.dimensions[dimension])

@@ -29,7 +29,9 @@ def _subtract_mean(value: Tensor, axes: Axes) -> Tensor:
     for dimension in reversed(range(axes.rank)):
         factors = axes.dimensions[dimension]
         if len(factors) > 1:
-            unfolded = torch.unflatten(unfolded, dimension, [int(factor.size) for factor in factors])
+            # A size that is not known is what the others leave over.
+            sizes = [factor.size if isinstance(factor.size, int) else -1 for factor in factors]
+            unfolded = torch.unflatten(unfolded, dimension, sizes)
     flat = [factor for dimension in axes.dimensions for factor in dimension or (Factor(1, False),)]
     over = [index for index, factor in enumerate(flat) if factor.normalised]
     if axes.partial:

@@ -114,14 +114,17 @@ def build_streams(
         The variables by key. Every key in ``needs`` of a variable without a source blocker is there, and every key in
         ``successors`` of one that can be shifted.
     """
-    explorer = _Explorer(facts, costs or CostModel())
+    differences = {
+        node: site.axes for site in sites if site.handwritten is not None for node in site.handwritten.differences
+    }
+    explorer = _Explorer(facts, costs or CostModel(), differences)
     explorer.explore((site.input, site.axes) for site in sites)
     return explorer.variables
 
 
 class _Explorer:
-    def __init__(self, facts: GraphFacts, costs: CostModel) -> None:
-        self.facts, self.costs = facts, costs
+    def __init__(self, facts: GraphFacts, costs: CostModel, differences: Mapping[fx.Node, Axes]) -> None:
+        self.facts, self.costs, self.differences = facts, costs, differences
         self.variables: dict[VariableKey, Variable] = {}
         self._reach_parameters: dict[VariableKey, bool] = {}
 
@@ -209,7 +212,7 @@ class _Explorer:
             return A_MARK
         if centering_obstacle(tensor, variable.axes) is not None:
             return None  # communication at every call
-        if variable.axes.partial:
+        if variable.axes.partial or not variable.axes.can_be_unfolded:
             return None  # parts of an activation: no model needs it, and it would have to be assembled
         if is_widened_later(variable.node):
             return None  # it would be rounded once more; what it is widened to may be centered instead
@@ -219,6 +222,11 @@ class _Explorer:
 
     def _explore_producer(self, variable: Variable) -> None:
         node, operation = variable.node, variable.operation
+        if self.differences.get(node, variable.axes) != variable.axes:
+            # Where that norm folds, its centered input takes the place of the difference.
+            sentence = "the difference from the mean in a norm by hand over other axes"
+            variable.source_blocker = Blocker(Reason.DIFFERENT_AXES, sentence, node)
+            return
         if operation is None or operation.name not in RULES:
             variable.source_blocker = Blocker(*blockers.explain_producer(node), node)
             return

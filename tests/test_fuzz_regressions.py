@@ -218,7 +218,22 @@ class PartsOfAProjectedNorm(nn.Module):
         return functional.layer_norm(parts[0], (D,)) + value * parts[1]
 
 
-@pytest.mark.parametrize("kind", [NormOfABuffer, NormsOfAParameter, PartsOfAProjectedNorm])
+class NormOfAParameterInPlace(nn.Module):
+    """A norm by hand of a parameter expression, its last step written in place, and groups of it normed again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.gain = nn.Parameter(torch.randn(1, 1, 4) + 1), nn.Parameter(torch.randn(2))
+
+    def forward(self, value: Tensor) -> Tensor:
+        table = self.table * self.table
+        normed = table - table.mean(-1)[..., None]
+        normed.mul_((table.var(-1, keepdim=True, unbiased=False) + 1e-5).rsqrt())
+        groups = normed.reshape(1, 1, 2, 2, 1).permute(0, 1, 4, 2, 3)
+        return value + torch.native_layer_norm(groups, (2,), self.gain, None, 1e-5)[0].sum()
+
+
+@pytest.mark.parametrize("kind", [NormOfABuffer, NormsOfAParameter, PartsOfAProjectedNorm, NormOfAParameterInPlace])
 def test_norm_by_hand_of_parameters_alone(kind: type[nn.Module]) -> None:
     model, value = randomise(kind().double()), torch.randn(4, D, dtype=torch.float64)
     compiled = torch.compile(model, backend="lnfold", fullgraph=True)
@@ -241,4 +256,22 @@ def test_activation_that_is_promoted_keeps_its_precision() -> None:
     model = randomise(PromotedActivation().double())
     value = torch.randn(4, D, dtype=torch.float64)
     compiled = torch.compile(model, backend="lnfold")
+    torch.testing.assert_close(compiled(value), model(value), rtol=1e-12, atol=1e-12)
+
+
+class GroupsOfUnknownSize(nn.Module):
+    """A stream read three times over, its features flattened with a dynamic dimension and taken apart again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(7, 4), nn.LayerNorm(2)
+
+    def forward(self, value: Tensor) -> Tensor:
+        flat = self.linear(value).flatten(-2)
+        return self.norm(torch.stack([flat, flat, flat]).reshape(3, 2, 2, 2, 5).permute(0, 1, 2, 4, 3))
+
+
+def test_groups_of_unknown_size() -> None:
+    model, value = randomise(GroupsOfUnknownSize().double()), torch.randn(2, 5, 7, dtype=torch.float64)
+    compiled = torch.compile(model, backend="lnfold", fullgraph=True, dynamic=True)
     torch.testing.assert_close(compiled(value), model(value), rtol=1e-12, atol=1e-12)

@@ -149,15 +149,8 @@ def examine(program: Program, compiler: str = "none") -> Outcome:
         except Exception as error:
             problem, reports = f"{type(error).__name__}: {error}", []
     problem = problem or _contradiction(reports)
-    sites = [site for report in reports for site in report.sites]
-    return Outcome(
-        folded=sum(site.folded for site in sites),
-        total=len(sites),
-        reasons=tuple(site.reason.value for site in sites if site.reason is not None),
-        instructions=program.instructions,
-        problem="" if problem and (unsupported := _fails_without_us(program, compiler)) else problem,
-        unsupported=unsupported if problem else "",
-    )
+    unsupported = _fails_without_us(program, compiler) if problem else ""
+    return _outcome(program, reports, "" if unsupported else problem, unsupported)
 
 
 def examine_training(program: Program, compiler: str = "none") -> Outcome:
@@ -190,7 +183,11 @@ def examine_training(program: Program, compiler: str = "none") -> Outcome:
             noise = _compare([_gradients(program, disturbed=True)], [expected], 0.1 * program.tolerance)
             if noise:
                 return Outcome(instructions=program.instructions, unsupported=f"rounding alone does that: {noise}")
-    problem = problem or _contradiction(reports)
+    return _outcome(program, reports, problem or _contradiction(reports))
+
+
+def _outcome(program: Program, reports: Sequence[lncompile.FoldReport], problem: str, unsupported: str = "") -> Outcome:
+    """What the reports say of a program, and what went wrong."""
     sites = [site for report in reports for site in report.sites]
     return Outcome(
         folded=sum(site.folded for site in sites),
@@ -198,6 +195,7 @@ def examine_training(program: Program, compiler: str = "none") -> Outcome:
         reasons=tuple(site.reason.value for site in sites if site.reason is not None),
         instructions=program.instructions,
         problem=problem,
+        unsupported=unsupported,
     )
 
 

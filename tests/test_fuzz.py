@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -23,9 +23,8 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("part", range(PARTS))
-def test_programs_do_what_eager_does(part: int) -> None:
-    compiler = "aot" if part == PARTS - 1 else "none"
+def check_programs(part: int, look: Callable[[Program], Outcome]) -> Statistics:
+    """Look at a fixed set of programs; one that goes wrong is shrunk by hypothesis."""
     outcomes: list[Outcome] = []
 
     @seed(part)
@@ -38,11 +37,18 @@ def test_programs_do_what_eager_does(part: int) -> None:
     )
     @given(programs())
     def run(program: Program) -> None:
-        outcomes.append(check(program, compiler))
+        outcomes.append(look(program))
 
     run()
     statistics = Statistics()
     statistics.add(outcomes)
+    return statistics
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_programs_do_what_eager_does(part: int) -> None:
+    compiler = "aot" if part == PARTS - 1 else "none"
+    statistics = check_programs(part, lambda program: check(program, compiler))
     assert statistics.graphs >= PROGRAMS_PER_PART
     assert statistics.with_a_folded_site >= 0.25 * statistics.graphs
     assert statistics.folded >= 0.15 * statistics.sites
@@ -50,23 +56,7 @@ def test_programs_do_what_eager_does(part: int) -> None:
 
 
 def test_gradients_of_programs_are_eagers() -> None:
-    outcomes: list[Outcome] = []
-
-    @seed(PARTS)
-    @settings(
-        max_examples=PROGRAMS_PER_PART,
-        database=None,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-        phases=(Phase.generate, Phase.shrink),
-    )
-    @given(programs())
-    def run(program: Program) -> None:
-        outcomes.append(check(program, training=True))
-
-    run()
-    statistics = Statistics()
-    statistics.add(outcomes)
+    statistics = check_programs(PARTS, lambda program: check(program, training=True))
     assert statistics.with_a_folded_site >= 0.2 * statistics.graphs
     # Autograd refuses programs that write into what the way back needs.
     assert statistics.unsupported <= 0.4 * statistics.graphs

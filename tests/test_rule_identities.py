@@ -264,7 +264,7 @@ SINKS: dict[str, tuple[str, Callable[[Tensor], Any]]] = {
 
 def is_unseen(captured: Captured, start: fx.Node, axes: Axes) -> bool:
     """Whether the passes say that nobody sees a shift of a tensor: not its readers, not what is computed from it."""
-    site = SimpleNamespace(input=start, axes=axes)
+    site = SimpleNamespace(input=start, axes=axes, handwritten=None)
     variables = build_streams([site], GraphFacts(captured.graph_module.graph, captured.example_inputs))  # type: ignore[list-item]
     queue, seen = [(start, axes)], {(start, axes)}
     while queue:

@@ -10,11 +10,13 @@ import copy
 import dataclasses
 import math
 import re
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from architectures import Architecture, randomise
+from scipy import stats
 from torch import Tensor, nn
 
 from lncompile.lowering import torch_private
@@ -81,6 +83,7 @@ class Errors:
         stock: error of the yardstick.
         lnfold: error of lnfold.
         resolution: of the dtype.
+        interval: of their ratio, 95%, from the spread over the draws.
         draws: how many draws of weights count: those for which the yardstick is finite.
         stays_finite: whether lnfold's output is finite for all of them.
     """
@@ -89,6 +92,7 @@ class Errors:
     stock: float
     lnfold: float
     resolution: float
+    interval: tuple[float, float]
     draws: int
     stays_finite: bool
 
@@ -144,6 +148,7 @@ def measure(
                 geometric_mean([stock_error for stock_error, _ in errors], resolution),
                 geometric_mean([lnfold_error for _, lnfold_error in errors], resolution),
                 resolution,
+                interval_of_ratio(errors, resolution),
                 len(errors),
                 finite.get(name, True),
             )
@@ -154,8 +159,23 @@ def measure(
 
 def geometric_mean(errors: Sequence[float], resolution: float) -> float:
     """Geometric mean; an error of exactly zero counts as a thousandth of a rounding, none at all as one rounding."""
-    logarithms = [math.log(max(error, resolution / 1000)) for error in errors]
+    logarithms = [logarithm(error, resolution) for error in errors]
     return math.exp(sum(logarithms) / len(logarithms)) if logarithms else resolution
+
+
+def interval_of_ratio(errors: Sequence[tuple[float, float]], resolution: float) -> tuple[float, float]:
+    """95% interval of the geometric mean of lnfold's error over the yardstick's; of one draw it is all numbers."""
+    if len(errors) < 2:
+        return 0.0, math.inf
+    ratios = [logarithm(lnfold, resolution) - logarithm(stock, resolution) for stock, lnfold in errors]
+    mean, spread = statistics.mean(ratios), statistics.stdev(ratios) / math.sqrt(len(ratios))
+    reach = float(stats.t.ppf(0.975, len(ratios) - 1)) * spread
+    return math.exp(mean - reach), math.exp(mean + reach)
+
+
+def logarithm(error: float, resolution: float) -> float:
+    """Logarithm of an error; that of exactly zero is taken for a thousandth of a rounding."""
+    return math.log(max(error, resolution / 1000))
 
 
 def reference(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:

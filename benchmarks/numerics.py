@@ -57,7 +57,7 @@ def run(models: Sequence[str], draws: int, eager: bool) -> Iterator[dict[str, An
             continue
         for dtype in DTYPES:
             torch.compiler.reset()
-            found = numerics.measure(architecture, dtype, draws=draws, eager=eager)
+            found = numerics.measure(architecture, dtype, draws=draws, at_most=draws, eager=eager)
             for stress, errors in found.items():
                 for error in errors:
                     rows.append(
@@ -137,8 +137,9 @@ def main() -> int:
     for header in ("dtype", "stress", "outputs", "geometric mean", "maximum", "worst", "within budget"):
         table.add_column(header)
     for row in found["summary"]:
-        low, high = row["interval_of_maximum"]
-        ratios = (f"{row['geometric_mean']:.2f}", f"{row['maximum']:.2f} [{low:.2f}, {high:.2f}]")
+        interval = row["interval_of_maximum"]
+        between = f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else ""
+        ratios = (f"{row['geometric_mean']:.2f}", f"{row['maximum']:.2f}{between}")
         table.add_row(row["dtype"], row["stress"], str(row["outputs"]), *ratios, row["worst"], str(row["passed"]))
     console.print(table)
     console.print(f"written to {path}", soft_wrap=True)

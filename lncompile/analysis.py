@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from lncompile.options import Options
+from lncompile.passes.budget import Budgeted, limit_in_bytes, place_within
 from lncompile.passes.copying import copy_graph_module
 from lncompile.passes.costs import CostModel
 from lncompile.passes.decisions import Reason, Site
@@ -34,6 +35,7 @@ class Analysis:
         placement: what is centered where; None where the graph is to stay untouched.
         costs: what was weighed.
         trained: parameter expressions whose gradient is wanted: they are centered in the graph, at every step.
+        budgeted: the placement within a budget of memory, where there is one.
     """
 
     graph_module: fx.GraphModule
@@ -43,6 +45,7 @@ class Analysis:
     placement: Placement | None
     costs: CostModel = field(default_factory=CostModel)
     trained: frozenset[fx.Node] = frozenset()
+    budgeted: Budgeted | None = None
 
 
 def analyse(graph_module: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Analysis:
@@ -90,24 +93,29 @@ def _analyse_expanded(
 ) -> Analysis:
     copy = copy_graph_module(graph_module)
     expand_opaque_layers(copy.graph, opaque)
-    trained = trained_parameter(copy.graph, example_inputs)
+    wants_gradient = trained_parameter(copy.graph, example_inputs)
     # Facts before sites: what is written to in place decides what is read as a chain.
-    facts = GraphFacts(copy.graph, example_inputs, training=trained is not None)
+    facts = GraphFacts(copy.graph, example_inputs, training=wants_gradient is not None)
     sites = tuple(find_sites(copy.graph))
     detail = ""
     if turns_gradients_on(copy.graph):
         detail = "the model is called without gradients and turns them on inside; turn them on around the call"
-    elif trained is not None and options.training == "off":
+    elif wants_gradient is not None and options.training == "off":
         detail = (
-            f"gradients are enabled and '{trained}' requires one, and lnfold.training is 'off'; call the model under "
-            "torch.no_grad() or torch.inference_mode() to fold its norms"
+            f"gradients are enabled and '{wants_gradient}' requires one, and lnfold.training is 'off'; call the model "
+            "under torch.no_grad() or torch.inference_mode() to fold its norms"
         )
     if detail:
         return Analysis(copy, sites, left_alone(sites, Reason.TRAINING, detail), {}, None)
-    costs = CostModel(training=trained is not None, weighs_weights=options.training == "auto")
+    costs = CostModel(training=wants_gradient is not None, weighs_weights=options.training == "auto")
     variables = build_streams(sites, facts, costs)
-    placement = place(sites, variables, options.assist, costs)
-    verdicts = judge(sites, placement, variables, costs)
-    return Analysis(
-        copy, sites, verdicts, variables, placement if placement.folded else None, costs, frozenset(facts.trained)
-    )
+    trained = frozenset(facts.trained)
+    budgeted = None
+    if options.memory_budget is None:
+        placement = place(sites, variables, options.assist, costs)
+    else:
+        limit = limit_in_bytes(options.memory_budget, (p for p in example_inputs if isinstance(p, nn.Parameter)))
+        budgeted = place_within(limit, sites, variables, options.assist, costs, trained)
+        placement = budgeted.placement
+    verdicts = judge(sites, placement, variables, costs, budgeted.left if budgeted else None)
+    return Analysis(copy, sites, verdicts, variables, placement if placement.folded else None, costs, trained, budgeted)

@@ -61,8 +61,11 @@ def analyse(graph_module: fx.GraphModule, example_inputs: Sequence[Any], options
     """
     opaque = {node.name for node in find_opaque_layers(graph_module.graph)}
     verdicts: dict[str, list[Site]] = {**closed_norms(graph_module.graph), **norms_in_subgraphs(graph_module)}
+    first: Analysis | None = None
     while True:
         analysis = _analyse_expanded(graph_module, example_inputs, options, opaque)
+        first = first or analysis
+        analysis = _with_budget_of(first, analysis)
         needed = {_layer(site) for site in (analysis.placement.folded if analysis.placement else ())} & opaque
         for site, verdict in zip(analysis.sites, analysis.verdicts, strict=True):
             if _layer(site) in opaque - needed:
@@ -71,6 +74,24 @@ def analyse(graph_module: fx.GraphModule, example_inputs: Sequence[Any], options
             return dataclasses.replace(analysis, verdicts=_in_order(analysis, verdicts))
         # An opaque layer in which nothing folds goes to Inductor as it was; leaving it closed may change the rest.
         opaque = needed
+
+
+def _with_budget_of(first: Analysis, analysis: Analysis) -> Analysis:
+    """An analysis that says what the memory budget kept from folding in an earlier one, with more layers written out.
+
+    A layer that stays closed for want of memory asks for no weights, and stands in the way of norms behind it.
+    """
+    if first is analysis or first.budgeted is None or analysis.budgeted is None:
+        return analysis
+    starved = {site.node.name: first.budgeted.left.get(site.node) for site in first.sites}
+    verdicts = tuple(
+        verdict
+        if verdict.folded or (why := starved.get(site.node.name)) is None
+        else left_alone([site], Reason.MEMORY_BUDGET, why)[0]
+        for site, verdict in zip(analysis.sites, analysis.verdicts, strict=True)
+    )
+    budgeted = dataclasses.replace(analysis.budgeted, budget=first.budgeted.budget)
+    return dataclasses.replace(analysis, verdicts=verdicts, budgeted=budgeted)
 
 
 def _layer(site: NormSite) -> str:

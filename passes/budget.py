@@ -350,13 +350,13 @@ def _why(site: NormSite, ledger: _Ledger, unlimited: Placement, used: Mapping[Ha
     if not missing:
         return f"the norms it would share a centering with do not fit within lnfold.memory_budget ({amount(limit)})"
     largest = max(missing, key=lambda copy: copy.bytes)
-    more = f"'{largest.name}' ({amount(largest.bytes)})"
+    copies = f"a centered copy of '{largest.name}' ({amount(largest.bytes)}), does"
     if len(missing) > 1:
-        more = f"{len(missing)} more weights ({amount(sum(copy.bytes for copy in missing))}, the largest {more})"
+        total = amount(sum(copy.bytes for copy in missing))
+        copies = f"centered copies of {len(missing)} more weights ({total}, {amount(largest.bytes)} of it "
+        copies += f"'{largest.name}'), do"
     room = f"{amount(limit)}, {amount(_total(used))} of it used"
-    return (
-        f"what folds it without a budget, a centered copy of {more}, does not fit within lnfold.memory_budget ({room})"
-    )
+    return f"what folds it without a budget, {copies} not fit within lnfold.memory_budget ({room})"
 
 
 def amount(size: int) -> str:

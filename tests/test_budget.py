@@ -22,7 +22,7 @@ from lncompile.passes import placement as placement_module
 from lncompile.passes.axes import Axes
 from lncompile.passes.budget import Budgeted, limit_in_bytes, place_within
 from lncompile.passes.costs import Bytes, CostModel
-from lncompile.passes.decisions import Blocker, Reason
+from lncompile.passes.decisions import Blocker, MemoryBudget, Reason
 from lncompile.passes.placement import place
 from lncompile.passes.streams import Variable, VariableKey
 
@@ -194,8 +194,7 @@ def test_a_norm_that_stays_says_what_does_not_fit(without_inductor: None) -> Non
     assert report.folded == 0
     assert {site.reason for site in report.sites} == {Reason.MEMORY_BUDGET}
     first = report.sites[0]
-    assert "'transformer.wte.weight' (128000 bytes)" in first.detail
-    assert "2 more weights" in first.detail
+    assert "2 more weights (132096 bytes, 128000 bytes of it 'transformer.wte.weight')" in first.detail
     assert "50000 bytes, 0 bytes of it used" in first.detail
     assert "lnfold.memory_budget" in str(first.remedy)
     assert "left: 5 memory_budget" in report.summary()
@@ -315,6 +314,28 @@ def test_each_graph_has_a_budget_of_its_own(without_inductor: None) -> None:
         assert len(reports) == 4, "two pieces, each for three rows and for any number"
         assert all(r.memory_budget is not None and r.extra_bytes <= r.memory_budget.limit for r in reports)
         assert lncompile.explain(compiled, value).extra_bytes <= share * total
+
+
+def test_an_opaque_layer_that_stays_closed_for_want_of_memory_says_so() -> None:
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.norm = nn.Embedding(20, 16), nn.LayerNorm(16)
+            self.layer = nn.TransformerEncoderLayer(16, 2, 24, activation="gelu", batch_first=True, norm_first=True)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.norm(self.layer(self.embedding(ids)))
+
+    model, ids = randomise(Encoder().double().eval()), torch.randint(20, (2, 5))
+    captured = capture(model, ids)
+    free = captured.analyse(Options(memory_budget=10**9))
+    assert [site.folded for site in free.verdicts] == [True] * 3
+    assert free.budgeted is not None
+    analysis = captured.analyse(Options(memory_budget=100))
+    assert [site.reason for site in analysis.verdicts] == [Reason.MEMORY_BUDGET] * 3
+    assert analysis.placement is None
+    assert analysis.budgeted is not None
+    assert analysis.budgeted.budget == MemoryBudget(100, free.budgeted.used, True)
 
 
 # --- the option ---

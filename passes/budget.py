@@ -19,6 +19,9 @@ What is not promised is that nothing *within the budget* saves more: between two
 for no price (the duality gap). Two things narrow it. A copy that alone is larger than the budget is out from the start;
 and what room is left is filled with whatever the corners that do not fit have more, the best worth for its bytes first.
 What was filled in this way saves no less than every placement with as many bytes as the corner.
+
+The bytes are those of one graph. Graphs of one model share the copies of the same weights (``materialize``), and where
+a graph break cuts a model in pieces each has weights of its own, so that shares of them add up to a share of the model.
 """
 
 from __future__ import annotations
@@ -109,9 +112,10 @@ def place_within(
     corner, beyond = search.corner()
     placement = search.fill(corner.placement, (beyond.placement, unlimited))
     used = ledger.copies(placement)
-    stay = [site for site in unlimited.folded if site not in placement.folded]
+    folded = {site.node for site in placement.folded}
+    stay = [site for site in unlimited.folded if site.node not in folded]
     left = {site.node: _why(site, ledger, unlimited, used, limit) for site in stay}
-    return Budgeted(placement, unlimited, budget, _total(used), corner.bytes, left)
+    return Budgeted(placement, unlimited, budget, _total(used), search.proven(corner), left)
 
 
 @dataclass(frozen=True)
@@ -182,14 +186,17 @@ class _Ledger:
         return (parameters, tuple(type(stage) for stage in source.stages), stages, layout)
 
     def copies(self, placement: Placement, sites: Sequence[NormSite] | None = None) -> dict[Hashable, Copy]:
-        """The copies that a placement makes, of parts read apart each one: for all of its sites, or for some."""
+        """The copies that the rewrite makes of a placement: for all of its sites, or for some.
+
+        The cut counts one copy for all the parts of a parameter. Here each set of parts that a reader wants is one.
+        """
         sites = placement.folded if sites is None else sites
         found: dict[Hashable, Copy] = {}
         # Which sets of axes one reader wants of one operand: the rewrite centers them in one copy.
         wanted: dict[tuple[object, fx.Node], list[Axes]] = defaultdict(list)
         for index, site in enumerate(sites):
             wanted[(index, site.input)].append(site.axes)
-        for key in reached(placement, self._variables, sites):
+        for key in _reached(placement, self._variables, sites):
             if key in placement.streams:
                 if key in self.made:
                     found[self.made[key]] = self.known[self.made[key]]
@@ -227,7 +234,7 @@ def _composed_bytes(source: ComposedSource) -> int:
     return size
 
 
-def reached(
+def _reached(
     placement: Placement, variables: Mapping[VariableKey, Variable], sites: Iterable[NormSite]
 ) -> set[VariableKey]:
     """The centered variables of a placement that some of its sites need."""
@@ -276,8 +283,8 @@ class _Search:
         self._numbers = {identity: number for number, identity in enumerate(ledger.known)}
         sizes = [copy.bytes for copy in ledger.known.values()]
         # One unit is so little that all the copies' numbers together weigh less than one byte of traffic at any price.
-        unit = (unlimited.saved.hint + 1) * (len(sizes) + 1) ** 2
-        self._amounts = [size * unit + number for number, size in enumerate(sizes, 1)]
+        self._unit = (unlimited.saved.hint + 1) * (len(sizes) + 1) ** 2
+        self._amounts = [size * self._unit + number for number, size in enumerate(sizes, 1)]
 
     def _point(self, rate: Fraction) -> _Point:
         amounts = [
@@ -303,6 +310,8 @@ class _Search:
         fits = self._point(Fraction(beyond.saved + 1))  # a price at which no copy is worth anything
         while True:
             rate = Fraction(beyond.saved - fits.saved, beyond.amount - fits.amount)
+            if rate <= 0:
+                return fits, beyond
             between = self._point(rate)
             above_the_chord = between.saved - rate * between.amount > fits.saved - rate * fits.amount
             if not above_the_chord or not fits.amount < between.amount < beyond.amount:
@@ -312,12 +321,16 @@ class _Search:
             else:
                 beyond = between
 
+    def proven(self, corner: _Point) -> int:
+        """Bytes for which a corner is optimal: those the cut counted, where the rewrite makes more of them."""
+        return min(corner.bytes, corner.amount // self._unit)
+
     def fill(self, placement: Placement, others: Sequence[Placement]) -> Placement:
         """Add what other placements do for single sites, as long as that fits and saves more."""
         cones = {}
         for other in others:
             for site in other.folded:
-                cone = frozenset(reached(other, self._variables, [site]))
+                cone = frozenset(_reached(other, self._variables, [site]))
                 cones[cone, other.streams & cone] = self._ledger.copies(other, [site])
         while True:
             best: tuple[Fraction, Placement] | None = None

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import threading
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -234,19 +236,19 @@ def test_values_made_under_inference_mode_serve_calls_with_gradients() -> None:
 # --- what a report says is what the process has ---
 
 
-def allocated() -> dict[int, int]:
-    """Bytes of every storage that a tensor in this process holds, by address."""
+def allocated() -> dict[int, torch.UntypedStorage]:
+    """Every storage that a tensor in this process holds, by address; held, so that no address is used again."""
     gc.collect()
     held = {}
     for thing in gc.get_objects():
         if type(thing) in (Tensor, nn.Parameter):
             storage = thing.untyped_storage()
-            held[storage.data_ptr()] = storage.nbytes()
+            held[storage.data_ptr()] = storage
     return held
 
 
-def grown_since(before: dict[int, int]) -> int:
-    return sum(size for address, size in allocated().items() if address not in before)
+def grown_since(before: dict[int, torch.UntypedStorage]) -> int:
+    return sum(storage.nbytes() for address, storage in allocated().items() if address not in before)
 
 
 def test_bytes_of_a_tied_model_are_those_allocated() -> None:
@@ -325,3 +327,26 @@ def test_bytes_of_copies_of_all_kinds() -> None:
     assert report.folded == 6
     assert report.extra_bytes == grown_since(before) == 8 * (2 * 64 + (24 * 8 + 24) + (64 + 8))
     assert lncompile.explain(compiled, value).extra_bytes == report.extra_bytes
+
+
+def test_bytes_of_calls_from_several_threads() -> None:
+    """Threads share the graph's copies, also where all of them find a changed weight at once."""
+    model = randomise(Block().double())
+    value = torch.randn(5, 16, dtype=torch.float64)
+    compiled = torch.compile(model, backend="lnfold")
+    before = allocated()
+    compiled(value)
+    (report,) = lncompile.reports(compiled)
+    barrier = threading.Barrier(3, timeout=60)
+
+    def call() -> None:
+        with torch.no_grad():
+            barrier.wait()
+            compiled(value)
+
+    for _ in range(10):
+        model.inner.weight.mul_(0.5)
+        with ThreadPoolExecutor(3) as pool:
+            for running in [pool.submit(call) for _ in range(3)]:
+                running.result()
+    assert report.extra_bytes == grown_since(before) == 8 * (16 * 16 + 16)

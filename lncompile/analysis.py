@@ -114,29 +114,37 @@ def _analyse_expanded(
 ) -> Analysis:
     copy = copy_graph_module(graph_module)
     expand_opaque_layers(copy.graph, opaque)
-    wants_gradient = trained_parameter(copy.graph, example_inputs)
+    trained = trained_parameter(copy.graph, example_inputs)
     # Facts before sites: what is written to in place decides what is read as a chain.
-    facts = GraphFacts(copy.graph, example_inputs, training=wants_gradient is not None)
+    facts = GraphFacts(copy.graph, example_inputs, training=trained is not None)
     sites = tuple(find_sites(copy.graph))
     detail = ""
     if turns_gradients_on(copy.graph):
         detail = "the model is called without gradients and turns them on inside; turn them on around the call"
-    elif wants_gradient is not None and options.training == "off":
+    elif trained is not None and options.training == "off":
         detail = (
-            f"gradients are enabled and '{wants_gradient}' requires one, and lnfold.training is 'off'; call the model "
-            "under torch.no_grad() or torch.inference_mode() to fold its norms"
+            f"gradients are enabled and '{trained}' requires one, and lnfold.training is 'off'; call the model under "
+            "torch.no_grad() or torch.inference_mode() to fold its norms"
         )
     if detail:
         return Analysis(copy, sites, left_alone(sites, Reason.TRAINING, detail), {}, None)
-    costs = CostModel(training=wants_gradient is not None, weighs_weights=options.training == "auto")
+    costs = CostModel(training=trained is not None, weighs_weights=options.training == "auto")
     variables = build_streams(sites, facts, costs)
-    trained = frozenset(facts.trained)
-    budgeted = None
+    budgeted: Budgeted | None = None
     if options.memory_budget is None:
         placement = place(sites, variables, options.assist, costs)
     else:
         limit = limit_in_bytes(options.memory_budget, (p for p in example_inputs if isinstance(p, nn.Parameter)))
-        budgeted = place_within(limit, sites, variables, options.assist, costs, trained)
+        budgeted = place_within(limit, sites, variables, options.assist, costs, facts.trained)
         placement = budgeted.placement
     verdicts = judge(sites, placement, variables, costs, budgeted.left if budgeted else None)
-    return Analysis(copy, sites, verdicts, variables, placement if placement.folded else None, costs, trained, budgeted)
+    return Analysis(
+        copy,
+        sites,
+        verdicts,
+        variables,
+        placement if placement.folded else None,
+        costs,
+        frozenset(facts.trained),
+        budgeted,
+    )

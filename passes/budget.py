@@ -18,7 +18,9 @@ but ties.
 What is not promised is that nothing *within the budget* saves more: between two corners lie placements that are optimal
 for no price (the duality gap). Two things narrow it. A copy that alone is larger than the budget is out from the start;
 and what room is left is filled with whatever the corners that do not fit have more, the best worth for its bytes first.
-What was filled in this way saves no less than every placement with as many bytes as the corner.
+What was filled in this way saves no less than every placement with as many bytes as the corner. Bytes
+are counted as the rewrite makes copies, except that two equal expressions which need no copy of their own where they
+are streams count apart in the cut.
 
 The bytes are those of one graph. Graphs of one model share the copies of the same weights (``materialize``), and where
 a graph break cuts a model in pieces each has weights of its own, so that shares of them add up to a share of the model.

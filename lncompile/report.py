@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lncompile.passes.decisions import REMEDIES, RuntimeCentering, Site, WeightRewrite
+from lncompile.passes.budget import amount
+from lncompile.passes.decisions import REMEDIES, MemoryBudget, RuntimeCentering, Site, WeightRewrite
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class FoldReport:
         centerings: activations that are centered at each call, and why that pays.
         graphs: how many graphs it speaks of (graph breaks make several).
         seconds: time our passes took, Inductor's not counted.
+        memory_budget: the limit on centered copies and what they would take without it, where one was set; of several
+            graphs the sums.
 
     Example:
         >>> report = lncompile.explain(model, input_ids)
@@ -38,6 +41,7 @@ class FoldReport:
     centerings: tuple[RuntimeCentering, ...] = ()
     graphs: int = 1
     seconds: float = 0.0
+    memory_budget: MemoryBudget | None = None
 
     @property
     def total(self) -> int:
@@ -96,6 +100,9 @@ class FoldReport:
         words += f" ({self.extra_bytes / 2**20:.1f} MiB beside the model"
         trained = sum(weight.storage == "graph" for weight in self.weights)
         words += f", {trained} centered at every step)" if trained else ")"
+        budget = self.memory_budget
+        if budget is not None and budget.binds:
+            words += f", within a memory budget of {amount(budget.limit)} (without: {amount(budget.wanted)})"
         left = Counter(site.reason.value for site in self.sites if site.reason is not None)
         if left:
             words += "; left: " + ", ".join(f"{count} {reason}" for reason, count in left.most_common())
@@ -106,10 +113,18 @@ def merge(reports: Iterable[FoldReport]) -> FoldReport:
     """Put the reports of several graphs together; a weight that several graphs share counts once."""
     listed = list(reports)
     weights = dict.fromkeys(weight for report in listed for weight in report.weights)
+    budgets = [report.memory_budget for report in listed if report.memory_budget is not None]
     return FoldReport(
         tuple(site for report in listed for site in report.sites),
         tuple(weights),
         tuple(centering for report in listed for centering in report.centerings),
         sum(report.graphs for report in listed),
         sum(report.seconds for report in listed),
+        MemoryBudget(
+            sum(budget.limit for budget in budgets),
+            sum(budget.wanted for budget in budgets),
+            any(budget.binds for budget in budgets),
+        )
+        if budgets
+        else None,
     )

@@ -43,6 +43,7 @@ from lncompile.passes.centering import (
     training_dtype,
 )
 from lncompile.passes.composed_sources import BatchNorm, ComposedSource
+from lncompile.passes.operands import CENTERED_ALONG
 from lncompile.passes.placement import Placement
 from lncompile.passes.streams import Variable, VariableKey
 
@@ -141,6 +142,9 @@ def _center_weight(graph: fx.Graph, parameter: fx.Node, axes: Sequence[Axes], va
         done.trained.append(centered)
         return centered
     centered = emit(graph, name, center_weight, parameter, tuple(axes), value.dtype, value=value)
+    kept = tensor_of(parameter)
+    if parameter.op == "placeholder" and kept is not None and kept.dtype == value.dtype:
+        centered.meta[CENTERED_ALONG] = tuple(axes)
     done.weights.append(centered)
     return centered
 

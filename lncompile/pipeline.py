@@ -89,7 +89,7 @@ def uses_in(graph_module: fx.GraphModule, transformed: Transformed | None) -> di
     count = sum(node.op == "placeholder" for node in graph_module.graph.nodes)
     if transformed is None:
         return uses_of(graph_module.graph, (), count)
-    return uses_of(transformed.graph_module.graph, transformed.expressions, count)
+    return uses_of(transformed.graph_module.graph, transformed.expressions, count, transformed.in_graph)
 
 
 def _materializer(

@@ -134,7 +134,7 @@ def _is_centered(weight: Tensor, axes: Axes) -> bool:
     deviation = information.eps * means_of(weight.to(EXACT).square(), axes).sqrt() / math.sqrt(12 * int(axes.count))
     allowed = torch.minimum(bound, 8 * deviation) + spacing
     # Of numbers in float64 the means are rounded as well.
-    slack = 4.0 if weight.dtype == EXACT else 1.0 + 1e-6
+    slack = 32.0 if weight.dtype == EXACT else 1.0 + 1e-6
     return bool((means.abs() <= slack * allowed).all())
 
 

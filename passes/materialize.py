@@ -49,10 +49,10 @@ class Expression:
         graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {}
         position = {node: index for index, node in enumerate(placeholders)}
-        leaves = [node for node in _closure(root) if node.op == "placeholder"]
+        leaves = [node for node in closure(root) if node.op == "placeholder"]
         for index, leaf in enumerate(leaves):
             copies[leaf] = graph.placeholder(f"parameter_{index}")
-        for index, node in enumerate(n for n in _closure(root) if n.op != "placeholder"):
+        for index, node in enumerate(n for n in closure(root) if n.op != "placeholder"):
             copies[node] = graph.create_node(
                 node.op,
                 node.target,
@@ -76,7 +76,7 @@ class Expression:
         return value
 
 
-def _closure(root: fx.Node) -> list[fx.Node]:
+def closure(root: fx.Node) -> list[fx.Node]:
     """Everything ``root`` is computed from, itself last, operands before their users."""
     order: list[fx.Node] = []
     seen: set[fx.Node] = set()
@@ -399,7 +399,7 @@ def hoist(graph: fx.Graph, roots: Sequence[fx.Node]) -> tuple[list[Expression], 
         root.replace_all_uses_with(placeholder)
         new.append(placeholder)
     for root in roots:
-        for node in reversed(_closure(root)):
+        for node in reversed(closure(root)):
             if node.op != "placeholder" and not node.users:
                 graph.erase_node(node)
     return expressions, new

@@ -9,8 +9,9 @@ Its uses in the graph are known (``uses``). All others are ruled out, or the wei
   be reached through this module alone: nobody else holds a module on the way to it.
 * *other graphs of ours* that read it as it is. One that is compiled later restores it first (``in_place.give_back``).
 
-What cannot be seen is code outside of all this that reads ``module.layer.weight`` by itself: :func:`lncompile.restore`
-is for that.
+What cannot be seen is code outside of all this that reads ``module.layer.weight`` by itself, and who ties a parameter
+after it was overwritten: :func:`lncompile.restore` is for that. (torch's hooks for registered parameters would tell,
+but while one is set, Dynamo traces it wherever a model slices a ModuleList.)
 """
 
 from __future__ import annotations
@@ -18,14 +19,9 @@ from __future__ import annotations
 import gc
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor, fx, nn
-from torch.nn.modules.module import (
-    register_module_module_registration_hook,
-    register_module_parameter_registration_hook,
-)
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from lncompile.lowering import torch_private
 from lncompile.passes import in_place
@@ -57,26 +53,6 @@ class Reader:
 
 
 _readers: weakref.WeakSet[Reader] = weakref.WeakSet()
-
-
-class _Structure:
-    """Counts what is registered in modules anywhere, so that what was found out about them is known to be of today."""
-
-    def __init__(self) -> None:
-        self.changes = 0
-        self._watched = False
-
-    def watch(self) -> None:
-        if not self._watched:
-            self._watched = True
-            register_module_parameter_registration_hook(self._count)
-            register_module_module_registration_hook(self._count)
-
-    def _count(self, module: nn.Module, name: str, registered: object) -> None:
-        self.changes += 1
-
-
-_structure = _Structure()
 
 
 class Survey:
@@ -117,17 +93,18 @@ class Survey:
         wrapped = any(torch_private.is_compiled_wrapper(parent) for parent, _ in self._parents.get(id(module), []))
         return wrapped or torch_private.is_compiled_by_itself(module)
 
-    def name_within(self, parameter: Tensor, root: nn.Module) -> str | None:
-        """A name of a parameter within a module; None if it is not in it."""
-        pending = list(self.owners(parameter))
+    def way_to(self, parameter: Tensor, root: nn.Module) -> list[tuple[nn.Module, str]] | None:
+        """The modules through which a parameter is reached, from the one that holds it to ``root``, with the names."""
+        pending = [[owner] for owner in self.owners(parameter)]
         seen: set[int] = set()
         while pending:
-            module, name = pending.pop()
+            way = pending.pop()
+            module, _ = way[-1]
             if module is root:
-                return name
+                return way
             if id(module) not in seen:
                 seen.add(id(module))
-                pending += [(parent, f"{own}.{name}") for parent, own in self.parents(module)]
+                pending += [[*way, parent] for parent in self.parents(module)]
         return None
 
     def roots(self, parameter: Tensor, name: str) -> list[nn.Module]:
@@ -163,14 +140,11 @@ class Ownership:
     """
 
     def __init__(self, graph_module: fx.GraphModule, uses: Mapping[int, tuple[Axes, ...] | None]) -> None:
-        _structure.watch()
         self._uses = uses
         self._names: dict[int, str] = {}
         self._root: weakref.ref[nn.Module] | None = None
         self._kind: type[nn.Module] = nn.Module
         self._problem: str | None = None
-        # Parameters of which no other holder was found, with the state of all modules then.
-        self._owned: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()
         frame = torch_private.frame_being_compiled()
         if frame is None or not isinstance(frame.receiver, nn.Module):
             self._problem = "what was compiled is no module, so it is not known what else reads the weights"
@@ -199,13 +173,7 @@ class Ownership:
         problem = _problem_with(parameter, axes)
         if problem is not None:
             return problem
-        if self._owned.get(parameter) == _structure.changes:
-            return None
-        changes = _structure.changes
-        problem = self._held_elsewhere(position, parameter, survey)
-        if problem is None:
-            self._owned[parameter] = changes
-        return problem
+        return self._held_elsewhere(position, parameter, survey)
 
     def _held_elsewhere(self, position: int, parameter: Tensor, survey: Survey) -> str | None:
         if gc.get_freeze_count():
@@ -215,21 +183,21 @@ class Ownership:
             kinds = ", ".join(sorted(f"{type(module).__name__}.{name}" for module, name in owners))
             return f"several modules hold it ({kinds})" if owners else "no module holds it"
         root = self._root_of(position, parameter, survey)
-        if root is None:
+        way = None if root is None else survey.way_to(parameter, root)
+        if root is None or way is None:
             return "it is not known which module the compiled graph is called for"
         if survey.parents(root) and not survey.is_compiled(root):
             return "the compiled graph is only a part of its model, and the rest may read the weights"
         other = survey.way_around(parameter, root)
         if other is not None:
             return f"it is reached through another module as well ({type(other).__name__})"
+        self._names[position] = ".".join(name for _, name in reversed(way))
         return None
 
     def _root_of(self, position: int, parameter: Tensor, survey: Survey) -> nn.Module | None:
         """The module whose call this is: the one that was compiled, or one like it for which Dynamo took its code."""
         root = None if self._root is None else self._root()
-        name = None if root is None else survey.name_within(parameter, root)
-        if name is not None:
-            self._names[position] = name
+        if root is not None and survey.way_to(parameter, root) is not None:
             return root
         name = self._names.get(position)
         roots = [] if name is None else [r for r in survey.roots(parameter, name) if type(r) is self._kind]

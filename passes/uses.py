@@ -13,30 +13,37 @@ from torch import fx
 
 from lncompile.passes.axes import Axes
 from lncompile.passes.graph_facts import written_arguments
-from lncompile.passes.materialize import Expression
+from lncompile.passes.materialize import Expression, closure
+from lncompile.passes.operands import CENTERED_ALONG
 
 #: How a parameter is read: along which axes it is centered; None where it is read as it is, or in several ways.
 Use = tuple[Axes, ...] | None
 
 
-def uses_of(graph: fx.Graph, expressions: Sequence[Expression], placeholders: int) -> dict[int, Use]:
+def uses_of(
+    graph: fx.Graph, expressions: Sequence[Expression], placeholders: int, in_graph: Sequence[fx.Node] = ()
+) -> dict[int, Use]:
     """Return how a graph reads its inputs, by position; what it does not read is not there.
 
     Args:
         graph: the graph, with or without expressions taken out.
         expressions: what was taken out of it.
         placeholders: how many there were before.
+        in_graph: nodes that center a weight at every call (``Rewrite.trained``).
     """
     living = _living(graph)
     inputs = [node for node in graph.nodes if node.op == "placeholder"][:placeholders]
     uses: dict[int, set[Use]] = defaultdict(set)
+    centering: dict[fx.Node, Use] = {}
+    for root in in_graph:
+        # Whoever centers a weight reads it, and nobody else reads what is computed on the way.
+        centering.update(dict.fromkeys(closure(root), root.meta.get(CENTERED_ALONG)))
     for index, node in enumerate(inputs):
-        if living.intersection(node.users):
-            uses[index].add(None)
+        uses[index].update(centering.get(user) for user in node.users if user in living)
     for expression in expressions:
         for leaf in expression.leaves:
             uses[leaf].add(expression.centered_along)
-    return {index: next(iter(ways)) if len(ways) == 1 else None for index, ways in uses.items()}
+    return {index: next(iter(ways)) if len(ways) == 1 else None for index, ways in uses.items() if ways}
 
 
 def _living(graph: fx.Graph) -> set[fx.Node]:

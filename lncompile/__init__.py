@@ -1,6 +1,6 @@
 """lncompile: ``torch.compile(model, backend="lnfold")`` folds LayerNorms' mean-centering into upstream weights."""
 
-from lncompile.explain import explain, refresh, reports
+from lncompile.explain import explain, refresh, reports, restore
 from lncompile.fold import FoldedModule, fold
 from lncompile.integrations import allow_in_accelerate
 from lncompile.lowering.inspection import GeneratedCode, generated_code
@@ -29,5 +29,6 @@ __all__ = [
     "generated_code",
     "refresh",
     "reports",
+    "restore",
     "verify",
 ]

@@ -6,11 +6,9 @@ stock torch.compile would have compiled it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
-import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,18 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lncompile.analysis import Analysis, analyse
 from lncompile.lowering import torch_private
 from lncompile.options import Options, parse_options
-from lncompile.passes.canonical import tensor_of
-from lncompile.passes.decisions import Reason, RuntimeCentering, WeightRewrite
-from lncompile.passes.materialize import Expression, Materializer
-from lncompile.passes.provenance import parameter_name, parameter_names
-from lncompile.passes.sharding import local_bytes
+from lncompile.passes.decisions import Reason
+from lncompile.passes.in_place import give_back
+from lncompile.passes.materialize import Materializer
+from lncompile.passes.ownership import Reader
 from lncompile.passes.sites import find_sites
-from lncompile.passes.verdicts import describe_centerings, left_alone
+from lncompile.passes.verdicts import left_alone
+from lncompile.pipeline import prepare
 from lncompile.report import FoldReport
-from lncompile.transform import Transformed, transform
 from lncompile.versions import warn_if_untested
 
 log = logging.getLogger("lncompile")
@@ -48,6 +44,7 @@ class CompiledGraph:
     code: Any
     arguments: Mapping[str, Any]
     materializer: Materializer | None = None
+    reader: Reader | None = None
 
     def served(self) -> set[int]:
         """Ids of the parameters it was compiled with and, where Dynamo reused the code, called with since."""
@@ -87,36 +84,32 @@ def lnfold(
     warn_if_untested()
     _used_configurations.append(inductor_config)
     example_inputs = list(example_inputs)
-    started = time.perf_counter()
     arguments = {"mode": mode, "options": dict(options or {})}
     try:
-        analysis = analyse(graph_module, example_inputs, ours)
-        untouched = analysis.placement is None and (ours.nonfoldable == "inductor" or not analysis.sites)
-        transformed = None if untouched else transform(analysis, ours)
-        materializer = Materializer(transformed.expressions if transformed else (), ours.check)
-        values = materializer(example_inputs)
-        report = make_report(graph_module, analysis, transformed, values, time.perf_counter() - started)
+        prepared = prepare(graph_module, example_inputs, ours)
     except Exception as error:
         if not safety_net:
             raise
         return _untouched(graph_module, example_inputs, inductor_config, arguments, error)
+    report = prepared.report
     _publish(report)
-    if not report.sites:
-        return torch_private.inductor_compile(graph_module, example_inputs, inductor_config)
-    if transformed is None:
+    if prepared.graph_module is None:
         compiled = torch_private.inductor_compile(graph_module, example_inputs, inductor_config)
-        return _remember(compiled, example_inputs, report, arguments)
+        if not report.sites and ours.weights != "inplace":
+            return compiled
+        return _remember(compiled, example_inputs, report, arguments, reader=prepared.reader)
     try:
-        static = torch_private.static_fake_tensors(values)
-        compiled = torch_private.inductor_compile(transformed.graph_module, [*example_inputs, *values], inductor_config)
-        del static  # had to live until here
+        inputs = [*example_inputs, *prepared.values]
+        static = torch_private.static_fake_tensors(prepared.values)
+        compiled = torch_private.inductor_compile(prepared.graph_module, inputs, inductor_config)
+        del static, inputs  # had to live until here
     except torch_private.DynamoException:
         raise  # Dynamo talks to itself in exceptions: "start again with other assumptions"
     except Exception as error:
         if not safety_net:
             raise
         return _untouched(graph_module, example_inputs, inductor_config, arguments, error)
-    return _remember(compiled, example_inputs, report, arguments, materializer)
+    return _remember(compiled, example_inputs, report, arguments, prepared.materializer, prepared.reader)
 
 
 def _reset() -> None:
@@ -127,47 +120,6 @@ def _reset() -> None:
 
 
 lnfold.reset = _reset  # type: ignore[attr-defined]
-
-
-def make_report(
-    graph_module: fx.GraphModule,
-    analysis: Analysis,
-    transformed: Transformed | None,
-    values: Sequence[Tensor],
-    seconds: float,
-) -> FoldReport:
-    """Put the decisions for one graph, and the weights materialised for it, into a report."""
-    weights = centered_copies(graph_module, transformed.expressions if transformed else (), values)
-    weights += centered_in_the_graph(transformed)
-    budgeted = analysis.budgeted
-    centerings: tuple[RuntimeCentering, ...] = ()
-    if analysis.placement:
-        without_budget = budgeted.unlimited if budgeted else None
-        centerings = describe_centerings(analysis.placement, analysis.variables, analysis.costs, without_budget)
-    return FoldReport(analysis.verdicts, tuple(weights), centerings, 1, seconds, budgeted.budget if budgeted else None)
-
-
-def centered_copies(
-    graph_module: fx.GraphModule, expressions: Sequence[Expression], values: Sequence[Tensor]
-) -> list[WeightRewrite]:
-    """The copies beside the model: one for each expression and parameters, however many placeholders take it."""
-    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
-    weights: dict[tuple[Any, ...], WeightRewrite] = {}
-    for expression, value in zip(expressions, values, strict=True):
-        name = " · ".join(parameter_name(placeholders[leaf]) for leaf in expression.leaves)
-        variant = hashlib.sha256(expression.code.encode()).hexdigest()[:8]
-        weights[expression.code, expression.leaves] = WeightRewrite(name, local_bytes(value), "copy", variant)
-    return list(weights.values())
-
-
-def centered_in_the_graph(transformed: Transformed | None) -> list[WeightRewrite]:
-    """The weights that a transformed graph centers at every call."""
-    weights = []
-    for node in transformed.in_graph if transformed else ():
-        tensor = tensor_of(node)
-        assert tensor is not None  # what was emitted carries its value
-        weights.append(WeightRewrite(" · ".join(parameter_names(node)), tensor.nbytes, "graph"))
-    return weights
 
 
 def _untouched(
@@ -188,9 +140,11 @@ def _untouched(
         log.debug("no list of sites: %s", second)
         sites = ()
     report = FoldReport(left_alone(sites, Reason.INTERNAL_ERROR, reason))
-    return _remember(
-        torch_private.inductor_compile(graph_module, example_inputs, config), example_inputs, report, arguments
-    )
+    # It is not known which of its weights this graph reads as they were before they were centered for another one.
+    uses = [(value, None) for value in example_inputs]
+    give_back(uses)
+    compiled = torch_private.inductor_compile(graph_module, example_inputs, config)
+    return _remember(compiled, example_inputs, report, arguments, reader=Reader(uses))
 
 
 def _publish(report: FoldReport) -> None:
@@ -209,6 +163,7 @@ def _remember(
     report: FoldReport,
     arguments: Mapping[str, Any],
     materializer: Materializer | None = None,
+    reader: Reader | None = None,
 ) -> Callable[..., Any]:
     """Return the function Dynamo calls, with the report tied to it and freed with it."""
     tensors: tuple[weakref.ref[Tensor], ...] = tuple(
@@ -217,7 +172,8 @@ def _remember(
         # Of quantized weights `module.to()` swaps the contents, which torch refuses where there are weak references.
         if isinstance(value, torch.nn.Parameter) and not torch_private.is_tensor_subclass(value)
     )
-    record = CompiledGraph(report, tensors, torch_private.code_being_compiled(), arguments, materializer)
+    code = torch_private.code_being_compiled()
+    record = CompiledGraph(report, tensors, code, arguments, materializer, reader)
     compiled_graphs.add(record)
 
     # A function of our own: Dynamo unwraps Inductor's, and would drop what is attached to it.
@@ -235,4 +191,4 @@ def _remember(
     return run
 
 
-__all__ = ["CompiledGraph", "Options", "compiled_graphs", "lnfold", "make_report"]
+__all__ = ["CompiledGraph", "Options", "compiled_graphs", "lnfold"]

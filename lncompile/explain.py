@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from lncompile.analysis import analyse
-from lncompile.backend import centered_copies, centered_in_the_graph, compiled_graphs, make_report
+from lncompile.backend import compiled_graphs
 from lncompile.lowering import torch_private
 from lncompile.options import Options, parse_options
-from lncompile.passes.canonical import tensor_of
+from lncompile.passes.in_place import restore_for_good
 from lncompile.passes.materialize import forget_all
+from lncompile.pipeline import plan
 from lncompile.report import FoldReport, merge
-from lncompile.transform import transform
 
 
 def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> FoldReport:
@@ -46,12 +43,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> FoldReport:
     reports: dict[int, FoldReport] = {}
 
     def capture(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        started = time.perf_counter()
-        analysis = analyse(graph_module, example_inputs, options)
-        report = make_report(graph_module, analysis, None, (), 0.0)
-        if analysis.placement is not None:
-            report = _with_weights(report, graph_module, analysis, options)
-        report = dataclasses.replace(report, seconds=time.perf_counter() - started)
+        report = plan(graph_module, example_inputs, options)
 
         def run(*arguments: Any) -> Any:
             reports[id(report)] = report
@@ -63,16 +55,6 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> FoldReport:
         captured: Callable[..., Any] = torch.compile(torch_private.original_callable(model), backend=capture)
         captured(*args, **kwargs)
     return merge(reports.values())
-
-
-def _with_weights(report: FoldReport, graph_module: fx.GraphModule, analysis: Any, options: Options) -> FoldReport:
-    """Add the weights a transformation would center, from shapes alone."""
-    transformed = transform(analysis, options)
-    placeholders = [node for node in transformed.graph_module.graph.nodes if node.op == "placeholder"]
-    values = [tensor_of(node) for node in placeholders[len(placeholders) - len(transformed.expressions) :]]
-    known = [value for value in values if value is not None]  # all of them: what was emitted carries its value
-    weights = centered_copies(graph_module, transformed.expressions, known) + centered_in_the_graph(transformed)
-    return dataclasses.replace(report, weights=tuple(weights))
 
 
 def reports(compiled: Callable[..., Any]) -> list[FoldReport]:
@@ -126,7 +108,38 @@ def _same_source(code: Any, function: Any) -> bool:
 def refresh() -> None:
     """Forget every centered weight, so that the next call of each compiled model computes them anew.
 
+    Weights that :func:`restore` restored may be centered in place again.
+
     Needed only after a write that torch does not count: ``parameter.data.copy_(...)`` or a write through NumPy.
     In-place updates, optimizer steps, ``load_state_dict`` and swapped Parameters are noticed by themselves.
     """
     forget_all()
+
+
+def restore(model: Callable[..., Any]) -> tuple[str, ...]:
+    """Put the means back that ``lnfold.weights="inplace"`` took out of a model's parameters.
+
+    Each element is what it was up to one rounding: centering rounded it to half a unit in its own last place, restoring
+    rounds once more. A parameter that was written to since, or converted, stays as it is. Compiled models go on: they
+    use copies of centered weights from then on, until :func:`refresh`.
+
+    Args:
+        model: a module, compiled or not.
+
+    Returns:
+        The names of the parameters that were restored.
+
+    Raises:
+        TypeError: if it is no module.
+
+    Example:
+        >>> compiled = torch.compile(model, backend="lnfold", options={"lnfold.weights": "inplace"}); compiled(x)
+        >>> lncompile.restore(model)
+        ('transformer.h.0.attn.c_proj.weight', ...)
+    """
+    module = torch_private.original_callable(model)
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"restore() takes the module whose weights are to be restored, not a {type(module).__name__}")
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    restored = restore_for_good(module.parameters())
+    return tuple(names[id(parameter)] for parameter in restored)

@@ -15,11 +15,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from lncompile.analysis import analyse
-from lncompile.backend import make_report
 from lncompile.lowering import torch_private
 from lncompile.options import parse_options
 from lncompile.passes.canonical import canonicalise, tensor_of
+from lncompile.passes.in_place import give_back
+from lncompile.passes.materialize import Stored
 from lncompile.passes.provenance import parameter_name
+from lncompile.passes.sharding import local_bytes
+from lncompile.pipeline import make_report, uses_in
 from lncompile.report import FoldReport
 from lncompile.signature import Signature
 from lncompile.transform import transform
@@ -88,8 +91,10 @@ def fold(model: nn.Module, *args: Any, options: Mapping[str, Any] | None = None,
         ((graph_module, example_inputs),) = captured
         analysis = analyse(graph_module, example_inputs, ours)
         transformed = transform(analysis, ours)
+        give_back((example_inputs[position], axes) for position, axes in uses_in(graph_module, transformed).items())
         values = [e.evaluate([example_inputs[leaf] for leaf in e.leaves]) for e in transformed.expressions]
-        report = make_report(graph_module, analysis, transformed, values, 0.0)
+        stored = [Stored("copy", local_bytes(value)) for value in values]
+        report = make_report(graph_module, analysis, transformed, stored, 0.0)
 
     graph = transformed.graph_module.graph
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]

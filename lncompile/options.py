@@ -21,7 +21,9 @@ class Options:
     """Options of ours, with their defaults.
 
     Attributes:
-        weights: where centered weights live. ``"copy"``: beside the model, whose own weights stay untouched.
+        weights: where centered weights live. ``"copy"``: beside the model, whose own weights stay untouched;
+            ``"inplace"``: in the model's own parameters, wherever nothing else reads them. The model computes the
+            same in eager; :func:`lncompile.restore` undoes it. Without ``check`` nobody may then write to them.
         nonfoldable: what runs at a site that does not fold. ``"inductor"``: its own layer_norm, as stock torch.compile
             compiles it; ``"eager"``: ATen's eager LayerNorm kernel.
         assist: whether an activation may be centered at run time where that lets more norms fold than it costs.
@@ -44,7 +46,7 @@ class Options:
 
 # What each option takes, or, for one that takes more than can be listed, in words.
 _VALUES: dict[str, tuple[Any, ...] | str] = {
-    "weights": ("copy",),
+    "weights": ("copy", "inplace"),
     "nonfoldable": ("inductor", "eager"),
     "assist": (True, False),
     "training": ("auto", "on", "off"),

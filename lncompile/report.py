@@ -23,7 +23,7 @@ class FoldReport:
 
     Attributes:
         sites: every LayerNorm call, in order; see :class:`Site`.
-        weights: the parameters that are centered, with the bytes of the centered copy.
+        weights: the parameters that are centered, where the centered weights are and what they take.
         centerings: activations that are centered at each call, and why that pays.
         graphs: how many graphs it speaks of (graph breaks make several).
         seconds: time our passes took, Inductor's not counted.
@@ -55,8 +55,8 @@ class FoldReport:
 
     @property
     def extra_bytes(self) -> int:
-        """Bytes of all centered copies beside the model; what is centered in the graph is memory of the step alone."""
-        return sum(weight.bytes for weight in self.weights if weight.storage == "copy")
+        """Bytes kept beside the model: copies, and means of weights in place; what the graph centers is of the step."""
+        return sum(weight.bytes for weight in self.weights if weight.storage != "graph")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain dicts, lists, strings and numbers, ready for JSON."""
@@ -91,6 +91,13 @@ class FoldReport:
         yield Text(self.summary(), style="bold")
         for left in dict.fromkeys(site.reason for site in self.sites if site.reason is not None):
             yield Text(f"{left.value} would fold with {REMEDIES[left]}")
+        details: dict[str, list[str]] = {}
+        for weight in self.weights:
+            if weight.detail:
+                details.setdefault(weight.detail, []).append(weight.name)
+        for detail, names in details.items():
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            yield Text(f"a copy, not in place: {', '.join(names[:3])}{more}: {detail}")
         for centering in self.centerings:
             yield Text(f"centered at run time after {centering.after} ({centering.location}): {centering.detail}")
 
@@ -98,8 +105,10 @@ class FoldReport:
         """One line: how many folded, what was centered, what it costs."""
         words = f"{self.folded} of {self.total} LayerNorms folded into {len(self.weights)} centered weights"
         words += f" ({self.extra_bytes / 2**20:.1f} MiB beside the model"
-        trained = sum(weight.storage == "graph" for weight in self.weights)
-        words += f", {trained} centered at every step)" if trained else ")"
+        counted = Counter(weight.storage for weight in self.weights)
+        for storage, what in (("inplace", "in place"), ("centered", "centered before"), ("graph", "at every step")):
+            words += f", {counted[storage]} {what}" if counted[storage] else ""
+        words += ")"
         budget = self.memory_budget
         if budget is not None and budget.binds:
             words += f", within a memory budget of {amount(budget.limit)} (without: {amount(budget.wanted)})"

@@ -11,7 +11,7 @@ import contextlib
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -245,6 +245,12 @@ def local_tensor(value: Any) -> Tensor:
     return local
 
 
+def tensors_on(storage: torch.UntypedStorage) -> int:
+    """Return how many tensors lie on a storage, views and NumPy's included, wherever in the process they are held."""
+    # The Python object itself counts as well, for as long as somebody holds it: the caller does.
+    return int(torch._C._storage_Use_Count(storage._cdata)) - 1
+
+
 # Counts the in-place writes to a tensor that autograd can see (not those through `.data`).
 version_of: Callable[[Tensor], int] = operator.attrgetter("_version")
 
@@ -282,6 +288,60 @@ def code_being_compiled() -> Any:
         return InstructionTranslator.current_tx().output.root_tx.f_code
     except AttributeError:
         return None
+
+
+class Frame(NamedTuple):
+    """A frame that Dynamo is compiling.
+
+    Attributes:
+        code: its code object.
+        receiver: its first argument: the module, in the frame of a module's forward.
+    """
+
+    code: Any
+    receiver: Any
+
+
+def frame_being_compiled() -> Frame | None:
+    """Return the frame that Dynamo is compiling; None outside of Dynamo."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        root = InstructionTranslator.current_tx().output.root_tx
+    except AttributeError:
+        return None
+    code, values = root.f_code, root.f_locals
+    if code.co_argcount:
+        return Frame(code, values.get(code.co_varnames[0]))
+    rest = values.get("args")  # a decorator's wrapper(*args, **kwargs)
+    return Frame(code, rest[0] if isinstance(rest, tuple) and rest else None)
+
+
+def is_whole_frame(graph_module: fx.GraphModule) -> bool:
+    """Whether the graph Dynamo handed out is a whole frame's: no graph break, no piece that DDP cut out."""
+    reason = getattr(graph_module, "compile_subgraph_reason", None)
+    return reason is not None and not reason.graph_break
+
+
+def codes_of_call(module: torch.nn.Module) -> set[Any]:
+    """Return the code objects whose frames are whole calls of a module: its forward's, and torch's around it."""
+    codes: set[Any] = {torch.nn.Module._call_impl.__code__, torch.nn.Module._wrapped_call_impl.__code__}
+    function: Any = module.forward
+    while function is not None:
+        function = getattr(function, "__func__", getattr(function, "func", function))
+        codes.add(getattr(function, "__code__", None))
+        function = getattr(function, "__wrapped__", None)
+    return codes - {None}
+
+
+def is_compiled_by_itself(module: torch.nn.Module) -> bool:
+    """Whether `module.compile()` was called for this very module."""
+    return getattr(module, "_compiled_call_impl", None) is not None
+
+
+def is_compiled_wrapper(module: torch.nn.Module) -> bool:
+    """Whether a module is what torch.compile made around another."""
+    return isinstance(module, torch._dynamo.OptimizedModule)
 
 
 def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:

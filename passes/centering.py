@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -23,9 +24,21 @@ def _subtract_mean(value: Tensor, axes: Axes) -> Tensor:
         return torch.sub(value, value)  # a norm over a single element; a mean over no dimensions would be one over all
     if axes.whole:
         return torch.sub(value, torch.mean(value, list(axes.normalised_dimensions), True))
-    # Dimensions normalised in part are unfolded into their factors: [tokens, 12·64] → [tokens, 12, 64]. Read from the
-    # right, so that positions to the left stay valid.
+    unfolded, factors, over = _unfold(value, axes)
+    if axes.partial:
+        chosen, count = _chosen(value, factors)
+        # Over no dimensions every element is its own mean; torch would sum all of them.
+        mean = torch.sum(torch.where(chosen, unfolded, 0.0), over, True) / count if over else unfolded
+        centered = torch.where(chosen, torch.sub(unfolded, mean), unfolded)
+    else:
+        centered = torch.sub(unfolded, torch.mean(unfolded, over, True))
+    return _fold(centered, axes)
+
+
+def _unfold(value: Tensor, axes: Axes) -> tuple[Tensor, list[Factor], list[int]]:
+    """Split dimensions normalised in part, [tokens, 12·64] → [tokens, 12, 64]; the factors, and which to mean over."""
     unfolded = value
+    # Read from the right, so that positions to the left stay valid.
     for dimension in reversed(range(axes.rank)):
         factors = axes.dimensions[dimension]
         if len(factors) > 1:
@@ -33,19 +46,19 @@ def _subtract_mean(value: Tensor, axes: Axes) -> Tensor:
             sizes = [factor.size if isinstance(factor.size, int) else -1 for factor in factors]
             unfolded = torch.unflatten(unfolded, dimension, sizes)
     flat = [factor for dimension in axes.dimensions for factor in dimension or (Factor(1, False),)]
-    over = [index for index, factor in enumerate(flat) if factor.normalised]
-    if axes.partial:
-        centered = _subtract_chosen_mean(unfolded, flat, over)
-    else:
-        centered = torch.sub(unfolded, torch.mean(unfolded, over, True))
+    return unfolded, flat, [index for index, factor in enumerate(flat) if factor.normalised]
+
+
+def _fold(unfolded: Tensor, axes: Axes) -> Tensor:
+    """The way back from :func:`_unfold`."""
     for dimension in range(axes.rank):
         if len(axes.dimensions[dimension]) > 1:
-            centered = centered.flatten(dimension, dimension + len(axes.dimensions[dimension]) - 1)
-    return centered
+            unfolded = unfolded.flatten(dimension, dimension + len(axes.dimensions[dimension]) - 1)
+    return unfolded
 
 
-def _subtract_chosen_mean(value: Tensor, factors: Sequence[Factor], over: list[int]) -> Tensor:
-    """Center what is chosen along every factor, and leave the rest as it is."""
+def _chosen(value: Tensor, factors: Sequence[Factor]) -> tuple[Tensor, int]:
+    """Which elements are centered, where some are not, and over how many of them each mean goes."""
     chosen = None
     count = 1
     for index, factor in enumerate(factors):
@@ -60,9 +73,69 @@ def _subtract_chosen_mean(value: Tensor, factors: Sequence[Factor], over: list[i
         along = value.new_tensor(flags, dtype=torch.bool).reshape(sizes)
         chosen = along if chosen is None else torch.logical_and(chosen, along)
     assert chosen is not None  # what makes axes partial
-    # Over no dimensions every element is its own mean; torch would sum all of them.
-    mean = torch.sum(torch.where(chosen, value, 0.0), over, True) / count if over else value
-    return torch.where(chosen, torch.sub(value, mean), value)
+    return chosen, count
+
+
+def means_of(weight: Tensor, axes: Axes) -> Tensor:
+    """The means that :func:`center_weight` takes from a weight, in float64: for ``[d, k]`` centered along ``d``, ``k``.
+
+    Args:
+        weight: of any floating dtype.
+        axes: which of its elements are centered together. At least one dimension of it has a mean.
+    """
+    unfolded, factors, over = _unfold(weight.to(EXACT), axes)
+    if axes.partial:
+        chosen, count = _chosen(weight, factors)
+        return torch.sum(torch.where(chosen, unfolded, 0.0), over, True) / count
+    return torch.mean(unfolded, over, True)
+
+
+def add_means(weight: Tensor, means: Tensor, axes: Axes) -> Tensor:
+    """Put means back into a centered weight: what :func:`center_weight` took out, up to one rounding of its result.
+
+    Args:
+        weight: the centered weight, of any floating dtype.
+        means: from :func:`means_of` of the original.
+        axes: as there.
+
+    Returns:
+        A new tensor in float64: the caller rounds it once, whatever was put back.
+    """
+    unfolded, factors, _ = _unfold(weight.to(EXACT), axes)
+    shifted = torch.add(unfolded, means)
+    if axes.partial:
+        shifted = torch.where(_chosen(weight, factors)[0], shifted, unfolded)
+    return _fold(shifted, axes)
+
+
+def is_centered(weight: Tensor, axes: Axes | Sequence[Axes]) -> bool:
+    """Whether a weight is centered already, to the rounding of its dtype: then centering it again changes nothing.
+
+    What is left of a mean by rounding n centered numbers is at most ε/2 times the mean of their sizes, where ε is the
+    spacing of the dtype's numbers at 1, and far less for large n, because roundings go either way: with standard
+    deviation ε r / sqrt(12 n) at most, for numbers of root mean square r. Eight of these are allowed.
+
+    Args:
+        weight: of any floating dtype.
+        axes: as in :func:`center_weight`. At least one dimension of each has a mean.
+    """
+    with torch.no_grad():
+        return all(_is_centered(weight, part) for part in ((axes,) if isinstance(axes, Axes) else axes))
+
+
+def _is_centered(weight: Tensor, axes: Axes) -> bool:
+    information = torch.finfo(weight.dtype)
+    means = means_of(weight, axes)
+    if means.abs().max() > 4 * information.eps * weight.abs().max() + information.smallest_normal:
+        return False  # nearly always, and for a third of the work
+    # Numbers below the smallest normal one are spaced evenly.
+    spacing = 0.5 * information.smallest_normal * information.eps
+    bound = 0.5 * information.eps * means_of(weight.abs(), axes)
+    deviation = information.eps * means_of(weight.to(EXACT).square(), axes).sqrt() / math.sqrt(12 * int(axes.count))
+    allowed = torch.minimum(bound, 8 * deviation) + spacing
+    # Of numbers in float64 the means are rounded as well.
+    slack = 32.0 if weight.dtype == EXACT else 1.0 + 1e-6
+    return bool((means.abs() <= slack * allowed).all())
 
 
 def center_weight(

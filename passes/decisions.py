@@ -113,15 +113,22 @@ class Site:
 
 @dataclass(frozen=True)
 class WeightRewrite:
-    """One parameter expression that is centered: the parameter's name, its size in bytes, and how it is stored.
+    """One parameter expression that is centered.
 
-    Stored as a ``"copy"`` beside the model, or not at all: computed in the ``"graph"``, at every step of a training.
-    ``variant`` tells several copies of one parameter apart, centered along other axes or in another dtype.
+    Attributes:
+        name: the parameter's, or those of the parameters it is computed from.
+        bytes: what it takes of memory beside the model (in the graph: of memory of the step).
+        storage: where the centered weight is. ``"copy"``: beside the model; ``"inplace"``: in the parameter, and beside
+            the model only the means that undoing it takes; ``"centered"``: in the parameter, which came centered;
+            ``"graph"``: nowhere, it is computed at every step of a training.
+        detail: why it is a copy, where weights were to be centered in place.
+        variant: tells several copies of one parameter apart, centered along other axes or in another dtype.
     """
 
     name: str
     bytes: int
     storage: str
+    detail: str = ""
     variant: str = ""
 
 

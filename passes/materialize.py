@@ -3,17 +3,20 @@
 Each centered parameter expression of the graph is cut out into a small graph of its own (:class:`Expression`), and a
 placeholder takes its place. At each call a :class:`Materializer` supplies the values, computed under
 ``torch.no_grad()`` from the parameters *that arrive in this call* and kept while these are the same tensors and nobody
-writes to them (``parameter_state``). Nothing is baked in: Dynamo reuses one compiled graph for several parameter sets,
-and in-place updates, ``load_state_dict`` or a swapped Parameter cause no recompile.
+writes to them (``parameter_state``). A parameter that holds its centered weight itself, because it was written there
+(``in_place``) or came centered, is passed as it is. Nothing is baked in: Dynamo reuses one compiled graph for several
+parameter sets, and in-place updates, ``load_state_dict`` or a swapped Parameter cause no recompile.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import logging
 import operator
-import threading
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +25,13 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lncompile.lowering import torch_private
-from lncompile.passes.parameter_state import ParameterState
+from lncompile.passes import in_place
+from lncompile.passes.axes import Axes
+from lncompile.passes.centering import is_centered
+from lncompile.passes.operands import CENTERED_ALONG
+from lncompile.passes.ownership import Ownership, Survey
+from lncompile.passes.parameter_state import ParameterState, version_of
+from lncompile.passes.sharding import local_bytes
 
 log = logging.getLogger("lncompile")
 
@@ -33,16 +42,17 @@ class Expression:
     Attributes:
         code: its source; two graphs that center one parameter in the same way have equal code and share the result.
         leaves: positions of its parameters among the graph's placeholders.
+        centered_along: where it is the centering of one parameter in its own dtype, and nothing else: along which axes.
     """
 
     def __init__(self, root: fx.Node, placeholders: Sequence[fx.Node]) -> None:
         graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {}
         position = {node: index for index, node in enumerate(placeholders)}
-        leaves = [node for node in _closure(root) if node.op == "placeholder"]
+        leaves = [node for node in closure(root) if node.op == "placeholder"]
         for index, leaf in enumerate(leaves):
             copies[leaf] = graph.placeholder(f"parameter_{index}")
-        for index, node in enumerate(n for n in _closure(root) if n.op != "placeholder"):
+        for index, node in enumerate(n for n in closure(root) if n.op != "placeholder"):
             copies[node] = graph.create_node(
                 node.op,
                 node.target,
@@ -55,6 +65,8 @@ class Expression:
         self._module = fx.GraphModule(torch.nn.Module(), graph)
         self.code: str = self._module.code
         self.leaves = tuple(position[leaf] for leaf in leaves)
+        along: tuple[Axes, ...] | None = root.meta.get(CENTERED_ALONG)
+        self.centered_along = along if along is not None and in_place.can_be_kept(along) else None
 
     def evaluate(self, leaves: Sequence[Tensor]) -> Tensor:
         """Compute the value from the parameters' tensors; it shares no storage with them."""
@@ -64,7 +76,7 @@ class Expression:
         return value
 
 
-def _closure(root: fx.Node) -> list[fx.Node]:
+def closure(root: fx.Node) -> list[fx.Node]:
     """Everything ``root`` is computed from, itself last, operands before their users."""
     order: list[fx.Node] = []
     seen: set[fx.Node] = set()
@@ -92,12 +104,28 @@ class _Entry:
         return self.state.is_current(leaves) and self.state.has_storages_of(leaves)
 
 
+@dataclass(frozen=True)
+class Stored:
+    """How the value of an expression is kept.
+
+    Attributes:
+        storage: ``"copy"`` beside the model, ``"inplace"`` in the parameter, ``"centered"``: the parameter as it came.
+        bytes: what that takes of memory; in place it is what undoing it takes.
+        detail: in words, why there is a copy where the parameter was to be written to.
+        version: of the parameter, where that is what holds the value.
+    """
+
+    storage: str
+    bytes: int
+    detail: str = ""
+    version: int | None = None
+
+
 class _Store:
     """Materialised tensors of the process: one per (expression, parameters), however many graphs use it."""
 
     def __init__(self) -> None:
         self._entries: weakref.WeakValueDictionary[tuple[Any, ...], _Entry] = weakref.WeakValueDictionary()
-        self._lock = threading.Lock()
 
     def get(self, expression: Expression, leaves: tuple[Tensor, ...]) -> tuple[_Entry, bool]:
         """The value of an expression, and whether another graph's value of it turned out to be outdated unnoticed.
@@ -106,7 +134,7 @@ class _Store:
         not called for a while, is not to inherit what others made before a write that torch did not count.
         """
         key = (expression.code, *(id(leaf) for leaf in leaves))
-        with self._lock:
+        with in_place.lock:
             fresh = _Entry(expression, leaves)
             torch_private.count("materialized")
             # An id() is used again after its owner is freed; the entry's state knows.
@@ -118,7 +146,7 @@ class _Store:
             return fresh, believed
 
     def clear(self) -> None:
-        with self._lock:
+        with in_place.lock:
             self._entries.clear()
 
 
@@ -130,6 +158,7 @@ _materializers: weakref.WeakSet[Materializer] = weakref.WeakSet()
 
 def forget_all() -> None:
     """Forget every materialised tensor: the next call of each compiled graph computes its own anew."""
+    in_place.allow_again()
     _forget_sets()
     _store.clear()
 
@@ -140,12 +169,30 @@ def _forget_sets() -> None:
 
 
 class _ParameterSet:
-    """The values for one set of parameters that a graph was called with."""
+    """The values for one set of parameters that a graph was called with.
 
-    def __init__(self, state: ParameterState, entries: Sequence[_Entry]) -> None:
+    Args:
+        state: of the parameters.
+        values: for each expression the copy that holds its value, or the position of the parameter that does. Of
+            parameters no reference is kept: that they are freed ends the state.
+        stored: how each is kept.
+        arguments: how many the graph is called with.
+    """
+
+    def __init__(
+        self, state: ParameterState, values: Sequence[_Entry | int], stored: Sequence[Stored], arguments: int
+    ) -> None:
         self.state = state
-        self.entries = entries
-        self.values = [entry.value for entry in entries]
+        self.stored = tuple(stored)
+        self._entries = [value for value in values if isinstance(value, _Entry)]
+        self.values = [entry.value for entry in self._entries]
+        copies = itertools.count(arguments)
+        places = tuple(value if isinstance(value, int) else next(copies) for value in values)
+        self._choose = None if len(self.values) == len(places) else chooser(places)
+
+    def take(self, arguments: Sequence[Any]) -> Sequence[Tensor]:
+        """The values, some of which may be among the arguments."""
+        return self.values if self._choose is None else self._choose((*arguments, *self.values))
 
 
 class Materializer:
@@ -159,18 +206,22 @@ class Materializer:
         expressions: of the graph.
         check: whether every call looks if a parameter has changed since its values were computed. Without, a set of
             parameters is recognised by its first one alone.
+        ownership: where parameters are to be overwritten with their centered weights, says which may be.
     """
 
-    def __init__(self, expressions: Sequence[Expression], check: bool = True) -> None:
+    def __init__(
+        self, expressions: Sequence[Expression], check: bool = True, ownership: Ownership | None = None
+    ) -> None:
         self.expressions = tuple(expressions)
         self._check = check
+        self._ownership = ownership
         self._leaves = tuple(sorted({leaf for expression in expressions for leaf in expression.leaves}))
-        self._choose_leaves = _chooser(self._leaves)
+        self._choose_leaves = chooser(self._leaves)
         # By the id of the first parameter: one compiled graph may serve many equal blocks in turn.
         self._sets: dict[int, _ParameterSet] = {}
         _materializers.add(self)
 
-    def __call__(self, arguments: Sequence[Any]) -> list[Tensor]:
+    def __call__(self, arguments: Sequence[Any]) -> Sequence[Tensor]:
         """Return the value of each expression for these arguments.
 
         Args:
@@ -180,8 +231,13 @@ class Materializer:
             return []
         known = self._sets.get(id(arguments[self._leaves[0]]))
         if known is not None and (not self._check or known.state.is_current(self._choose_leaves(arguments))):
-            return known.values
+            return known.take(arguments)
         return self._refresh(arguments)
+
+    def stored(self, arguments: Sequence[Any]) -> tuple[Stored, ...]:
+        """How the values are kept that were last supplied for these arguments; nothing if none were."""
+        known = self._sets.get(id(arguments[self._leaves[0]])) if self._leaves else None
+        return () if known is None else known.stored
 
     def seen(self) -> set[int]:
         """Ids of the living parameters that values were supplied for."""
@@ -197,7 +253,7 @@ class Materializer:
             if any(id(tensor) in parameters for tensor in known.state.living()):
                 self._sets.pop(first, None)
 
-    def _refresh(self, arguments: Sequence[Any]) -> list[Tensor]:
+    def _refresh(self, arguments: Sequence[Any]) -> Sequence[Tensor]:
         leaves = self._choose_leaves(arguments)
         if any(leaf.is_inference() for leaf in leaves):
             # Their changes cannot be seen, so nothing may be kept.
@@ -212,14 +268,94 @@ class Materializer:
             if materializer is not None and known is not None and known.state is ended:
                 materializer._sets.pop(first, None)
 
-        state = ParameterState(leaves, forget)  # before the values are computed, see _Entry
-        found = [_store.get(e, tuple(arguments[index] for index in e.leaves)) for e in self.expressions]
-        if any(outdated for _, outdated in found):
+        values: list[_Entry | int] = []
+        kept: list[Stored] = []
+        survey = Survey()
+        anything_outdated = False
+        with in_place.lock:
+            state = ParameterState(leaves, forget)  # before the values are computed, see _Entry
+            for index, expression in enumerate(self.expressions):
+                stored = self._in_parameter(index, arguments, survey)
+                if stored.version is not None:
+                    (leaf,) = expression.leaves
+                    values.append(leaf)
+                    state.expect(self._leaves.index(leaf), stored.version)
+                else:
+                    entry, outdated = _store.get(expression, tuple(arguments[leaf] for leaf in expression.leaves))
+                    values.append(entry)
+                    anything_outdated |= outdated
+                    stored = dataclasses.replace(stored, bytes=local_bytes(entry.value))
+                kept.append(stored)
+        if anything_outdated:
             log.debug("a weight was written to through .data: every compiled graph computes its centered weights anew")
             _forget_sets()
-        fresh = _ParameterSet(state, [entry for entry, _ in found])
+        fresh = _ParameterSet(state, values, kept, len(arguments))
         self._sets[first] = fresh
-        return fresh.values
+        return fresh.take(arguments)
+
+    def plan(self, arguments: Sequence[Any]) -> tuple[Stored, ...]:
+        """Say how the values would be kept for these arguments, without computing or writing any.
+
+        The bytes of a copy are those of its first parameter.
+        """
+        survey = Survey()
+        planned = []
+        for index, expression in enumerate(self.expressions):
+            first = arguments[expression.leaves[0]]
+            with in_place.lock:
+                held = self._held(index, arguments)
+                obstacle = None if held is not None else self._obstacle(index, arguments, survey)
+            if held is not None:
+                planned.append(held)
+            elif obstacle is None:
+                planned.append(Stored("inplace", in_place.bytes_kept(first, expression.centered_along or ())))
+            else:
+                planned.append(Stored("copy", local_bytes(first), obstacle))
+        return tuple(planned)
+
+    def _in_parameter(self, index: int, arguments: Sequence[Any], survey: Survey) -> Stored:
+        """Have a parameter hold the value of an expression, if it does already or may; else it is to be a copy."""
+        held = self._held(index, arguments)
+        if held is not None:
+            return held
+        for parameter in (arguments[leaf] for leaf in self.expressions[index].leaves):
+            if not torch_private.is_tensor_subclass(parameter) and in_place.written(parameter) is not None:
+                # For another graph, in another way than this one needs it, which was not known when that was compiled.
+                in_place.restore_for_good([parameter])
+        obstacle = self._obstacle(index, arguments, survey)
+        if obstacle is not None:
+            return Stored("copy", 0, obstacle)
+        expression = self.expressions[index]
+        record = in_place.write(arguments[expression.leaves[0]], expression.centered_along or ())
+        if record is None:
+            return Stored("copy", 0, "somebody else wrote to it at the same time")
+        return Stored("inplace", record.nbytes, version=record.version)
+
+    def _held(self, index: int, arguments: Sequence[Any]) -> Stored | None:
+        """How a parameter holds the value of an expression; None if it does not."""
+        axes = self.expressions[index].centered_along
+        # Without the check a copy outlives changes of the parameter, which holds nothing but the latest.
+        if axes is None or (self._ownership is None and not self._check):
+            return None
+        parameter = arguments[self.expressions[index].leaves[0]]
+        if torch_private.is_tensor_subclass(parameter):
+            return None
+        record = in_place.written(parameter)
+        if record is not None:
+            # Centered in another way for another graph, it is a weight like any other here.
+            return Stored("inplace", record.nbytes, version=record.version) if record.axes == axes else None
+        version = version_of(parameter)
+        return Stored("centered", 0, version=version) if is_centered(parameter, axes) else None
+
+    def _obstacle(self, index: int, arguments: Sequence[Any], survey: Survey) -> str | None:
+        """Why a parameter may not be overwritten with the value of an expression; "" where nobody asked for it."""
+        if self._ownership is None:
+            return ""
+        expression = self.expressions[index]
+        if expression.centered_along is None:
+            return "it is no parameter in its own dtype, but computed from parameters"
+        leaf = expression.leaves[0]
+        return self._ownership.obstacle(leaf, arguments[leaf], survey)
 
 
 def _forget_after_step(optimizer: Optimizer, *_: object) -> None:
@@ -234,7 +370,7 @@ def _forget_after_step(optimizer: Optimizer, *_: object) -> None:
 register_optimizer_step_post_hook(_forget_after_step)
 
 
-def _chooser(indices: tuple[int, ...]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+def chooser(indices: tuple[int, ...]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
     """A function that takes the items at some indices out of a sequence, always as a tuple."""
     if len(indices) > 1:
         return operator.itemgetter(*indices)
@@ -263,7 +399,7 @@ def hoist(graph: fx.Graph, roots: Sequence[fx.Node]) -> tuple[list[Expression], 
         root.replace_all_uses_with(placeholder)
         new.append(placeholder)
     for root in roots:
-        for node in reversed(_closure(root)):
+        for node in reversed(closure(root)):
             if node.op != "placeholder" and not node.users:
                 graph.erase_node(node)
     return expressions, new

@@ -53,6 +53,9 @@ def other_operands(operation: Operation, *names: str) -> frozenset[Key]:
 # Set in the meta of nodes whose storage is written to (by `graph_facts`): what made them says nothing of their values.
 WRITTEN = "lnfold_written"
 
+# Set in the meta of nodes that center a parameter in its own dtype (by `rewrite`): along which axes.
+CENTERED_ALONG = "lnfold_centered_along"
+
 # Elementwise operations by the names of their functions: what is constant along A in all operands is so in the result.
 _ELEMENTWISE = frozenset(
     "add sub mul truediv neg eq ne lt le gt ge and_ or_ xor invert bitwise_and bitwise_or bitwise_not logical_and "

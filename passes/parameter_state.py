@@ -94,6 +94,10 @@ class ParameterState:
             and self._storages[0]() is tensors[0].untyped_storage()
         )
 
+    def expect(self, index: int, version: int) -> None:
+        """Take a write of our own into account: the version that it left a tensor with."""
+        self._versions[index] = version
+
     def has_storages_of(self, tensors: tuple[Tensor, ...]) -> bool:
         """Whether these tensors have the same storages, freed or not: a closer look than each call can pay for."""
         pairs = zip(self._storages, tensors, strict=True)

@@ -43,6 +43,7 @@ from lncompile.passes.centering import (
     training_dtype,
 )
 from lncompile.passes.composed_sources import BatchNorm, ComposedSource
+from lncompile.passes.operands import CENTERED_ALONG
 from lncompile.passes.placement import Placement
 from lncompile.passes.streams import Variable, VariableKey
 
@@ -133,15 +134,17 @@ def _make_centered(graph: fx.Graph, key: VariableKey, is_stream: bool, variable:
 def _center_weight(graph: fx.Graph, parameter: fx.Node, axes: Sequence[Axes], value: Tensor, done: Rewrite) -> fx.Node:
     """A parameter centered along sets of axes that do not meet, in the dtype of ``value``."""
     name = f"{parameter.name}_centered"
+    kept = tensor_of(parameter)
+    assert kept is not None  # a parameter is one tensor
     if parameter in done.wants_gradient:
-        kept = tensor_of(parameter)
-        assert kept is not None  # a parameter is one tensor
         compute_dtype = training_dtype(kept.dtype)
         centered = emit(graph, name, center_weight, parameter, tuple(axes), value.dtype, compute_dtype)
         done.trained.append(centered)
-        return centered
-    centered = emit(graph, name, center_weight, parameter, tuple(axes), value.dtype, value=value)
-    done.weights.append(centered)
+    else:
+        centered = emit(graph, name, center_weight, parameter, tuple(axes), value.dtype, value=value)
+        done.weights.append(centered)
+    if parameter.op == "placeholder" and kept.dtype == value.dtype:
+        centered.meta[CENTERED_ALONG] = tuple(axes)
     return centered
 
 

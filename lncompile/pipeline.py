@@ -1,0 +1,145 @@
+"""The middle of the backend, a step a line: a graph and its inputs in; what Inductor gets, and the report, out."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx
+
+from lncompile.analysis import Analysis, analyse
+from lncompile.options import Options
+from lncompile.passes import in_place
+from lncompile.passes.canonical import tensor_of
+from lncompile.passes.decisions import RuntimeCentering, WeightRewrite
+from lncompile.passes.materialize import Expression, Materializer, Stored
+from lncompile.passes.ownership import Ownership, Reader
+from lncompile.passes.provenance import parameter_name, parameter_names
+from lncompile.passes.uses import Use, uses_of
+from lncompile.passes.verdicts import describe_centerings
+from lncompile.report import FoldReport
+from lncompile.transform import Transformed, transform
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A graph that is ready for Inductor.
+
+    Attributes:
+        graph_module: the rewritten graph; None where the graph goes to Inductor as it came.
+        materializer: supplies the values of its extra inputs.
+        values: an example of them, none of which is one of the graph's other inputs.
+        report: what was decided.
+        reader: what is known of how the compiled graph reads its parameters, to be kept as long as it lives.
+    """
+
+    graph_module: fx.GraphModule | None
+    materializer: Materializer
+    values: tuple[Tensor, ...]
+    report: FoldReport
+    reader: Reader
+
+
+def prepare(graph_module: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Prepared:
+    """Decide, rewrite, and center the weights.
+
+    Args:
+        graph_module: the graph Dynamo captured; it is not changed.
+        example_inputs: the value of each placeholder. Of the parameters among them those are overwritten that options
+            and ``ownership`` allow.
+        options: our options.
+    """
+    started = time.perf_counter()
+    analysis = analyse(graph_module, example_inputs, options)
+    untouched = analysis.placement is None and (options.nonfoldable == "inductor" or not analysis.sites)
+    transformed = None if untouched else transform(analysis, options)
+    uses = uses_in(graph_module, transformed)
+    read = [(example_inputs[position], axes) for position, axes in uses.items()]
+    # What is read as it is here was perhaps overwritten for another graph.
+    in_place.give_back(read)
+    materializer = _materializer(graph_module, transformed, options, uses)
+    values = materializer(example_inputs)
+    report = make_report(
+        graph_module, analysis, transformed, materializer.stored(example_inputs), time.perf_counter() - started
+    )
+    return Prepared(
+        None if transformed is None else transformed.graph_module,
+        materializer,
+        # A parameter that is its own centered weight would be one input twice, and be compiled as if it always were.
+        tuple(value.detach() if any(value is other for other in example_inputs) else value for value in values),
+        report,
+        Reader(read),
+    )
+
+
+def plan(graph_module: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> FoldReport:
+    """Say what :func:`prepare` would do, without a look at weights that would not be asked for, and without a write."""
+    started = time.perf_counter()
+    analysis = analyse(graph_module, example_inputs, options)
+    transformed = None if analysis.placement is None else transform(analysis, options)
+    uses = uses_in(graph_module, transformed)
+    stored = _materializer(graph_module, transformed, options, uses).plan(example_inputs)
+    return make_report(graph_module, analysis, transformed, stored, time.perf_counter() - started)
+
+
+def uses_in(graph_module: fx.GraphModule, transformed: Transformed | None) -> dict[int, Use]:
+    """Return how a graph reads its inputs: as it came, or as it was rewritten."""
+    count = sum(node.op == "placeholder" for node in graph_module.graph.nodes)
+    if transformed is None:
+        return uses_of(graph_module.graph, (), count)
+    return uses_of(transformed.graph_module.graph, transformed.expressions, count, transformed.in_graph)
+
+
+def _materializer(
+    graph_module: fx.GraphModule, transformed: Transformed | None, options: Options, uses: Mapping[int, Use]
+) -> Materializer:
+    """What supplies the extra inputs of a rewritten graph; it has supplied none yet."""
+    expressions = transformed.expressions if transformed else ()
+    ownership = Ownership(graph_module, uses) if options.weights == "inplace" and expressions else None
+    return Materializer(expressions, options.check, ownership)
+
+
+def make_report(
+    graph_module: fx.GraphModule,
+    analysis: Analysis,
+    transformed: Transformed | None,
+    stored: Sequence[Stored],
+    seconds: float,
+) -> FoldReport:
+    """Put the decisions for one graph, and how the weights centered for it are kept, into a report."""
+    weights = _centered_outside(graph_module, transformed.expressions if transformed else (), stored)
+    weights += _centered_in_the_graph(transformed)
+    budgeted = analysis.budgeted
+    centerings: tuple[RuntimeCentering, ...] = ()
+    if analysis.placement:
+        without_budget = budgeted.unlimited if budgeted else None
+        centerings = describe_centerings(analysis.placement, analysis.variables, analysis.costs, without_budget)
+    return FoldReport(analysis.verdicts, tuple(weights), centerings, 1, seconds, budgeted.budget if budgeted else None)
+
+
+def _centered_outside(
+    graph_module: fx.GraphModule, expressions: Sequence[Expression], stored: Sequence[Stored]
+) -> list[WeightRewrite]:
+    """The weights that are centered once: one for each expression and parameters, however many placeholders take it."""
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    weights: dict[tuple[Any, ...], WeightRewrite] = {}
+    for expression, kept in zip(expressions, stored, strict=True):
+        name = " · ".join(parameter_name(placeholders[leaf]) for leaf in expression.leaves)
+        variant = hashlib.sha256(expression.code.encode()).hexdigest()[:8]
+        weights[expression.code, expression.leaves] = WeightRewrite(
+            name, kept.bytes, kept.storage, kept.detail, variant
+        )
+    return list(weights.values())
+
+
+def _centered_in_the_graph(transformed: Transformed | None) -> list[WeightRewrite]:
+    """The weights that a transformed graph centers at every call."""
+    weights = []
+    for node in transformed.in_graph if transformed else ():
+        tensor = tensor_of(node)
+        assert tensor is not None  # what was emitted carries its value
+        weights.append(WeightRewrite(" · ".join(parameter_names(node)), tensor.nbytes, "graph"))
+    return weights

@@ -61,10 +61,8 @@ def prepare(graph_module: fx.GraphModule, example_inputs: Sequence[Any], options
     # What is read as it is here was perhaps overwritten for another graph.
     in_place.give_back(read)
     materializer = _materializer(graph_module, transformed, options, uses)
-    values = materializer(example_inputs)
-    report = make_report(
-        graph_module, analysis, transformed, materializer.stored(example_inputs), time.perf_counter() - started
-    )
+    values, stored = materializer.begin(example_inputs)
+    report = make_report(graph_module, analysis, transformed, stored, time.perf_counter() - started)
     return Prepared(
         None if transformed is None else transformed.graph_module,
         materializer,

@@ -141,7 +141,9 @@ def restore_for_good(parameters: Iterable[Tensor]) -> list[Tensor]:
         for parameter in parameters:
             if restore(parameter):
                 restored.append(parameter)
-            _restored[parameter] = True
+            # Of subclasses `module.to()` may swap the contents, which torch refuses where there are weak references.
+            if not torch_private.is_tensor_subclass(parameter):
+                _restored[parameter] = True
         return restored
 
 

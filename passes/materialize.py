@@ -232,12 +232,18 @@ class Materializer:
         known = self._sets.get(id(arguments[self._leaves[0]]))
         if known is not None and (not self._check or known.state.is_current(self._choose_leaves(arguments))):
             return known.take(arguments)
-        return self._refresh(arguments)
+        leaves = self._choose_leaves(arguments)
+        if any(leaf.is_inference() for leaf in leaves):
+            # Their changes cannot be seen, so nothing may be kept.
+            return [e.evaluate([arguments[index] for index in e.leaves]) for e in self.expressions]
+        return self._refresh(arguments).take(arguments)
 
-    def stored(self, arguments: Sequence[Any]) -> tuple[Stored, ...]:
-        """How the values are kept that were last supplied for these arguments; nothing if none were."""
-        known = self._sets.get(id(arguments[self._leaves[0]])) if self._leaves else None
-        return () if known is None else known.stored
+    def begin(self, arguments: Sequence[Any]) -> tuple[Sequence[Tensor], tuple[Stored, ...]]:
+        """Return the values for the arguments that a graph is compiled with, and how each is kept."""
+        if not self._leaves:
+            return (), ()
+        known = self._refresh(arguments)
+        return known.take(arguments), known.stored
 
     def seen(self) -> set[int]:
         """Ids of the living parameters that values were supplied for."""
@@ -253,11 +259,8 @@ class Materializer:
             if any(id(tensor) in parameters for tensor in known.state.living()):
                 self._sets.pop(first, None)
 
-    def _refresh(self, arguments: Sequence[Any]) -> Sequence[Tensor]:
+    def _refresh(self, arguments: Sequence[Any]) -> _ParameterSet:
         leaves = self._choose_leaves(arguments)
-        if any(leaf.is_inference() for leaf in leaves):
-            # Their changes cannot be seen, so nothing may be kept.
-            return [e.evaluate([arguments[index] for index in e.leaves]) for e in self.expressions]
         first = id(leaves[0])
         own = weakref.ref(self)
 
@@ -291,7 +294,7 @@ class Materializer:
             _forget_sets()
         fresh = _ParameterSet(state, values, kept, len(arguments))
         self._sets[first] = fresh
-        return fresh.take(arguments)
+        return fresh
 
     def plan(self, arguments: Sequence[Any]) -> tuple[Stored, ...]:
         """Say how the values would be kept for these arguments, without computing or writing any.
@@ -338,7 +341,7 @@ class Materializer:
         if axes is None or (self._ownership is None and not self._check):
             return None
         parameter = arguments[self.expressions[index].leaves[0]]
-        if torch_private.is_tensor_subclass(parameter):
+        if torch_private.is_tensor_subclass(parameter) or torch_private.fake_mode_of([parameter]) is not None:
             return None
         record = in_place.written(parameter)
         if record is not None:

@@ -6,6 +6,7 @@ import copy
 import gc
 import itertools
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -256,8 +257,6 @@ class Peak(TorchDispatchMode):
         return made
 
     def _add(self, storage: torch.UntypedStorage) -> None:
-        import weakref
-
         identity, size = storage._cdata, storage.nbytes()
         self._seen.add(identity)
         self.now += size
@@ -281,7 +280,7 @@ def test_one_weight_at_a_time_is_held_twice(monkeypatch: pytest.MonkeyPatch) -> 
         parameter.add_(0.01)
     peak = Peak()
 
-    def measured(self: materialize.Materializer, arguments: Any) -> Any:
+    def measured(self: Any, arguments: Any) -> Any:
         with peak:  # around the call itself it would keep Dynamo from using what it compiled
             return refresh(self, arguments)
 
@@ -292,6 +291,21 @@ def test_one_weight_at_a_time_is_held_twice(monkeypatch: pytest.MonkeyPatch) -> 
     weights = sum(p.nbytes for p in model.layers.parameters())
     assert 64 * 64 * 4 < peak.most < weights / 2, "some temporaries of one weight, in float64, of forty"
     assert (model(value) - expected).abs().max() < 1e-4
+
+
+@without_inductor
+def test_what_is_kept_is_freed_with_the_model() -> None:
+    model = made()
+    before = len(in_place._written)
+    function = compiled(model)
+    function(IDS)
+    assert len(in_place._written) == before + 3
+    means = [weakref.ref(value) for record in in_place._written.values() for value in record.means]
+    torch._dynamo.reset()
+    del model, function
+    gc.collect()
+    assert len(in_place._written) <= before
+    assert sum(value() is None for value in means) >= 3
 
 
 # --- updates afterwards ---

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextvars
 import io
 import json
 import sys
@@ -185,6 +186,19 @@ def test_an_arm_that_raises_is_taken_out_and_nothing_is_lost(failing: str, caplo
     assert ab.settle() == ("old" if failing == "new" else "new")
 
 
+def test_an_arm_may_be_given_several_chances() -> None:
+    ab = lncompile.ABTest(arms=arms(double, broken), max_failures=3)
+    for _ in range(50):
+        torch.testing.assert_close(ab(ONE), ONE * 2)
+    state = ab.to_dict()
+    assert state["arms"][1]["failures"] == 3
+    assert not state["arms"][1]["in_service"]
+    ab.restore("new")
+    for _ in range(50):
+        ab(ONE)
+    assert ab.to_dict()["arms"][1]["failures"] == 6
+
+
 def test_a_request_that_both_refuse_is_at_fault() -> None:
     ab = lncompile.ABTest(arms=arms(broken, broken))
     for _ in range(10):
@@ -287,7 +301,7 @@ def test_shapes_beyond_the_number_of_buckets_are_served_and_not_in_the_verdict(t
     assert [bucket["batches"] for bucket in state["buckets"]] == [6, 6, 0]
     assert state["verdict"]["requests"] == 192
     assert state["verdict"]["elsewhere"] == 208
-    assert "200 requests of 400 have shapes beyond the first" in str(ab.verdict())
+    assert "200 requests of 400 have shapes beyond the first and do not count." in str(ab.verdict())
 
 
 def test_memory_is_constant() -> None:
@@ -607,8 +621,11 @@ def test_many_threads_lose_nothing_when_an_arm_fails() -> None:
 
 
 def test_tasks_await_answers_under_their_own_torch_state() -> None:
+    user = contextvars.ContextVar("user", default="nobody")
+
     def state(value: Tensor) -> tuple[bool, bool, torch.dtype, bool]:
         product = value @ value.T
+        assert user.get() == "somebody"
         return (
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
@@ -621,6 +638,7 @@ def test_tasks_await_answers_under_their_own_torch_state() -> None:
 
     async def serve() -> list[Any]:
         answers = []
+        user.set("somebody")
         with torch.enable_grad():
             answers.append(await ab.acall(ONE))
         with torch.no_grad():

@@ -21,8 +21,12 @@ the mixture of H. Robbins ("Statistical methods related to the law of the iterat
 Statistics 41, 1970). By Ville's inequality it ever exceeds 1/α with probability at most α, so a test that rejects when
 it does may be looked at any time and stopped at will. The speed-ups not rejected at a moment are a confidence sequence
 (S. Howard, A. Ramdas, J. McAuliffe and J. Sekhon, "Time-uniform, nonparametric, nonasymptotic confidence sequences",
-Annals of Statistics 49, 2021). With a coin that is not fair d has mean 0 but is not quite symmetric: then the guarantee
-is approximate, and simulation says how good it is (tests/test_abtest_statistics.py).
+Annals of Statistics 49, 2021).
+
+Two cases are approximate. With a coin that is not fair d has mean 0 but is not quite symmetric: simulation says how
+good the guarantee is then (tests/test_abtest_statistics.py). And where shapes differ in their speed-up, the interval is
+for the average over the batches seen. One case is not covered: requests of one key, which all go to one arm, are not
+assigned independently, so few keys make the interval too narrow.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ class ABTest:
         buckets: how many kinds of requests are told apart. What comes after is served, and not in the verdict.
         alpha: how often a test may be wrong.
         minimum_effect: the relative difference in latency below which it does not matter.
-        seed: of all coins, and of the hash of ``ab_key``: replicas with one seed send a key to the same arm.
+        seed: of all coins, and of the hash of ``ab_key``: replicas with one name and seed send a key to the same arm.
         device: where the work happens; default: where the model's parameters or the first tensor of a request are.
         max_failures: how often an arm may raise where the other one does not before it is taken out of service.
         workers: threads for :meth:`acall`. With one, requests wait for each other and do not disturb each other's time.
@@ -95,6 +95,10 @@ class ABTest:
         >>> with torch.no_grad():
         ...     outputs = ab(inputs)
         >>> print(ab.verdict())
+
+        One function in both arms shows what the set-up itself can tell apart: nothing, it is to be hoped.
+
+        >>> check = lncompile.ABTest(arms={"a": compiled, "b": compiled})
     """
 
     def __init__(
@@ -141,7 +145,7 @@ class ABTest:
         self._tolerances = {**TOLERANCES, **(tolerances or {})}
         self._bucket_function = bucket
         self._device = None if device is None else torch.device(device)
-        self._assignment = Assignment(ratio, seed)
+        self._assignment = Assignment(ratio, f"{name}:{seed}")
         self._measurements = Measurements(self._names(), ratio, warmup, buckets, alpha)
         self._comparisons = Comparisons()
         self._settled: Arm | None = None
@@ -258,7 +262,7 @@ class ABTest:
             raise
         except Exception as second:
             error.add_note(f"The other arm, {other.name}, raised too: {type(second).__name__}: {second}")
-            raise error from second
+            raise error from None
         with self._lock:
             other.requests += 1
             self._failed(arm, error)

@@ -51,7 +51,8 @@ class ABTest:
     requests of like shapes that the other arm answers. :meth:`verdict` may be asked at any time, as often as wanted:
     the interval it gives is wrong at *any* look in at most ``alpha`` of all tests. What is measured is the time of the
     call itself (CUDA events on a GPU, a monotonic clock elsewhere), warm-up and calls during a compilation kept out.
-    Memory is constant. Any number of threads and asyncio tasks may call.
+    The verdict is on usual latencies; what happens in the tails is in the quantiles of :meth:`to_dict` and
+    :meth:`plot`. Memory is constant. Any number of threads and asyncio tasks may call.
 
     An arm that raises where the other does not is taken out of service; its request is answered by the other arm, with
     the same inputs (what it had already written into them stays written). Where both raise, the request is at fault and

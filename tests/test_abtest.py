@@ -781,11 +781,14 @@ def test_several_tests_in_one_registry() -> None:
     from lncompile.abtest.metrics import ABTestCollector
 
     registry = CollectorRegistry(auto_describe=True)
-    for name in ("one", "two"):
-        registry.register(ABTestCollector(lncompile.ABTest(arms=arms(), name=name)))
+    one, two = (lncompile.ABTest(arms=arms(), name=name) for name in ("one", "two"))
+    registry.register(ABTestCollector(one, two))
     text = generate_latest(registry).decode()
     assert 'lncompile_ab_requests_total{arm="old",test="one"} 0.0' in text
     assert 'lncompile_ab_requests_total{arm="old",test="two"} 0.0' in text
+    assert text.count("# TYPE lncompile_ab_requests_total") == 1
+    with pytest.raises(ValueError, match="different names, not 'one', 'one'"):
+        ABTestCollector(one, one)
 
 
 def test_plot(time: SimulatedTime, tmp_path: Any) -> None:

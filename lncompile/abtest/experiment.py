@@ -59,7 +59,8 @@ class ABTest:
     its caller gets the exception. An arm that returns a generator is timed, and watched, until it returns it.
 
     Args:
-        model: a module or function to compile, not compiled yet; or None with ``arms``.
+        model: a module or function to compile, not compiled yet. With ``arms`` it is what they run, or None: shadow
+            mode sees by its buffers that it must not run twice, and its parameters tell the device.
         arms: two callables by name, the first the baseline, the second the candidate. Default: ``model`` compiled by
             stock Inductor (``"inductor"``) and by lnfold (``"lnfold"``), sharing weights.
         mode: for ``torch.compile``, both arms.

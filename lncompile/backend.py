@@ -145,7 +145,7 @@ def make_report(
     centerings = (
         describe_centerings(analysis.placement, analysis.variables, analysis.costs) if analysis.placement else ()
     )
-    return FoldReport(analysis.verdicts, tuple(weights), centerings, 1, seconds)
+    return FoldReport(analysis.verdicts, tuple(weights), centerings, 1, seconds, analysis.streams)
 
 
 def centered_in_the_graph(transformed: Transformed | None) -> list[WeightRewrite]:

@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Annotated, Any
 
 import torch
@@ -83,6 +84,7 @@ OptionPairs = Annotated[
     ),
 ]
 Seconds = Annotated[float, typer.Option("--seconds", "-s", min=0.0, help="How long to measure.")]
+Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also draw the streams into one HTML page.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to stdout.")]
 Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an error came up.")]
 
@@ -227,16 +229,22 @@ def explain(
     seed: Seed = 0,
     mode: Mode = None,
     option: OptionPairs = None,
+    html: Html = None,
     as_json: AsJson = False,
     show_traceback: Traceback = False,
 ) -> None:
     """Say of every LayerNorm whether it folds, and why not. Compiles nothing."""
     loading = {"batch": batch, "length": tokens, "dtype": dtype, "device": device, "seed": seed}
     with _run(model, 2, loading, mode, option, as_json, show_traceback) as run:
+        if html is not None and not html.resolve().parent.is_dir():
+            raise InputError(f"there is no folder to write '{html}' into")
         loaded = run.load()
         with run.steps.step("Which LayerNorms fold") as say, torch.no_grad():
             say("capturing the graph")
             report = explain_model(run.compile(loaded), *loaded.arguments, **loaded.inputs)
+        if html is not None:
+            html.write_text(report.to_html(loaded.name, loaded.description), encoding="utf-8")
+            run.steps.console.print(f"     drawn in {html}", soft_wrap=True, markup=False)
         run.show(loaded, {"explain": report.to_dict()}, report)
 
 

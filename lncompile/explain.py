@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -52,7 +53,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> FoldReport:
         report = make_report(graph_module, analysis, None, (), 0.0)
         if analysis.placement is not None:
             report = _with_weights(report, graph_module, analysis, options)
-        report = FoldReport(report.sites, report.weights, report.centerings, 1, time.perf_counter() - started)
+        report = dataclasses.replace(report, seconds=time.perf_counter() - started)
 
         def run(*arguments: Any) -> Any:
             reports[id(report)] = report
@@ -77,7 +78,7 @@ def _with_weights(report: FoldReport, graph_module: fx.GraphModule, analysis: An
         tensor = tensor_of(leaves[0])
         assert tensor is not None  # a parameter
         weights.append(WeightRewrite(name, tensor.numel() * tensor.element_size(), "copy"))
-    return FoldReport(report.sites, tuple(weights), report.centerings)
+    return dataclasses.replace(report, weights=tuple(weights))
 
 
 def reports(compiled: Callable[..., Any]) -> list[FoldReport]:

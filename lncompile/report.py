@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lncompile.passes.decisions import REMEDIES, RuntimeCentering, Site, WeightRewrite
+from lncompile.passes.decisions import REMEDIES, RuntimeCentering, Site, Stream, WeightRewrite
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class FoldReport:
         centerings: activations that are centered at each call, and why that pays.
         graphs: how many graphs it speaks of (graph breaks make several).
         seconds: time our passes took, Inductor's not counted.
+        streams: what is added into each residual stream and which norms read it, for drawing; see :meth:`to_html`.
 
     Example:
         >>> report = lncompile.explain(model, input_ids)
@@ -38,6 +40,7 @@ class FoldReport:
     centerings: tuple[RuntimeCentering, ...] = ()
     graphs: int = 1
     seconds: float = 0.0
+    streams: tuple[Stream, ...] = ()
 
     @property
     def total(self) -> int:
@@ -61,6 +64,20 @@ class FoldReport:
             site["reason"] = verdict.reason.value if verdict.reason is not None else None
             site["remedy"] = verdict.remedy
         return {"total": self.total, "folded": self.folded, "extra_bytes": self.extra_bytes, **data}
+
+    def to_html(self, title: str = "", description: str = "") -> str:
+        """Return the picture: one page that needs nothing else, with the streams drawn and every norm explained.
+
+        Args:
+            title: the model's name.
+            description: a line about it.
+
+        Example:
+            >>> pathlib.Path("out.html").write_text(lncompile.explain(model, input_ids).to_html("my model"))
+        """
+        from lncompile.picture import draw  # it draws reports
+
+        return draw(self, title, description)
 
     def __str__(self) -> str:
         buffer = io.StringIO()
@@ -105,6 +122,7 @@ class FoldReport:
 def merge(reports: Iterable[FoldReport]) -> FoldReport:
     """Put the reports of several graphs together; a weight that several graphs share counts once."""
     listed = list(reports)
+    before = list(itertools.accumulate((report.total for report in listed), initial=0))
     weights = dict.fromkeys(weight for report in listed for weight in report.weights)
     return FoldReport(
         tuple(site for report in listed for site in report.sites),
@@ -112,4 +130,14 @@ def merge(reports: Iterable[FoldReport]) -> FoldReport:
         tuple(centering for report in listed for centering in report.centerings),
         sum(report.graphs for report in listed),
         sum(report.seconds for report in listed),
+        tuple(
+            _moved(stream, first) for report, first in zip(listed, before, strict=False) for stream in report.streams
+        ),
+    )
+
+
+def _moved(stream: Stream, first: int) -> Stream:
+    """A stream of a report whose first site has become site ``first`` of another."""
+    return Stream(
+        tuple(part if part.site is None else dataclasses.replace(part, site=part.site + first) for part in stream.parts)
     )

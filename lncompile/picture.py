@@ -23,7 +23,7 @@ from lncompile.passes.decisions import REMEDIES, PartKind, Site, Stream, StreamP
 from lncompile.report import FoldReport
 
 #: Height of a row and distance of two lanes, in pixels; where what enters meets the stream, and where the norm stands.
-ROW, LANE, ENTERS, NORM = 30, 22, 9, 20
+ROW, LANE, ENTERS, NORM = 34, 22, 10, 24
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def draw(report: FoldReport, title: str = "", description: str = "") -> str:
     )
     environment.filters["bytes"] = readable_bytes
     style, script = _file("picture.css"), _file("picture.js")
-    root = common_path([site.name for site in report.sites])
+    root = common_path([row.layer for row in rows if row.layer])
     return environment.from_string(_file("picture.html")).render(
         report=report,
         title=title or "LayerNorms",
@@ -83,6 +83,7 @@ def draw(report: FoldReport, title: str = "", description: str = "") -> str:
         remedies=REMEDIES,
         weight_bytes={weight.name: weight.bytes for weight in report.weights},
         short=functools.partial(shortened, root=root),
+        root=root,
         width=max((line.x for row in rows for line in row.lines), default=LANE) + LANE,
         height=ROW,
         enters=ENTERS,
@@ -129,7 +130,7 @@ def lay_out(report: FoldReport) -> list[Row]:
     rows: list[Row] = []
     for index, site in enumerate(report.sites):
         layer = layer_of(site.name)
-        name = site.name.removeprefix(f"{layer}.") if layer else site.name
+        name = shortened(site.name, layer, "")
         starts = not rows or rows[-1].layer != layer
         x = LANE * lane_of[index] + LANE // 2
         rows.append(Row(index, site, verdict_of(site), name, x, layer, starts, entering[index], tuple(lines[index])))
@@ -209,9 +210,28 @@ def common_path(names: Sequence[str]) -> str:
     return "".join(f"{parts[0]}." for parts in shared)
 
 
-def shortened(name: str, root: str) -> str:
-    """Return a name without the path that all have in front."""
-    return name.removeprefix(root)
+def shortened(name: str, layer: str, root: str) -> str:
+    """Return a module's name as it is told apart in a row, where there is no room for all of it.
+
+    Args:
+        name: the module's path; several are joined by " · ".
+        layer: the layer of the row: what stands in it is called relative to it.
+        root: the path that all layers have in front.
+
+    Example:
+        >>> shortened("bert.encoder.layer.0.output.dense", "bert.encoder.layer.1", "bert.encoder.")
+        'layer.0.output.dense'
+    """
+    names = []
+    for path in name.split(" · "):
+        if layer and path.startswith(f"{layer}."):
+            path = path.removeprefix(f"{layer}.")
+        elif layer_of(path):
+            path = path.removeprefix(root)
+        else:
+            path = ".".join(path.split(".")[-2:])
+        names.append(path)
+    return " · ".join(names)
 
 
 def readable_bytes(number: float) -> str:

@@ -8,7 +8,6 @@ fonts, no library.
 from __future__ import annotations
 
 import base64
-import functools
 import hashlib
 import itertools
 from collections import Counter
@@ -71,7 +70,6 @@ def draw(report: FoldReport, title: str = "", description: str = "") -> str:
     )
     environment.filters["bytes"] = readable_bytes
     style, script = _file("picture.css"), _file("picture.js")
-    root = common_path([row.layer for row in rows if row.layer])
     return environment.from_string(_file("picture.html")).render(
         report=report,
         title=title or "LayerNorms",
@@ -82,8 +80,8 @@ def draw(report: FoldReport, title: str = "", description: str = "") -> str:
         reasons=Counter(site.reason for site in report.sites if site.reason is not None).most_common(),
         remedies=REMEDIES,
         weight_bytes={weight.name: weight.bytes for weight in report.weights},
-        short=functools.partial(shortened, root=root),
-        root=root,
+        entry_name=entry_name,
+        labels=layer_labels(rows),
         width=max((line.x for row in rows for line in row.lines), default=LANE) + LANE,
         height=ROW,
         enters=ENTERS,
@@ -130,7 +128,7 @@ def lay_out(report: FoldReport) -> list[Row]:
     rows: list[Row] = []
     for index, site in enumerate(report.sites):
         layer = layer_of(site.name)
-        name = shortened(site.name, layer, "")
+        name = shortened(site.name, layer)
         starts = not rows or rows[-1].layer != layer
         x = LANE * lane_of[index] + LANE // 2
         rows.append(Row(index, site, verdict_of(site), name, x, layer, starts, entering[index], tuple(lines[index])))
@@ -203,35 +201,70 @@ def layer_of(name: str) -> str:
     return ".".join(parts[: numbered[-1] + 1]) if numbered else ""
 
 
-def common_path(names: Sequence[str]) -> str:
-    """Return the module path that all names have in front, with its dot: ``"transformer."``; or ``""``."""
-    folders = zip(*(name.split(".")[:-1] for name in names), strict=False)
+def common_path(layers: Sequence[str]) -> str:
+    """Return the module path that all layers have in front of their container's name, with its dot; or ``""``.
+
+    Example:
+        >>> common_path(["bert.encoder.layer.0", "bert.encoder.layer.1"])
+        'bert.encoder.'
+    """
+    folders = zip(*(layer.split(".")[:-2] for layer in layers), strict=False)
     shared = itertools.takewhile(lambda parts: len(set(parts)) == 1 and not parts[0].isdigit(), folders)
     return "".join(f"{parts[0]}." for parts in shared)
 
 
-def shortened(name: str, layer: str, root: str) -> str:
+def shortened(name: str, layer: str = "") -> str:
     """Return a module's name as it is told apart in a row, where there is no room for all of it.
 
     Args:
         name: the module's path; several are joined by " · ".
         layer: the layer of the row: what stands in it is called relative to it.
-        root: the path that all layers have in front.
 
     Example:
-        >>> shortened("bert.encoder.layer.0.output.dense", "bert.encoder.layer.1", "bert.encoder.")
+        >>> shortened("bert.encoder.layer.0.output.dense", "bert.encoder.layer.1")
         'layer.0.output.dense'
     """
     names = []
     for path in name.split(" · "):
+        other = layer_of(path)
         if layer and path.startswith(f"{layer}."):
-            path = path.removeprefix(f"{layer}.")
-        elif layer_of(path):
-            path = path.removeprefix(root)
+            names.append(path.removeprefix(f"{layer}."))
+        elif other:
+            names.append(".".join(other.split(".")[-2:]) + path.removeprefix(other))
         else:
-            path = ".".join(path.split(".")[-2:])
-        names.append(path)
+            names.append(".".join(path.split(".")[-2:]))
     return " · ".join(names)
+
+
+def entry_name(part: StreamPart, row: Row) -> str:
+    """Return what a part that enters in front of a row's norm is called there."""
+    if part.site is not None and part.site == row.index - 1:
+        return "the norm above"
+    if part.kind is PartKind.WEIGHTS and not layer_of(part.name) and part.name not in part.parameters:
+        return part.name.rpartition(".")[2]  # an embedding in front of the first layer
+    return shortened(part.name, row.layer)
+
+
+def layer_labels(rows: Sequence[Row]) -> dict[int, str]:
+    """Return what each layer is called beside its first row: ``"h.0"``, the tower's name in front of its first layer.
+
+    Args:
+        rows: all rows.
+    """
+    containers = dict.fromkeys(row.layer.rpartition(".")[0] for row in rows if row.layer)
+    root = common_path([row.layer for row in rows if row.layer])
+    labels: dict[int, str] = {}
+    last = ""
+    for row in rows:
+        container = row.layer.rpartition(".")[0]
+        if not row.starts_layer or not row.layer:
+            continue
+        label = ".".join(row.layer.split(".")[-2:])
+        tower = row.layer.removeprefix(root).partition(".")[0]
+        is_new = len(containers) > 1 and container != last and not label.startswith(f"{tower}.")
+        labels[row.index] = f"{tower} {label}" if is_new else label
+        last = container
+    return labels
 
 
 def readable_bytes(number: float) -> str:

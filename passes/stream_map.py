@@ -18,7 +18,7 @@ from networkx.utils import UnionFind
 from torch import fx
 
 from lncompile.passes import provenance
-from lncompile.passes.decisions import PartKind, Reason, Stream, StreamPart
+from lncompile.passes.decisions import PartKind, Stream, StreamPart
 from lncompile.passes.placement import Placement
 from lncompile.passes.sites import NormSite
 from lncompile.passes.streams import Variable, VariableKey, describe_blocker
@@ -112,15 +112,14 @@ def _contribution(
         return StreamPart(PartKind.ZERO_MEAN, name, location, True, "its mean is zero as it is", ())
     if available and not in_place:
         words = f"centered at run time: {provenance.describe(node)}"
-        return StreamPart(PartKind.ACTIVATION, name, location, True, words, ())
+        return StreamPart(PartKind.ACTIVATION, name, location, True, words, (), norms.get(node))
     if variable.composed_source is not None:
         parameters = variable.composed_source.parameters()
         names = tuple(dict.fromkeys(name for source in parameters for name in provenance.parameter_names(source)))
         return StreamPart(PartKind.WEIGHTS, name, location, available, "", names)
     if variable.source_blocker is not None:
-        starts_at = norms.get(node) if variable.source_blocker.reason is Reason.NORM_OUTPUT else None
         words = describe_blocker(variable.source_blocker)
-        return StreamPart(PartKind.ACTIVATION, name, location, False, words, (), starts_at)
+        return StreamPart(PartKind.ACTIVATION, name, location, False, words, (), norms.get(node))
     if not needs:
         return StreamPart(PartKind.ZERO_MEAN, name, location, True, "the same for all features", ())
     if all(map(_is_parameter, needs)):

@@ -23,10 +23,10 @@ from rich.console import Console
 
 from lncompile.explain import explain as explain_model
 from lncompile.explain import reports
-from lncompile.factories import words
+from lncompile.factories import ModelError, words
 from lncompile.latency import compare_latency
 from lncompile.machine import MachineError, describe_machine, require_compiler
-from lncompile.models import RANDOM_GPT2, LoadedModel, ModelError, load_model
+from lncompile.models import RANDOM_GPT2, LoadedModel, load_model
 from lncompile.options import OptionError, arms, parse_options
 from lncompile.progress import Steps
 from lncompile.report import FoldReport, merge

@@ -14,9 +14,10 @@ import torch
 from rich.console import Console
 
 from lncompile.explain import explain
+from lncompile.factories import ModelError
 from lncompile.latency import Latency, compare_latency
 from lncompile.machine import MachineError, describe_machine, require_compiler
-from lncompile.models import RANDOM_GPT2, LoadedModel, ModelError, load_model
+from lncompile.models import RANDOM_GPT2, LoadedModel, load_model
 from lncompile.progress import Steps
 from lncompile.report import FoldReport
 from lncompile.timing import PairedTimings

@@ -45,6 +45,7 @@ def call_factory(
         ...     return nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16)), torch.randn(batch, 8)
     """
     factory = _find(name)
+    accepted: Mapping[str, Any]
     try:
         accepted = inspect.signature(factory).parameters
     except ValueError:  # written in C: it says nothing of its parameters

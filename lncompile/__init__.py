@@ -1,5 +1,6 @@
 """lncompile: ``torch.compile(model, backend="lnfold")`` folds LayerNorms' mean-centering into upstream weights."""
 
+from lncompile.abtest import ABTest
 from lncompile.explain import explain, refresh, reports
 from lncompile.fold import FoldedModule, fold
 from lncompile.integrations import allow_in_accelerate
@@ -13,6 +14,7 @@ from lncompile.verify import Verification, verify
 __version__ = "0.1.0"
 
 __all__ = [
+    "ABTest",
     "CallError",
     "FoldReport",
     "FoldedModule",

@@ -8,6 +8,7 @@ torch only inside the functions that need them. Run on torch 2.11, 2.13 and 2.15
 from __future__ import annotations
 
 import contextlib
+import inspect
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
@@ -199,9 +200,58 @@ def original_callable(compiled: Any) -> Any:
     return getattr(compiled, "_torchdynamo_orig_callable", compiled)
 
 
+def is_compiled(function: Any) -> bool:
+    """Whether calling this runs compiled code: what torch.compile returned, or a module after ``module.compile()``."""
+    return original_callable(function) is not function or getattr(function, "_compiled_call_impl", None) is not None
+
+
+def separate_recompile_limits() -> dict[str, Any]:
+    """Arguments for torch.compile that give it a recompile limit of its own.
+
+    Compiled twice, a function's code is kept in one list, and both count towards one limit. Before torch 2.13 there is
+    no way out.
+    """
+    known = inspect.signature(torch.compile).parameters
+    return {"isolate_recompiles": True} if "isolate_recompiles" in known else {}
+
+
 def many_recompiles() -> Any:
     """Context in which Dynamo compiles one code object as often as it must (explaining many models of one class)."""
     return torch._dynamo.config.patch(recompile_limit=10_000, accumulated_recompile_limit=100_000)
+
+
+class CompilationWatch:
+    """Says whether anything was compiled in this process while something else ran.
+
+    Dynamo calls back when the first of some overlapping compilations starts and when the last one ends; recording CUDA
+    graphs and compiling a backward graph on its first use count as such.
+    """
+
+    def __init__(self) -> None:
+        self._ticks = 0
+
+    def ticks(self) -> int:
+        """A number that goes up when compilations start and when they end: odd while there are any."""
+        handler = torch._dynamo.callback.callback_handler
+        # torch._dynamo.reset() forgets all callbacks.
+        if self._started not in handler.start_callbacks:
+            handler.register_start_callback(self._started)
+            handler.register_end_callback(self._ended)
+        return self._ticks
+
+    def undisturbed(self, since: int) -> bool:
+        """Whether nothing was compiled from the moment that ``ticks`` returned ``since`` until now."""
+        return since % 2 == 0 and self._ticks == since
+
+    def _started(self, _: Any) -> None:
+        self._ticks += 1 + self._ticks % 2
+
+    def _ended(self, _: Any) -> None:
+        # Even where we were registered in the middle of one.
+        self._ticks += 2 - self._ticks % 2
+
+
+compilation_watch = CompilationWatch()
 
 
 def count(key: str, amount: int = 1) -> None:

@@ -1,7 +1,7 @@
-"""The command ``lncompile``: ``explain``, ``verify`` and ``bench`` of any model, for people and for scripts.
+"""The command ``lncompile``: ``explain``, ``verify``, ``bench`` and ``ab`` of any model, for people and for scripts.
 
 Results go to stdout, as a table or with ``--json`` as JSON alone; progress and errors go to stderr. The exit code is 0
-where all is well, 1 where the answer is no (predictions got worse), 2 where there is no answer.
+where all is well, 1 where the answer is no (worse predictions, a regression), 2 where there is no answer.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import ast
 import contextlib
 import enum
 import json
+import math
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,11 @@ from typing import IO, Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from rich.table import Table
 
+from lncompile.abtest import ABTest
+from lncompile.abtest.extras import require
+from lncompile.abtest.simulation import Request, send_requests
 from lncompile.explain import explain as explain_model
 from lncompile.explain import reports
 from lncompile.factories import ModelError, words
@@ -68,6 +73,10 @@ ModelName = Annotated[
 ]
 Batch = Annotated[int, typer.Option("--batch", "-b", min=1, help="Sequences or images in one call.")]
 Tokens = Annotated[int, typer.Option("--tokens", "-t", min=1, help="Tokens of a sequence.")]
+TokensOfRequests = Annotated[
+    list[int],
+    typer.Option("--tokens", "-t", min=1, help="Tokens of a sequence; several times for requests of several."),
+]
 DtypeName = Annotated[
     Dtype | None, typer.Option("--dtype", help="Of weights and inputs. [default: float32; the factory's choice]")
 ]
@@ -85,6 +94,8 @@ OptionPairs = Annotated[
 ]
 Seconds = Annotated[float, typer.Option("--seconds", "-s", min=0.0, help="How long to measure.")]
 Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also draw the streams into one HTML page.")]
+Shadow = Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of requests whose answers are compared.")]
+MinimumEffect = Annotated[float, typer.Option(min=0.0, max=10.0, help="Relative difference in latency that matters.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to stdout.")]
 Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an error came up.")]
 
@@ -123,13 +134,17 @@ class Run:
         """Return the model to be compiled with lnfold, and with the run's mode and options, when it is first called."""
         return torch.compile(loaded.model, backend="lnfold", **arms(self.mode, self.options)["lnfold"])
 
+    def request(self, loaded: LoadedModel, length: int) -> Request:
+        """Return positional and keyword arguments of a request with sequences of a length."""
+        if length != self.loading["length"]:
+            loaded = load_model(self.name, **{**self.loading, "length": length})
+        return loaded.arguments, loaded.inputs
+
     def show(self, loaded: LoadedModel, found: Mapping[str, Any], *readable: Any) -> None:
         """Print what was found: ``found`` as JSON, or what is readable for people."""
         if self.as_json:
-            print(
-                json.dumps({"model": loaded.name, "description": loaded.description, **found}, indent=2),
-                file=self.output,
-            )
+            everything = _finite({"model": loaded.name, "description": loaded.description, **found})
+            print(json.dumps(everything, indent=2, allow_nan=False), file=self.output)
             return
         # Rich takes a pipe for 80 columns wide, which would cut the report.
         console = Console(file=self.output, width=None if self.output.isatty() else 160, highlight=False, markup=False)
@@ -197,6 +212,15 @@ def _device(name: str, device: str | None) -> str | None:
     return device
 
 
+def _finite(value: Any) -> Any:
+    """Without infinities and NaNs, which JSON does not have: null in their place."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _sentence(error: BaseException) -> str:
     """What went wrong and what can be done about it."""
     chain: list[BaseException] = [error]
@@ -236,8 +260,8 @@ def explain(
     """Say of every LayerNorm whether it folds, and why not. Compiles nothing."""
     loading = {"batch": batch, "length": tokens, "dtype": dtype, "device": device, "seed": seed}
     with _run(model, 2, loading, mode, option, as_json, show_traceback) as run:
-        if html is not None and not html.resolve().parent.is_dir():
-            raise InputError(f"there is no folder to write '{html}' into")
+        if html is not None:
+            _require_folder(html)
         loaded = run.load()
         with run.steps.step("Which LayerNorms fold") as say, torch.no_grad():
             say("capturing the graph")
@@ -306,6 +330,80 @@ def bench(
         sentence = f"{_folded(report)}; {latency.sentence()}."
         found = {"machine": machine, **latency.to_dict(), "sentence": sentence, "explain": report.to_dict()}
         run.show(loaded, found, latency, sentence)
+
+
+@app.command()
+def ab(
+    model: ModelName = RANDOM_GPT2,
+    batch: Batch = 1,
+    tokens: TokensOfRequests = None,
+    dtype: DtypeName = None,
+    device: Device = None,
+    seed: Seed = 0,
+    mode: Mode = None,
+    option: OptionPairs = None,
+    seconds: Annotated[float, typer.Option("--seconds", "-s", min=0.0, help="Stop undecided after this long.")] = 60.0,
+    shadow: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of requests whose answers are compared.")
+    ] = 0.05,
+    minimum_effect: Annotated[float, typer.Option(min=0.0, max=10.0, help="Relative difference that matters.")] = 0.02,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw it (png, svg, pdf).")] = None,
+    as_json: AsJson = False,
+    show_traceback: Traceback = False,
+) -> None:
+    """Answer simulated requests by stock torch.compile and lnfold at random, until it is known which one is faster.
+
+    What lncompile.ABTest does in a server, tried out on this machine. Exit code 1 if lnfold fails, answers otherwise or
+    is slower by what matters.
+    """
+    lengths = list(dict.fromkeys(tokens or [64]))
+    loading = {"batch": batch, "length": lengths[0], "dtype": dtype, "device": device, "seed": seed}
+    with _run(model, 2, loading, mode, option, as_json, show_traceback) as run:
+        require_compiler(run.loading["device"] or "cpu")
+        if plot is not None:
+            _require_folder(plot)
+            try:
+                require("matplotlib", "plot", "--plot")
+            except ImportError as error:
+                raise InputError(str(error)) from error
+        loaded = run.load()
+        requests = [run.request(loaded, length) for length in lengths]
+        machine = describe_machine(_place_of(loaded))
+        test = ABTest(
+            loaded.model,
+            **arms(mode, run.options)["lnfold"],
+            shadow=shadow,
+            minimum_effect=minimum_effect,
+            seed=seed,
+            device=_place_of(loaded),
+        )
+        with run.steps.step(f"Requests to both arms, at most {seconds:g} s") as say, torch.no_grad():
+            send_requests(test, requests, seconds=seconds, seed=seed, progress=say)
+        verdict = test.verdict()
+        found = {"machine": machine, "regression": verdict.regression, "ab": test.to_dict()}
+        run.show(loaded, found, _arms_table(test), str(verdict))
+        if plot is not None:
+            test.plot(plot)
+            run.steps.console.print(f"     drawn in {plot}", soft_wrap=True, markup=False)
+    if verdict.regression:
+        raise typer.Exit(1)
+
+
+def _arms_table(test: ABTest) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for header in ("arm", "requests", "p50 ms", "p90 ms", "p99 ms"):
+        table.add_column(header)
+    for arm in test.to_dict()["arms"]:
+        quantiles = [arm["seconds"][name] for name in ("p50", "p90", "p99")]
+        milliseconds = ["" if value is None else f"{1e3 * value:.3f}" for value in quantiles]
+        table.add_row(arm["name"], str(arm["seconds"]["requests"]), *milliseconds)
+    return table
+
+
+def _require_folder(file: Path) -> None:
+    """Say that a file cannot be written before the work is done for it."""
+    if not file.resolve().parent.is_dir():
+        raise InputError(f"there is no folder to write '{file}' into")
 
 
 def _place_of(loaded: LoadedModel) -> torch.device:

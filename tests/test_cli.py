@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,10 @@ class Net(nn.Module):
 
 def make_net(batch=3):
     return randomise(Net()), torch.randn(batch, 8)
+
+
+def make_tokens(tokens):
+    return randomise(Net()), torch.randn(tokens, 8)
 
 
 def make_half():
@@ -227,6 +232,73 @@ def test_a_mode_beside_options_becomes_the_options_it_stands_for():
     assert both["lnfold"]["options"] == {**both["inductor"]["options"], "lnfold.assist": False}
 
 
+def test_errors_that_are_no_number_are_null_in_json(monkeypatch):
+    worse = Verification((OutputError(".logits", "float32", 1e-7, float("inf"), float("nan"), False),))
+    monkeypatch.setattr(cli, "verify_model", lambda *_, **__: worse)
+    (output,) = answer("verify", f"{HERE}:make_net", exit_code=1)["verify"]["outputs"]
+    assert output["inductor"] is output["lnfold"] is None
+
+
+# --- ab --------------------------------------------------------------------------------------------------------------
+
+
+def two_arms(baseline: float = 0.0, candidate: float = 0.0, wrong: float = 0.0, fails: bool = False):
+    """What stands in for two compilations: arms that take some seconds longer, answer otherwise, or raise."""
+
+    def arm(name, seconds, offset=0.0, fails=False):
+        def answer(x):
+            if fails:
+                raise RuntimeError(f"{name} is broken")
+            time.sleep(seconds)
+            return x + offset
+
+        return answer
+
+    arms = {"inductor": arm("inductor", baseline), "lnfold": arm("lnfold", candidate, wrong, fails)}
+    return lambda *_: arms
+
+
+@pytest.mark.parametrize(
+    ("arms_of", "says", "regression"),
+    [
+        (two_arms(baseline=0.004), "Faster", False),
+        (two_arms(candidate=0.004), "Slower", True),
+        (two_arms(baseline=0.004, wrong=1.0), "DIFFER", True),
+        (two_arms(baseline=0.004, fails=True), "lnfold is out of service", True),
+    ],
+)
+def test_ab_finds_regressions(arms_of, says, regression, monkeypatch):
+    monkeypatch.setattr("lncompile.abtest.experiment.compiled_arms", arms_of)
+    arguments = ("ab", f"{HERE}:make_net", "--seconds", "20", "--shadow", "0.5")
+    found = answer(*arguments, exit_code=int(regression))
+    assert found["regression"] is regression
+    assert says in found["ab"]["verdict"]["words"]
+    if says != "DIFFER":
+        return
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert says in result.stdout
+    assert "p50 ms" in result.stdout
+
+
+def test_ab_that_is_not_decided_in_time_is_no_regression(monkeypatch):
+    monkeypatch.setattr("lncompile.abtest.experiment.compiled_arms", two_arms())
+    assert answer("ab", f"{HERE}:make_net", "--seconds", "0")["ab"]["verdict"]["outcome"] == "undecided"
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_ab_of_two_compilations_and_two_lengths(tmp_path):
+    arguments = ("-t", "2", "-t", "16", "--seconds", "1", "--shadow", "0.2", "-o", "lnfold.check=false")
+    result = run("ab", f"{HERE}:make_tokens", *arguments, "--json", "--plot", tmp_path / "plot.svg")
+    assert result.exit_code in (0, 1)  # which one is faster on a busy machine is not for a test to say
+    found = json.loads(result.stdout)
+    assert [arm["name"] for arm in found["ab"]["arms"]] == ["inductor", "lnfold"]
+    assert all(arm["in_service"] and arm["requests"] > 0 for arm in found["ab"]["arms"])
+    assert {bucket["name"] for bucket in found["ab"]["buckets"]} >= {"float32[2,8]", "float32[16,8]"}
+    assert found["ab"]["verdict"]["outputs_agree"] is True
+    assert "<svg" in (tmp_path / "plot.svg").read_text()
+
+
 # --- Models ----------------------------------------------------------------------------------------------------------
 
 
@@ -322,6 +394,7 @@ def test_a_model_that_cannot_be_had(name, says):
         (("--mode", "fastest"), ("fastest",)),
         (("--device", "quantum"), ("--device", "quantum")),
         (("--device", "cuda:99"), ("no device 'cuda:99'",)),
+        (("--html", "/no/such/folder/out.html"), ("there is no folder",)),
     ],
 )
 def test_options_that_cannot_be(arguments, says):
@@ -335,7 +408,7 @@ def test_usage_errors_end_with_exit_code_2(arguments):
 
 def test_no_compiler(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    for command in ("verify", "bench"):
+    for command in ("verify", "bench", "ab"):
         assert_refused(command, f"{HERE}:make_net", says=("no-such-compiler",))
 
 
@@ -354,7 +427,7 @@ def test_an_interrupt_is_no_answer(monkeypatch):
     assert run("explain").exit_code == 130
 
 
-@pytest.mark.parametrize("command", ["explain", "verify", "bench"])
+@pytest.mark.parametrize("command", ["explain", "verify", "bench", "ab"])
 def test_help_names_the_kinds_of_models(command):
     result = run(command, "--help")
     assert result.exit_code == 0

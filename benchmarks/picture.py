@@ -52,8 +52,9 @@ def main() -> None:
             raise SystemExit(done.output)
         picture = screenshot(Path("out.html").resolve(), SIZE)
         os.chdir(RESULTS)
-    # 96 colours are all there are, but for the edges of letters.
-    picture.convert("RGB").quantize(96).save("picture.png", optimize=True)
+    # A palette is enough for a page of few colours; this method keeps those that stand in few places.
+    palette = picture.convert("RGB").quantize(256, Image.Quantize.FASTOCTREE)
+    palette.save("picture.png", optimize=True)
     print(f"{RESULTS / 'picture.png'}: {(RESULTS / 'picture.png').stat().st_size / 1024:.0f} KiB")
 
 

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from lncompile.options import Options
+from lncompile.passes.budget import Budgeted, limit_in_bytes, place_within
 from lncompile.passes.copying import copy_graph_module
 from lncompile.passes.costs import CostModel
 from lncompile.passes.decisions import PartKind, Reason, Site, Stream, StreamPart
@@ -35,6 +36,7 @@ class Analysis:
         placement: what is centered where; None where the graph is to stay untouched.
         costs: what was weighed.
         trained: parameter expressions whose gradient is wanted: they are centered in the graph, at every step.
+        budgeted: the placement within a budget of memory, where there is one.
         streams: the streams as people draw them.
     """
 
@@ -45,6 +47,7 @@ class Analysis:
     placement: Placement | None
     costs: CostModel = field(default_factory=CostModel)
     trained: frozenset[fx.Node] = frozenset()
+    budgeted: Budgeted | None = None
     streams: tuple[Stream, ...] = ()
 
 
@@ -61,8 +64,11 @@ def analyse(graph_module: fx.GraphModule, example_inputs: Sequence[Any], options
     """
     opaque = {node.name for node in find_opaque_layers(graph_module.graph)}
     verdicts: dict[str, list[Site]] = {**closed_norms(graph_module.graph), **norms_in_subgraphs(graph_module)}
+    first: Analysis | None = None
     while True:
         analysis = _analyse_expanded(graph_module, example_inputs, options, opaque)
+        first = first or analysis
+        analysis = _with_budget_of(first, analysis)
         needed = {_layer(site) for site in (analysis.placement.folded if analysis.placement else ())} & opaque
         for site, verdict in zip(analysis.sites, analysis.verdicts, strict=True):
             if _layer(site) in opaque - needed:
@@ -71,6 +77,24 @@ def analyse(graph_module: fx.GraphModule, example_inputs: Sequence[Any], options
             return _in_order(analysis, verdicts)
         # An opaque layer in which nothing folds goes to Inductor as it was; leaving it closed may change the rest.
         opaque = needed
+
+
+def _with_budget_of(first: Analysis, analysis: Analysis) -> Analysis:
+    """An analysis that says what the memory budget kept from folding in an earlier one, with more layers written out.
+
+    A layer that stays closed for want of memory asks for no weights, and stands in the way of norms behind it.
+    """
+    if first is analysis or first.budgeted is None or analysis.budgeted is None:
+        return analysis
+    starved = {site.node.name: first.budgeted.left.get(site.node) for site in first.sites}
+    verdicts = tuple(
+        verdict
+        if verdict.folded or (why := starved.get(site.node.name)) is None
+        else left_alone([site], Reason.MEMORY_BUDGET, why)[0]
+        for site, verdict in zip(analysis.sites, analysis.verdicts, strict=True)
+    )
+    budgeted = dataclasses.replace(analysis.budgeted, budget=first.budgeted.budget)
+    return dataclasses.replace(analysis, verdicts=verdicts, budgeted=budgeted)
 
 
 def _layer(site: NormSite) -> str:
@@ -117,8 +141,21 @@ def _analyse_expanded(
         return Analysis(copy, sites, left_alone(sites, Reason.TRAINING, detail), {}, None)
     costs = CostModel(training=trained is not None, weighs_weights=options.training == "auto")
     variables = build_streams(sites, facts, costs)
-    placement = place(sites, variables, options.assist, costs)
-    verdicts = judge(sites, placement, variables, costs)
+    budgeted: Budgeted | None = None
+    if options.memory_budget is None:
+        placement = place(sites, variables, options.assist, costs)
+    else:
+        limit = limit_in_bytes(options.memory_budget, (p for p in example_inputs if isinstance(p, nn.Parameter)))
+        budgeted = place_within(limit, sites, variables, options.assist, costs, facts.trained)
+        placement = budgeted.placement
+    verdicts = judge(sites, placement, variables, costs, budgeted.left if budgeted else None)
     return Analysis(
-        copy, sites, verdicts, variables, placement if placement.folded else None, costs, frozenset(facts.trained)
+        copy,
+        sites,
+        verdicts,
+        variables,
+        placement if placement.folded else None,
+        costs,
+        frozenset(facts.trained),
+        budgeted,
     )

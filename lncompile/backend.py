@@ -6,6 +6,7 @@ stock torch.compile would have compiled it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -22,8 +23,8 @@ from lncompile.analysis import Analysis, analyse
 from lncompile.lowering import torch_private
 from lncompile.options import Options, parse_options
 from lncompile.passes.canonical import tensor_of
-from lncompile.passes.decisions import Reason, WeightRewrite
-from lncompile.passes.materialize import Materializer
+from lncompile.passes.decisions import Reason, RuntimeCentering, WeightRewrite
+from lncompile.passes.materialize import Expression, Materializer
 from lncompile.passes.provenance import parameter_name, parameter_names
 from lncompile.passes.sharding import local_bytes
 from lncompile.passes.sites import find_sites
@@ -136,16 +137,35 @@ def make_report(
     seconds: float,
 ) -> FoldReport:
     """Put the decisions for one graph, and the weights materialised for it, into a report."""
-    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
-    weights = []
-    for expression, value in zip(transformed.expressions if transformed else (), values, strict=True):
-        name = " · ".join(parameter_name(placeholders[leaf]) for leaf in expression.leaves)
-        weights.append(WeightRewrite(name, local_bytes(value), "copy"))
+    weights = centered_copies(graph_module, transformed.expressions if transformed else (), values)
     weights += centered_in_the_graph(transformed)
-    centerings = (
-        describe_centerings(analysis.placement, analysis.variables, analysis.costs) if analysis.placement else ()
+    budgeted = analysis.budgeted
+    centerings: tuple[RuntimeCentering, ...] = ()
+    if analysis.placement:
+        without_budget = budgeted.unlimited if budgeted else None
+        centerings = describe_centerings(analysis.placement, analysis.variables, analysis.costs, without_budget)
+    return FoldReport(
+        analysis.verdicts,
+        tuple(weights),
+        centerings,
+        1,
+        seconds,
+        budgeted.budget if budgeted else None,
+        analysis.streams,
     )
-    return FoldReport(analysis.verdicts, tuple(weights), centerings, 1, seconds, analysis.streams)
+
+
+def centered_copies(
+    graph_module: fx.GraphModule, expressions: Sequence[Expression], values: Sequence[Tensor]
+) -> list[WeightRewrite]:
+    """The copies beside the model: one for each expression and parameters, however many placeholders take it."""
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    weights: dict[tuple[Any, ...], WeightRewrite] = {}
+    for expression, value in zip(expressions, values, strict=True):
+        name = " · ".join(parameter_name(placeholders[leaf]) for leaf in expression.leaves)
+        variant = hashlib.sha256(expression.code.encode()).hexdigest()[:8]
+        weights[expression.code, expression.leaves] = WeightRewrite(name, local_bytes(value), "copy", variant)
+    return list(weights.values())
 
 
 def centered_in_the_graph(transformed: Transformed | None) -> list[WeightRewrite]:

@@ -12,13 +12,11 @@ import torch
 from torch import fx
 
 from lncompile.analysis import analyse
-from lncompile.backend import centered_in_the_graph, compiled_graphs, make_report
+from lncompile.backend import centered_copies, centered_in_the_graph, compiled_graphs, make_report
 from lncompile.lowering import torch_private
 from lncompile.options import Options, parse_options
 from lncompile.passes.canonical import tensor_of
-from lncompile.passes.decisions import WeightRewrite
 from lncompile.passes.materialize import forget_all
-from lncompile.passes.provenance import parameter_name
 from lncompile.report import FoldReport, merge
 from lncompile.transform import transform
 
@@ -69,15 +67,11 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> FoldReport:
 
 def _with_weights(report: FoldReport, graph_module: fx.GraphModule, analysis: Any, options: Options) -> FoldReport:
     """Add the weights a transformation would center, from shapes alone."""
-    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     transformed = transform(analysis, options)
-    weights = centered_in_the_graph(transformed)
-    for expression in transformed.expressions:
-        leaves = [placeholders[leaf] for leaf in expression.leaves]
-        name = " · ".join(parameter_name(leaf) for leaf in leaves)
-        tensor = tensor_of(leaves[0])
-        assert tensor is not None  # a parameter
-        weights.append(WeightRewrite(name, tensor.numel() * tensor.element_size(), "copy"))
+    placeholders = [node for node in transformed.graph_module.graph.nodes if node.op == "placeholder"]
+    values = [tensor_of(node) for node in placeholders[len(placeholders) - len(transformed.expressions) :]]
+    known = [value for value in values if value is not None]  # all of them: what was emitted carries its value
+    weights = centered_copies(graph_module, transformed.expressions, known) + centered_in_the_graph(transformed)
     return dataclasses.replace(report, weights=tuple(weights))
 
 

@@ -27,6 +27,9 @@ class Options:
         assist: whether an activation may be centered at run time where that lets more norms fold than it costs.
         training: what happens to norms where gradients of weights are wanted. ``"auto"``: they fold where centering the
             weights at every step costs less than it saves; ``"on"``: wherever they can; ``"off"``: not at all.
+        memory_budget: how much memory the centered copies of weights may take beside the model, for each compiled
+            graph. An int: bytes; a float from 0 to 1: a share of the bytes of the graph's own parameters; None: no
+            limit. Placement then saves what it can with copies that fit, see :mod:`lncompile.passes.budget`.
         check: whether every call looks if a weight has changed. Without, centered weights are those of the first call
             with a set of parameters, until :func:`lncompile.refresh`: for servers whose weights stay as they are.
     """
@@ -35,14 +38,17 @@ class Options:
     nonfoldable: str = "inductor"
     assist: bool = True
     training: str = "auto"
+    memory_budget: int | float | None = None
     check: bool = True
 
 
-_VALUES: dict[str, tuple[Any, ...]] = {
+# What each option takes, or, for one that takes more than can be listed, in words.
+_VALUES: dict[str, tuple[Any, ...] | str] = {
     "weights": ("copy",),
     "nonfoldable": ("inductor", "eager"),
     "assist": (True, False),
     "training": ("auto", "on", "off"),
+    "memory_budget": "a number of bytes (an int), a share of the parameters' bytes (a float from 0.0 to 1.0), or None",
     "check": (True, False),
 }
 
@@ -71,8 +77,9 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> tuple[
             name = key.removeprefix(PREFIX)
             if name not in _VALUES:
                 raise OptionError(f"unknown option '{key}'{_suggest(key)}; lnfold's options are {_ours()}")
-            if not any(value is allowed or (isinstance(value, str) and value == allowed) for allowed in _VALUES[name]):
-                allowed = " or ".join(repr(v) for v in _VALUES[name])
+            if not _takes(name, value):
+                values = _VALUES[name]
+                allowed = values if isinstance(values, str) else " or ".join(repr(v) for v in values)
                 raise OptionError(f"option '{key}' takes {allowed}, not {value!r}")
             ours[name] = value
         else:
@@ -115,6 +122,14 @@ def arms(mode: str | None, options: Mapping[str, Any] | None) -> dict[str, dict[
         backend: {"mode": mode} if mode is not None else {"options": chosen} if chosen else {}
         for backend, chosen in by_backend.items()
     }
+
+
+def _takes(name: str, value: Any) -> bool:
+    values = _VALUES[name]
+    if isinstance(values, str):
+        is_amount = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        return value is None or is_amount or (isinstance(value, float) and 0 <= value <= 1)
+    return any(value is allowed or (isinstance(value, str) and value == allowed) for allowed in values)
 
 
 def _ours() -> str:

@@ -65,6 +65,9 @@ def draw(report: FoldReport, title: str = "", description: str = "") -> str:
         >>> pathlib.Path("out.html").write_text(draw(lncompile.explain(model, input_ids), "my model"))
     """
     rows = lay_out(report)
+    weight_bytes: Counter[str] = Counter()  # one parameter may have several copies
+    for weight in report.weights:
+        weight_bytes[weight.name] += weight.bytes
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
@@ -79,7 +82,7 @@ def draw(report: FoldReport, title: str = "", description: str = "") -> str:
         verdicts=Counter(row.verdict for row in rows),
         reasons=Counter(site.reason for site in report.sites if site.reason is not None).most_common(),
         remedies=REMEDIES,
-        weight_bytes={weight.name: weight.bytes for weight in report.weights},
+        weight_bytes=weight_bytes,
         entry_name=entry_name,
         labels=layer_labels(rows),
         width=max((line.x for row in rows for line in row.lines), default=LANE) + LANE,

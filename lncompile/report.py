@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lncompile.passes.decisions import REMEDIES, RuntimeCentering, Site, Stream, WeightRewrite
+from lncompile.passes.budget import amount
+from lncompile.passes.decisions import REMEDIES, MemoryBudget, RuntimeCentering, Site, Stream, WeightRewrite
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class FoldReport:
         centerings: activations that are centered at each call, and why that pays.
         graphs: how many graphs it speaks of (graph breaks make several).
         seconds: time our passes took, Inductor's not counted.
+        memory_budget: the limit on centered copies and what they would take without it, where one was set; of several
+            graphs the sums.
         streams: what is added into each residual stream and which norms read it, for drawing; see :meth:`to_html`.
 
     Example:
@@ -40,6 +43,7 @@ class FoldReport:
     centerings: tuple[RuntimeCentering, ...] = ()
     graphs: int = 1
     seconds: float = 0.0
+    memory_budget: MemoryBudget | None = None
     streams: tuple[Stream, ...] = ()
 
     @property
@@ -113,6 +117,9 @@ class FoldReport:
         words += f" ({self.extra_bytes / 2**20:.1f} MiB beside the model"
         trained = sum(weight.storage == "graph" for weight in self.weights)
         words += f", {trained} centered at every step)" if trained else ")"
+        budget = self.memory_budget
+        if budget is not None and budget.binds:
+            words += f", within a memory budget of {amount(budget.limit)} (without: {amount(budget.wanted)})"
         left = Counter(site.reason.value for site in self.sites if site.reason is not None)
         if left:
             words += "; left: " + ", ".join(f"{count} {reason}" for reason, count in left.most_common())
@@ -124,12 +131,20 @@ def merge(reports: Iterable[FoldReport]) -> FoldReport:
     listed = list(reports)
     before = list(itertools.accumulate((report.total for report in listed), initial=0))
     weights = dict.fromkeys(weight for report in listed for weight in report.weights)
+    budgets = [report.memory_budget for report in listed if report.memory_budget is not None]
     return FoldReport(
         tuple(site for report in listed for site in report.sites),
         tuple(weights),
         tuple(centering for report in listed for centering in report.centerings),
         sum(report.graphs for report in listed),
         sum(report.seconds for report in listed),
+        MemoryBudget(
+            sum(budget.limit for budget in budgets),
+            sum(budget.wanted for budget in budgets),
+            any(budget.binds for budget in budgets),
+        )
+        if budgets
+        else None,
         tuple(
             _moved(stream, first) for report, first in zip(listed, before, strict=False) for stream in report.streams
         ),

@@ -54,9 +54,10 @@ def transform(analysis: Analysis, options: Options) -> Transformed:
         for site in analysis.placement.folded:
             if site.handwritten is not None:
                 fold_handwritten_norm(graph, site.handwritten, _input(site))
-        # Taking a mean out may have taken with it what was centered for the mean alone.
+        # Taking a mean out may have taken with it what was centered for the mean alone, and where parts of a weight are
+        # read together the copies of single parts have no reader.
         present = set(graph.nodes)
-        expressions, _ = hoist(graph, [weight for weight in rewritten.weights if weight in present])
+        expressions, _ = hoist(graph, [weight for weight in rewritten.weights if weight in present and weight.users])
         # One at a time: lowering a norm exchanges the input of a norm of that norm.
         lower_to_rms_norm(graph, (_call(site) for site in calls if site.node in folded))
     if options.nonfoldable == "eager":

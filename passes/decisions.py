@@ -33,6 +33,8 @@ class Reason(enum.Enum):
     UNKNOWN_OPERATION = "unknown_operation"
     #: Centering at run time is possible but costs as much as it saves, or more.
     NOT_WORTH_IT = "not_worth_it"
+    #: The centered copies of its weights do not fit within ``lnfold.memory_budget``.
+    MEMORY_BUDGET = "memory_budget"
     #: Gradients of the weights are wanted, and centering the weights at every step would cost more than it saves.
     TRAINING = "training"
     #: Our own passes failed; the graph was compiled untouched.
@@ -56,6 +58,7 @@ REMEDIES: dict[Reason, str] = {
     "used in; fold first, then quantize or shard",
     Reason.UNKNOWN_OPERATION: "a rule for that operation (see ARCHITECTURE.md), or an operation that has one",
     Reason.NOT_WORTH_IT: "more norms behind the same tensor: for those there are, centering it costs what it saves",
+    Reason.MEMORY_BUDGET: "a larger lnfold.memory_budget (None: as many copies of weights as there are)",
     Reason.TRAINING: "more tokens a step, lnfold.training='on' whatever it costs, or, to predict, a call under "
     "torch.no_grad() or torch.inference_mode()",
     Reason.INTERNAL_ERROR: "a fix of ours: please report it with the log",
@@ -115,11 +118,28 @@ class WeightRewrite:
     """One parameter expression that is centered: the parameter's name, its size in bytes, and how it is stored.
 
     Stored as a ``"copy"`` beside the model, or not at all: computed in the ``"graph"``, at every step of a training.
+    ``variant`` tells several copies of one parameter apart, centered along other axes or in another dtype.
     """
 
     name: str
     bytes: int
     storage: str
+    variant: str = ""
+
+
+@dataclass(frozen=True)
+class MemoryBudget:
+    """A limit on the copies of a graph: ``lnfold.memory_budget``.
+
+    Attributes:
+        limit: bytes that the centered copies may take beside the model.
+        wanted: bytes that they would take without it.
+        binds: whether that is too much, so that something else was decided.
+    """
+
+    limit: int
+    wanted: int
+    binds: bool
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ reads it minds) and ``a`` (a centered v is available)::
     s(v) gives           a(v)                            s(v) ──∞──▶ a(v)
     s(v) forbidden       where it cannot be computed     s(v) ──∞──▶ sink
     s(v) costs           where weights compose per call  s(v) ──μ(v)──▶ sink
+    copies               within a budget of memory       a(v) or s(v) ──∞──▶ copy ──λ·bytes──▶ sink
     s(v) shifts          v                               s(v) ──∞──▶ f(v)
     f(v) spreads         to its linear consumers         f(v) ──∞──▶ f(w)
     f(v) forbidden       where somebody notices          f(v) ──∞──▶ sink
@@ -23,6 +24,7 @@ import itertools
 from collections import defaultdict, deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import networkx
 from networkx.algorithms.flow import boykov_kolmogorov
@@ -52,6 +54,23 @@ class Placement:
     saved: Bytes
 
 
+@dataclass(frozen=True)
+class Price:
+    """What copies of weights cost beside traffic, where memory is limited (:mod:`lncompile.passes.budget`).
+
+    Attributes:
+        explicit: the copy that centering a variable explicitly makes, by its number. Variables may share one.
+        made: the copy that computing a variable centered in its place makes.
+        amounts: how much of what is limited each copy takes; None for one that may not be made.
+        rate: the bytes of traffic that one unit of that is worth.
+    """
+
+    explicit: Mapping[VariableKey, int]
+    made: Mapping[VariableKey, int]
+    amounts: Sequence[int | None]
+    rate: Fraction
+
+
 def benefit(site: NormSite, costs: CostModel) -> Bytes:
     """What folding a site saves."""
     tensor = tensor_of(site.input)
@@ -63,6 +82,7 @@ def place(
     variables: Mapping[VariableKey, Variable],
     assist: bool = True,
     costs: CostModel | None = None,
+    price: Price | None = None,
 ) -> Placement:
     """Choose the streams and explicit centerings that save the most.
 
@@ -71,21 +91,22 @@ def place(
         variables: the streams of the graph.
         assist: whether activations may be centered at run time where that pays.
         costs: what folding saves, the model that the streams were priced with; by default that of inference.
+        price: what copies cost; by default nothing.
 
     Returns:
-        The optimum; ties go to doing less.
+        The optimum; ties go to doing less. ``saved`` is without the price of copies.
     """
     forbidden: set[VariableKey] = set()
     while True:
-        placement = _cut(sites, variables, assist, costs or CostModel(), forbidden)
-        conflict = _conflict(placement.streams)
+        placement = _cut(sites, variables, assist, costs or CostModel(), forbidden, price)
+        conflict = find_conflict(placement.streams)
         if conflict is None:
             return placement
         # One tensor cannot be centered in place along two sets of axes that meet. No model needs that; give one up.
         forbidden.add(conflict)
 
 
-def _conflict(streams: Collection[VariableKey]) -> VariableKey | None:
+def find_conflict(streams: Collection[VariableKey]) -> VariableKey | None:
     """One of two streams that center the same elements of a tensor along different axes, or None."""
     by_node: dict[object, list[VariableKey]] = defaultdict(list)
     for key in streams:
@@ -103,6 +124,7 @@ def _cut(
     assist: bool,
     costs: CostModel,
     forbidden: Collection[VariableKey],
+    price: Price | None,
 ) -> Placement:
     graph = networkx.DiGraph()
     graph.add_nodes_from([_SOURCE, _SINK])
@@ -110,10 +132,23 @@ def _cut(
         _add_variable(graph, key, variable, assist, key in forbidden)
     for site in sites:
         _add_capacity(graph, _SOURCE, ("a", (site.input, site.axes)), benefit(site, costs).hint)
+    if price is not None:
+        _add_price(graph, price, {key for key, v in variables.items() if v.source_blocker is None} - set(forbidden))
     residual = boykov_kolmogorov(graph, _SOURCE, _SINK, capacity="capacity")
     true = _reachable(residual)
     centered = frozenset(key for key in variables if ("a", key) in true)
     streams = frozenset(key for key in variables if ("s", key) in true)
+    return assemble(sites, variables, costs, streams, centered)
+
+
+def assemble(
+    sites: Sequence[NormSite],
+    variables: Mapping[VariableKey, Variable],
+    costs: CostModel,
+    streams: frozenset[VariableKey],
+    centered: frozenset[VariableKey],
+) -> Placement:
+    """Put a choice of streams and centered variables together: the sites that fold with it, and what it saves."""
     folded = tuple(site for site in sites if (site.input, site.axes) in centered)
     saved = NOTHING
     for site in folded:
@@ -148,6 +183,26 @@ def _add_variable(graph: networkx.DiGraph, key: VariableKey, variable: Variable,
         graph.add_edge(stream, _SINK, capacity=variable.making_cost.hint)
     for need in variable.needs.items():
         graph.add_edge(stream, ("a", need))
+
+
+def _add_price(graph: networkx.DiGraph, price: Price, can_be_streams: Collection[VariableKey]) -> None:
+    """Let copies cost their price, in whole numbers: all other capacities times the denominator of the rate."""
+    for *_, edge in graph.edges(data=True):
+        if "capacity" in edge:
+            edge["capacity"] *= price.rate.denominator
+    prices = [None if amount is None else amount * price.rate.numerator for amount in price.amounts]
+    for key, copy in price.explicit.items():
+        if key not in can_be_streams:
+            graph.add_edge(("a", key), ("copy", copy))
+        elif (cost := prices[copy]) is not None:
+            # Only a copy where it is no stream: that cannot be shared with another variable's.
+            graph.edges[("a", key), ("s", key)]["capacity"] += cost
+        else:
+            del graph.edges[("a", key), ("s", key)]["capacity"]
+    for key, copy in price.made.items():
+        graph.add_edge(("s", key), ("copy", copy))
+    for copy, cost in enumerate(prices):
+        graph.add_edge(("copy", copy), _SINK, **({} if cost is None else {"capacity": cost}))
 
 
 def _add_capacity(graph: networkx.DiGraph, start: object, end: object, capacity: int) -> None:

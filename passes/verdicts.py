@@ -16,12 +16,28 @@ from lncompile.passes.streams import Variable, VariableKey, describe_blocker, fi
 
 
 def judge(
-    sites: Sequence[NormSite], placement: Placement, variables: Mapping[VariableKey, Variable], costs: CostModel
+    sites: Sequence[NormSite],
+    placement: Placement,
+    variables: Mapping[VariableKey, Variable],
+    costs: CostModel,
+    over_budget: Mapping[fx.Node, str] | None = None,
 ) -> tuple[Site, ...]:
-    """Return the verdict on each site, in order."""
+    """Return the verdict on each site, in order.
+
+    Args:
+        sites: the sites.
+        placement: what was decided.
+        variables: the streams it was decided on.
+        costs: what was weighed.
+        over_budget: the sites that stay for want of memory alone, with why in words.
+    """
     folded = {site.node for site in placement.folded}
     return tuple(
-        _folded_site(site, placement, variables) if site.node in folded else _left_site(site, variables, costs)
+        _folded_site(site, placement, variables)
+        if site.node in folded
+        else left_alone([site], Reason.MEMORY_BUDGET, over_budget[site.node])[0]
+        if over_budget and site.node in over_budget
+        else _left_site(site, variables, costs)
         for site in sites
     )
 
@@ -102,9 +118,19 @@ def _price_of_training(site: NormSite, variables: Mapping[VariableKey, Variable]
 
 
 def describe_centerings(
-    placement: Placement, variables: Mapping[VariableKey, Variable], costs: CostModel
+    placement: Placement,
+    variables: Mapping[VariableKey, Variable],
+    costs: CostModel,
+    without_budget: Placement | None = None,
 ) -> tuple[RuntimeCentering, ...]:
-    """Return the centerings that happen at each call, with the norms each serves."""
+    """Return the centerings that happen at each call, with the norms each serves.
+
+    Args:
+        placement: what was decided.
+        variables: the streams it was decided on.
+        costs: what was weighed.
+        without_budget: what would have been decided without a budget of memory, where there is one.
+    """
     centerings = []
     for key in placement.centered - placement.streams:
         variable = variables[key]
@@ -118,6 +144,8 @@ def describe_centerings(
         saved = sum((benefit(site, costs) for site in served), NOTHING)
         norms = f"{len(served)} norm{'s' if len(served) != 1 else ''}"
         why = describe_blocker(variable.blocker) if variable.blocker else "a cheaper place than its parameters"
+        if without_budget is not None and key in without_budget.streams:
+            why = "copies of its weights do not fit within lnfold.memory_budget"
         cost = f"{variable.centering_cost} bytes of memory traffic a call, saves {saved}"
         centerings.append(
             RuntimeCentering(

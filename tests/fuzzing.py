@@ -298,6 +298,8 @@ def _contradiction(reports: Sequence[lncompile.FoldReport]) -> str:
     for report in reports:
         if not 0 <= report.folded <= report.total == len(report.sites):
             return f"report: {report.folded} of {report.total} folded"
+        if report.memory_budget is not None and report.extra_bytes > report.memory_budget.limit:
+            return f"report: {report.extra_bytes} bytes, and a budget of {report.memory_budget.limit}"
         for site in report.sites:
             if not (site.name and site.detail):
                 return f"report: a site without name or detail: {site}"

@@ -80,7 +80,10 @@ def write_program(below: Callable[[int], int], steps: int) -> Program:
         options["lnfold.assist"] = False
     if w.chance(4):
         options["lnfold.nonfoldable"] = "eager"
-    return w.program(list(dict.fromkeys(outputs)) or [w.live[-1]], options, dynamic=w.chance(5))
+    dynamic = w.chance(5)
+    if w.chance(8):
+        options["lnfold.memory_budget"] = w.pick((0.3, 0.1, 0.02))
+    return w.program(list(dict.fromkeys(outputs)) or [w.live[-1]], options, dynamic=dynamic)
 
 
 def statistics(drawn: Iterable[Program]) -> Counter[str]:

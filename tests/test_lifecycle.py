@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import threading
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -229,3 +231,122 @@ def test_values_made_under_inference_mode_serve_calls_with_gradients() -> None:
         (actual,) = torch.autograd.grad(compiled(leaf).square().sum(), leaf)
         (expected,) = torch.autograd.grad(model(leaf).square().sum(), leaf)
     torch.testing.assert_close(actual, expected, **TOLERANCE)
+
+
+# --- what a report says is what the process has ---
+
+
+def allocated() -> dict[int, torch.UntypedStorage]:
+    """Every storage that a tensor in this process holds, by address; held, so that no address is used again."""
+    gc.collect()
+    held = {}
+    for thing in gc.get_objects():
+        if type(thing) in (Tensor, nn.Parameter):
+            storage = thing.untyped_storage()
+            held[storage.data_ptr()] = storage
+    return held
+
+
+def grown_since(before: dict[int, torch.UntypedStorage]) -> int:
+    return sum(storage.nbytes() for address, storage in allocated().items() if address not in before)
+
+
+def test_bytes_of_a_tied_model_are_those_allocated() -> None:
+    model = gpt2()
+    before = allocated()
+    compiled = torch.compile(model, backend="lnfold")
+    logits(compiled)
+    (report,) = lncompile.reports(compiled)
+    assert report.folded == 5
+    assert report.extra_bytes == grown_since(before) > 0
+    assert lncompile.explain(compiled, input_ids=tokens(), use_cache=False).weights == report.weights
+    # Nothing more by a change of all weights, which makes new copies in the place of the old ones.
+    for parameter in model.parameters():
+        parameter.mul_(1.5)
+    logits(compiled)
+    assert report.extra_bytes == grown_since(before)
+    torch._dynamo.reset()
+    del compiled
+    assert grown_since(before) == 0
+
+
+def test_bytes_of_three_blocks_under_one_graph() -> None:
+    """A report speaks of one set of parameters: each block has as many bytes beside it."""
+    blocks = nn.ModuleList([Block() for _ in range(3)]).double()
+    randomise(blocks)
+    value = torch.randn(5, 16, dtype=torch.float64)
+    for block in blocks:
+        block.compile(backend="lnfold")
+    before = allocated()
+    for number, block in enumerate(blocks, 1):
+        block(value)
+        (report,) = lncompile.reports(block)
+        assert report.extra_bytes == 8 * (16 * 16 + 16)
+        assert grown_since(before) == number * report.extra_bytes
+
+
+def test_bytes_of_two_graphs_of_one_model() -> None:
+    """One more graph of the same weights makes no further copy; the report of both counts each copy once."""
+    model = gpt2()
+    compiled = torch.compile(model, backend="lnfold")
+    before = allocated()
+    for length in (5, 9):
+        compiled(input_ids=tokens(2, length), use_cache=False)
+    reports = lncompile.reports(compiled)
+    assert len(reports) == 2
+    assert {report.extra_bytes for report in reports} == {grown_since(before)}
+    assert lncompile.report.merge(reports).extra_bytes == grown_since(before)
+
+
+class Copied(nn.Module):
+    """Copies of all kinds: one weight read along its rows and along its columns, parts of a joint one, one twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.square, self.joint = nn.Linear(8, 8, bias=False), nn.Linear(8, 24)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+        self.norms = nn.ModuleList([nn.LayerNorm(8) for _ in range(6)])
+
+    def forward(self, value: Tensor) -> Tensor:
+        value = self.norms[0](self.square(value))
+        value = self.norms[1](torch.relu(value) @ self.square.weight)
+        query, key, rest = self.joint(value).chunk(3, -1)
+        value = self.norms[2](query) + self.norms[3](key) * rest
+        for norm in self.norms[4:]:
+            value = norm(self.normed(torch.relu(value)))
+        return value
+
+
+def test_bytes_of_copies_of_all_kinds() -> None:
+    model, value = randomise(Copied().double().eval()), torch.randn(5, 8, dtype=torch.float64)
+    expected = model(value)
+    before = allocated()
+    compiled = torch.compile(model, backend="lnfold", options={"lnfold.assist": False}, fullgraph=True)
+    torch.testing.assert_close(compiled(value), expected, **TOLERANCE)
+    (report,) = lncompile.reports(compiled)
+    assert report.folded == 6
+    assert report.extra_bytes == grown_since(before) == 8 * (2 * 64 + (24 * 8 + 24) + (64 + 8))
+    assert lncompile.explain(compiled, value).extra_bytes == report.extra_bytes
+
+
+def test_bytes_of_calls_from_several_threads() -> None:
+    """Threads share the graph's copies, also where all of them find a changed weight at once."""
+    model = randomise(Block().double())
+    value = torch.randn(5, 16, dtype=torch.float64)
+    compiled = torch.compile(model, backend="lnfold")
+    before = allocated()
+    compiled(value)
+    (report,) = lncompile.reports(compiled)
+    barrier = threading.Barrier(3, timeout=60)
+
+    def call() -> None:
+        with torch.no_grad():
+            barrier.wait()
+            compiled(value)
+
+    for _ in range(10):
+        model.inner.weight.mul_(0.5)
+        with ThreadPoolExecutor(3) as pool:
+            for running in [pool.submit(call) for _ in range(3)]:
+                running.result()
+    assert report.extra_bytes == grown_since(before) == 8 * (16 * 16 + 16)

@@ -45,7 +45,7 @@ def test_the_rewrite_itself_adds_no_error(name: str, dtype: torch.dtype) -> None
     found = numerics.measure(BY_NAME[name], dtype, eager=True)
     assert all(error.passed for errors in found.values() for error in errors), f"\n{numerics.table(found)}"
     # A tied head makes logits of massive channels that are no float16.
-    assert all(error.draws == 8 for stress in ("plain", "large means") for error in found[stress])
+    assert all(error.draws >= 8 for stress in ("plain", "large means") for error in found[stress])
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import lncompile
 from lncompile import cli, picture
-from lncompile.passes.decisions import PartKind, Reason, Site, Stream, StreamPart, WeightRewrite
+from lncompile.passes.decisions import MemoryBudget, PartKind, Reason, Site, Stream, StreamPart, WeightRewrite
 from lncompile.report import FoldReport, merge
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 61}
@@ -205,6 +205,12 @@ def test_the_page_needs_nothing_else(gpt2):
     assert not re.search(r"https?:|@import|url\(", page)
     (policy,) = parse(page).find("meta", http_equiv="Content-Security-Policy")
     assert policy.attributes["content"].startswith("default-src 'none'; style-src 'sha256-")
+
+
+def test_a_budget_of_memory_is_said():
+    budget = MemoryBudget(limit=2048, wanted=4096, binds=True)
+    page = parse(FoldReport((), memory_budget=budget).to_html())
+    assert "the budget is 2.0 KiB of 4.0 KiB" in page.find(class_="totals")[0].text
 
 
 def test_a_model_without_norms_has_a_page():

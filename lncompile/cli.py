@@ -74,7 +74,7 @@ ModelName = Annotated[
 Batch = Annotated[int, typer.Option("--batch", "-b", min=1, help="Sequences or images in one call.")]
 Tokens = Annotated[int, typer.Option("--tokens", "-t", min=1, help="Tokens of a sequence.")]
 TokensOfRequests = Annotated[
-    list[int],
+    list[int] | None,
     typer.Option("--tokens", "-t", min=1, help="Tokens of a sequence; several times for requests of several."),
 ]
 DtypeName = Annotated[

@@ -75,7 +75,7 @@ Batch = Annotated[int, typer.Option("--batch", "-b", min=1, help="Sequences or i
 Tokens = Annotated[int, typer.Option("--tokens", "-t", min=1, help="Tokens of a sequence.")]
 TokensOfRequests = Annotated[
     list[int] | None,
-    typer.Option("--tokens", "-t", min=1, help="Tokens of a sequence; several times for requests of several."),
+    typer.Option("--tokens", "-t", min=1, help="Tokens of a sequence, several times for several. [default: 64]"),
 ]
 DtypeName = Annotated[
     Dtype | None, typer.Option("--dtype", help="Of weights and inputs. [default: float32; the factory's choice]")
@@ -169,7 +169,7 @@ def _run(
         loading = {**loading, "device": _device(name, loading["device"])}
         if loading["dtype"] is not None:
             loading["dtype"] = getattr(torch, loading["dtype"].value)
-        console = Console(stderr=True, highlight=False)
+        console = Console(stderr=True, highlight=False, markup=False)
         run = Run(name, loading, mode, options, as_json, sys.stdout, Steps(console, steps))
         with contextlib.redirect_stdout(sys.stderr):
             yield run

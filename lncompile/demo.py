@@ -105,18 +105,18 @@ def demonstrate(name: str, seconds: float, console: Console) -> Demonstration:
     with torch.no_grad():
         with steps.step("Which LayerNorms fold (lncompile.explain)") as say:
             say("capturing the graph")
-            report = explain(model, **inputs)
+            report = explain(model, *loaded.arguments, **inputs)
         console.print(report)
         if not report.total:
             return Demonstration(loaded, machine, report)
         with steps.step("Predictions stay the same (lncompile.verify): error against a float64 reference") as say:
-            verification = verify(model, progress=say, **inputs)
+            verification = verify(model, *loaded.arguments, progress=say, **inputs)
         console.print(verification)
         if not verification.passed:
             return Demonstration(loaded, machine, report, verification)
         with steps.step(f"Latency: interleaved calls, {seconds:g} s") as say:
             # verify() compiled the same model with the same backends under the same guards: Dynamo finds that code.
-            latency = compare_latency(model, (), inputs, seconds=seconds, machine=machine, progress=say)
+            latency = compare_latency(model, loaded.arguments, inputs, seconds=seconds, machine=machine, progress=say)
         console.print(latency)
     return Demonstration(loaded, machine, report, verification, latency.timings)
 
@@ -131,7 +131,8 @@ def _parser() -> argparse.ArgumentParser:
         "--model",
         default=RANDOM_GPT2,
         help="'gpt2' (default): GPT-2 small's shapes with random weights, no network needed; or a Hugging Face hub id, "
-        "such as openai-community/gpt2; or a local folder with a transformers model",
+        "such as openai-community/gpt2; or a local folder with a transformers model; or a config.json; or "
+        "module:function, where the function returns a model, or a model and its inputs",
     )
     parser.add_argument("--seconds", type=_positive, default=10.0, help="how long to measure latency (default: 10)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything found to this file")

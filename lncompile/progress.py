@@ -47,7 +47,12 @@ class Steps:
         self.console.print(f"\n{self.begun}/{self.total}  {title}", style="bold")
         started = time.perf_counter()
         if self.console.is_terminal:
-            columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+            columns = (
+                SpinnerColumn(),
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                TimeElapsedColumn(),
+            )
             with Progress(*columns, console=self.console, transient=True) as progress:
                 task = progress.add_task("", total=None)
 

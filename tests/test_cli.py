@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ import transformers
 from torch import nn
 from typer.testing import CliRunner
 
-from lncompile import backend, cli
+from lncompile import backend, cli, demo
 from lncompile.factories import ModelError
 from lncompile.models import load_model, randomise
 from lncompile.options import arms
@@ -438,3 +440,14 @@ def test_help_names_the_kinds_of_models(command):
 def test_a_model_error_is_an_exception_of_ours():
     with pytest.raises(ModelError):
         load_model("no_such_module:make")
+
+
+def test_the_installed_command_is_this_one():
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+    module, _, function = project["project"]["scripts"]["lncompile"].partition(":")
+    assert getattr(importlib.import_module(module), function) is cli.main
+
+
+def test_the_demo_takes_factories_too(capsys):
+    assert demo.main(["--model", f"{HERE}:make_without_norms"]) == 0
+    assert "The model has no LayerNorm" in capsys.readouterr().out

@@ -13,11 +13,12 @@ from lncompile.options import Options
 from lncompile.passes.budget import Budgeted, limit_in_bytes, place_within
 from lncompile.passes.copying import copy_graph_module
 from lncompile.passes.costs import CostModel
-from lncompile.passes.decisions import Reason, Site
+from lncompile.passes.decisions import PartKind, Reason, Site, Stream, StreamPart
 from lncompile.passes.expand import EXPANDED_FROM, closed_norms, expand_opaque_layers, find_opaque_layers
 from lncompile.passes.graph_facts import GraphFacts, trained_parameter, turns_gradients_on
 from lncompile.passes.placement import Placement, place
 from lncompile.passes.sites import NormSite, find_sites
+from lncompile.passes.stream_map import map_streams
 from lncompile.passes.streams import Variable, VariableKey, build_streams
 from lncompile.passes.subgraphs import norms_in_subgraphs
 from lncompile.passes.verdicts import judge, left_alone
@@ -36,6 +37,7 @@ class Analysis:
         costs: what was weighed.
         trained: parameter expressions whose gradient is wanted: they are centered in the graph, at every step.
         budgeted: the placement within a budget of memory, where there is one.
+        streams: the streams as people draw them.
     """
 
     graph_module: fx.GraphModule
@@ -46,6 +48,7 @@ class Analysis:
     costs: CostModel = field(default_factory=CostModel)
     trained: frozenset[fx.Node] = frozenset()
     budgeted: Budgeted | None = None
+    streams: tuple[Stream, ...] = ()
 
 
 def analyse(graph_module: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Analysis:
@@ -71,7 +74,7 @@ def analyse(graph_module: fx.GraphModule, example_inputs: Sequence[Any], options
             if _layer(site) in opaque - needed:
                 verdicts.setdefault(_layer(site), []).append(verdict)
         if needed == opaque:
-            return dataclasses.replace(analysis, verdicts=_in_order(analysis, verdicts))
+            return _in_order(analysis, verdicts)
         # An opaque layer in which nothing folds goes to Inductor as it was; leaving it closed may change the rest.
         opaque = needed
 
@@ -99,14 +102,22 @@ def _layer(site: NormSite) -> str:
     return str(site.node.meta.get(EXPANDED_FROM, ""))
 
 
-def _in_order(analysis: Analysis, closed: dict[str, list[Site]]) -> tuple[Site, ...]:
-    """The verdicts in the order of the graph, with those of the norms inside operators that stay closed."""
-    verdicts = {site.node: verdict for site, verdict in zip(analysis.sites, analysis.verdicts, strict=True)}
+def _in_order(analysis: Analysis, closed: dict[str, list[Site]]) -> Analysis:
+    """With the streams, and with the norms inside operators that stay closed, in the order of the graph."""
+    sites = {site.node: (site, verdict) for site, verdict in zip(analysis.sites, analysis.verdicts, strict=True)}
     ordered: list[Site] = []
+    found: dict[int, NormSite] = {}
+    inside: list[Stream] = []
     for node in analysis.graph_module.graph.nodes:
-        ordered += closed.get(node.name, [])
-        ordered += [verdicts[node]] if node in verdicts else []
-    return tuple(ordered)
+        for verdict in closed.get(node.name, []):
+            part = StreamPart(PartKind.NORM, verdict.name, verdict.location, False, "", (), len(ordered))
+            inside.append(Stream((part,)))
+            ordered.append(verdict)
+        if node in sites:
+            found[len(ordered)], verdict = sites[node]
+            ordered.append(verdict)
+    streams = map_streams(analysis.graph_module.graph, found, analysis.placement, analysis.variables)
+    return dataclasses.replace(analysis, verdicts=tuple(ordered), streams=(*streams, *inside))
 
 
 def _analyse_expanded(

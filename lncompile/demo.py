@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
-import shutil
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from lncompile.explain import explain
-from lncompile.machine import describe_machine
-from lncompile.models import RANDOM_GPT2, LoadedModel, ModelError, load_model
+from lncompile.factories import ModelError
+from lncompile.latency import Latency, compare_latency
+from lncompile.machine import MachineError, describe_machine, require_compiler
+from lncompile.models import RANDOM_GPT2, LoadedModel, load_model
+from lncompile.progress import Steps
 from lncompile.report import FoldReport
-from lncompile.timing import PairedTimings, measure
+from lncompile.timing import PairedTimings
 from lncompile.verify import Verification, verify
-
-
-class DemoError(Exception):
-    """Something else than the model is missing. The message is one sentence for the person at the keyboard."""
 
 
 @dataclass(frozen=True)
@@ -67,71 +60,21 @@ class Demonstration:
         )
         if self.timings is None:
             return f"{folded}, but predictions got worse: {worst.output} is {errors}."
-        ratio = self.timings.speedup("lnfold", "inductor")
-        if ratio.low > 1:
-            verdict = "faster"
-        elif ratio.high < 1:
-            verdict = "slower"
-        else:
-            verdict = "no difference this measurement can tell from noise"
-        return (
-            f"{folded}; predictions are {errors}; one call takes {1e3 * self.timings.median('lnfold'):.1f} ms, "
-            f"with stock torch.compile {1e3 * self.timings.median('inductor'):.1f} ms: "
-            f"a speed-up of {ratio}, {verdict}{self._caveat()}."
-        )
-
-    def _caveat(self) -> str:
-        # Two threads that wait for each other on taken cores take tens of milliseconds at each barrier: what is timed
-        # then is the number of parallel loops, in an interval that can be narrow all the same.
-        load, cores = self.machine["load_average"], os.cpu_count() or 1
-        if load is None or load < 0.5 * cores:
-            return ""
-        return f", on a machine that was busy with other work (load {load:.1f} on {cores} cores): not to be relied on"
+        return f"{folded}; predictions are {errors}; {Latency(self.timings, self.machine).sentence()}."
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain dicts, lists, strings and numbers, ready for JSON."""
-        timings = self.timings
+        latency = None if self.timings is None else Latency(self.timings, self.machine).to_dict()
         return {
             "model": self.loaded.name,
             "description": self.loaded.description,
             "machine": dict(self.machine),
             "passed": self.passed,
-            "sentence": self.sentence(),
             "explain": self.report.to_dict(),
             "verify": self.verification.to_dict() if self.verification else None,
-            "timing": timings.to_dict() if timings else None,
-            "speedup_over_inductor": {name: vars(timings.speedup(name, "inductor")) for name in ("eager", "lnfold")}
-            if timings
-            else None,
+            **(latency or {"timing": None, "speedup_over_inductor": None}),
+            "sentence": self.sentence(),
         }
-
-
-class Steps:
-    """Progress as numbered steps: a spinner on a terminal, a line for each thing begun elsewhere (a log, a pipe)."""
-
-    def __init__(self, console: Console, total: int) -> None:
-        self.console = console
-        self.total = total
-        self.begun = 0
-
-    @contextlib.contextmanager
-    def step(self, title: str) -> Iterator[Callable[[str], None]]:
-        """Announce a step; yields a function that says what is going on within it.
-
-        Args:
-            title: what the step is for.
-        """
-        self.begun += 1
-        self.console.print(f"\n{self.begun}/{self.total}  {title}", style="bold")
-        started = time.perf_counter()
-        if self.console.is_terminal:
-            columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-            with Progress(*columns, console=self.console, transient=True) as progress:
-                task = progress.add_task("")
-                yield lambda words: progress.update(task, description=words)
-        else:
-            yield lambda words: self.console.print(f"     {words} ...")
-        self.console.print(f"     took {time.perf_counter() - started:.1f} s", style="dim")
 
 
 def demonstrate(name: str, seconds: float, console: Console) -> Demonstration:
@@ -162,48 +105,20 @@ def demonstrate(name: str, seconds: float, console: Console) -> Demonstration:
     with torch.no_grad():
         with steps.step("Which LayerNorms fold (lncompile.explain)") as say:
             say("capturing the graph")
-            report = explain(model, **inputs)
+            report = explain(model, *loaded.arguments, **inputs)
         console.print(report)
         if not report.total:
             return Demonstration(loaded, machine, report)
         with steps.step("Predictions stay the same (lncompile.verify): error against a float64 reference") as say:
-            verification = verify(model, progress=say, **inputs)
+            verification = verify(model, *loaded.arguments, progress=say, **inputs)
         console.print(verification)
         if not verification.passed:
             return Demonstration(loaded, machine, report, verification)
         with steps.step(f"Latency: interleaved calls, {seconds:g} s") as say:
-            timings = _measure(model, inputs, seconds, say if console.is_terminal else None)
-        console.print(_table(timings))
-    return Demonstration(loaded, machine, report, verification, timings)
-
-
-def _measure(
-    model: torch.nn.Module, inputs: dict[str, Any], seconds: float, say: Callable[[str], None] | None
-) -> PairedTimings:
-    # verify() compiled the same model with the same backends under the same guards: Dynamo finds that code again.
-    inductor = torch.compile(model, backend="inductor")
-    lnfold = torch.compile(model, backend="lnfold")
-    return measure(
-        {
-            "eager": lambda: model(**inputs),
-            "inductor": lambda: inductor(**inputs),
-            "lnfold": lambda: lnfold(**inputs),
-        },
-        seconds=seconds,
-        progress=None if say is None else lambda share: say(f"measuring, {share:.0%}"),
-    )
-
-
-def _table(timings: PairedTimings) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for header in ("", "median ms", "speed-up over inductor [95% interval]"):
-        table.add_column(header)
-    for name in timings.seconds:
-        ratio = "1" if name == "inductor" else str(timings.speedup(name, "inductor"))
-        table.add_row(name, f"{1e3 * timings.median(name):.2f}", ratio)
-    table.caption = f"{len(timings.seconds['lnfold'])} rounds on {torch.get_num_threads()} CPU threads"
-    table.caption_justify = "left"
-    return table
+            # verify() compiled the same model with the same backends under the same guards: Dynamo finds that code.
+            latency = compare_latency(model, loaded.arguments, inputs, seconds=seconds, machine=machine, progress=say)
+        console.print(latency)
+    return Demonstration(loaded, machine, report, verification, latency.timings)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -216,7 +131,8 @@ def _parser() -> argparse.ArgumentParser:
         "--model",
         default=RANDOM_GPT2,
         help="'gpt2' (default): GPT-2 small's shapes with random weights, no network needed; or a Hugging Face hub id, "
-        "such as openai-community/gpt2; or a local folder with a transformers model",
+        "such as openai-community/gpt2; or a local folder with a transformers model; or a config.json; or "
+        "module:function, where the function returns a model, or a model and its inputs",
     )
     parser.add_argument("--seconds", type=_positive, default=10.0, help="how long to measure latency (default: 10)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything found to this file")
@@ -228,14 +144,6 @@ def _positive(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a positive number of seconds")
     return value
-
-
-def _require_compiler() -> None:
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if shutil.which(compiler) is None:
-        raise DemoError(
-            f"torch.compile needs a C++ compiler on the CPU, and there is no '{compiler}' (CXX names another)"
-        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -256,10 +164,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     try:
         if chosen.json is not None and not chosen.json.resolve().parent.is_dir():
-            raise DemoError(f"there is no folder to write '{chosen.json}' into")
-        _require_compiler()
+            raise MachineError(f"there is no folder to write '{chosen.json}' into")
+        require_compiler()
         found = demonstrate(chosen.model, chosen.seconds, console)
-    except (ModelError, DemoError) as error:
+    except (ModelError, MachineError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     console.print(f"\n{found.sentence()}", style="bold", soft_wrap=True)

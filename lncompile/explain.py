@@ -37,7 +37,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> FoldReport:
         ...     print(lncompile.explain(model, input_ids))
     """
     options = Options()
-    settings = _settings_of(model)
+    settings = settings_of(model)
     if settings is not None:
         options, _ = parse_options(settings.get("mode"), settings.get("options"))
     reports: dict[int, FoldReport] = {}
@@ -74,7 +74,7 @@ def reports(compiled: Callable[..., Any]) -> list[FoldReport]:
         25
     """
     original = torch_private.original_callable(compiled)
-    settings = _settings_of(compiled)
+    settings = settings_of(compiled)
     records = [
         record for record in list(compiled_graphs) if settings is None or _same_settings(settings, record.arguments)
     ]
@@ -84,8 +84,8 @@ def reports(compiled: Callable[..., Any]) -> list[FoldReport]:
     return [record.report for record in records if record.code is not None and _same_source(record.code, original)]
 
 
-def _settings_of(compiled: Any) -> Mapping[str, Any] | None:
-    """The ``mode`` and ``options`` a compiled callable hands to lnfold; None if it is not compiled with it."""
+def settings_of(compiled: Any) -> Mapping[str, Any] | None:
+    """Return the ``mode`` and ``options`` a compiled callable hands to lnfold; None if it is not compiled with it."""
     backend = torch_private.innermost_backend(compiled)
     if getattr(backend, "compiler_name", None) != "lnfold":
         return None

@@ -1,13 +1,35 @@
-"""What a measurement was made on: it says little without its machine."""
+"""What a measurement was made on, it says little without its machine; and what it needs there."""
 
 from __future__ import annotations
 
 import os
 import platform
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+
+
+class MachineError(Exception):
+    """Something is missing on this machine. The message is one sentence for the person at the keyboard."""
+
+
+def require_compiler(device: torch.device | str = "cpu") -> None:
+    """Check that Inductor finds what it needs beside torch.
+
+    Args:
+        device: where the compiled code is to run.
+
+    Raises:
+        MachineError: if there is no C++ compiler for code on the CPU.
+    """
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if torch.device(device).type == "cpu" and shutil.which(compiler) is None:
+        raise MachineError(
+            f"torch.compile needs a C++ compiler on the CPU, and there is no '{compiler}' (CXX names another)"
+        )
 
 
 def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Loading a model to show something on: GPT-2 small with random weights, a Hugging Face hub id, or a local folder."""
+"""Loading a model to show something on: GPT-2 small with random weights, a Hugging Face model, or a user's own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import importlib
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lncompile.factories import ModelError, call_factory, words
+from lncompile.lowering import torch_private
+
 #: Name of the built-in model: GPT-2 small's shapes with random weights, which needs no network.
 RANDOM_GPT2 = "gpt2"
-
-
-class ModelError(Exception):
-    """A model that cannot be had. The message is one sentence for the person who asked for it."""
 
 
 @dataclass(frozen=True)
@@ -30,28 +29,46 @@ class LoadedModel:
     Attributes:
         name: what was asked for.
         description: the model in a few words.
-        model: float32, on the CPU, in evaluation mode.
+        model: in evaluation mode.
         inputs: keyword arguments for one call of it.
+        arguments: positional ones.
     """
 
     name: str
     description: str
     model: nn.Module
     inputs: dict[str, Any]
+    arguments: tuple[Any, ...] = ()
 
 
-def load_model(name: str = RANDOM_GPT2, *, batch: int = 1, length: int = 64) -> LoadedModel:
+def load_model(
+    name: str = RANDOM_GPT2,
+    *,
+    batch: int = 1,
+    length: int = 64,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    seed: int = 0,
+) -> LoadedModel:
     """Load a model by name, with inputs for one call.
 
     Args:
-        name: ``"gpt2"`` for GPT-2 small's shapes with random weights, made without a network; else a local folder as
-            ``save_pretrained`` writes it (random weights if it holds only ``config.json``), or a hub id such as
-            ``"openai-community/gpt2"``.
+        name: one of
+
+            * ``"gpt2"``: GPT-2 small's shapes with random weights, made without a network;
+            * a local folder as ``save_pretrained`` writes it (random weights if it holds only ``config.json``), or a
+              hub id such as ``"openai-community/gpt2"``;
+            * the path of a configuration (``"somewhere/config.json"``): random weights, whatever lies beside it;
+            * ``"package.module:function"`` or ``"path/to/file.py:function"``: what that function returns, see
+              :func:`lncompile.factories.call_factory`.
         batch: sequences or images in one call.
         length: tokens of a sequence, less where the model takes fewer.
+        dtype: of weights and floating-point inputs; by default float32, or what the function made.
+        device: where they are put; by default the CPU, or where the function made them.
+        seed: of random weights and inputs.
 
     Returns:
-        The model and its inputs. Random weights are the same at each call.
+        The model and its inputs, the same at each call. Random weights have every parameter randomised.
 
     Raises:
         ModelError: if transformers is not installed, or there is no such model, or it cannot be loaded or called.
@@ -61,24 +78,67 @@ def load_model(name: str = RANDOM_GPT2, *, batch: int = 1, length: int = 64) -> 
         >>> loaded.model(**loaded.inputs).logits.shape
         torch.Size([1, 64, 50257])
     """
-    transformers = _import_transformers()
-    if name == RANDOM_GPT2:
-        model = _with_random_weights(lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config()))
-        title = "GPT-2 small's shapes, random weights"
+    arguments: tuple[Any, ...] = ()
+    made = None
+    if ":" in name and not Path(name).expanduser().exists():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model, made = call_factory(name, {"batch": batch, "tokens": length})
+        title = name
     else:
-        model, title = _load(transformers, name)
-    model = model.eval()
+        transformers = _import_transformers()
+        if name == RANDOM_GPT2:
+            config = transformers.GPT2Config()
+            model = _with_random_weights(lambda: transformers.GPT2LMHeadModel(config), seed)
+            title = "GPT-2 small's shapes, random weights"
+        else:
+            model, title = _load(transformers, name, seed)
+    # Before it is put elsewhere: weights and inputs are the same for every dtype and device, but for rounding.
+    if made is None:
+        inputs = _made_up_inputs(name, model, batch, length, seed)
+    else:
+        arguments, inputs = made
+    model = model.eval().to(device=device, dtype=dtype)
+    arguments, inputs = torch_private.tree_map(lambda value: _put(value, device, dtype), (arguments, inputs))
     try:
-        inputs = example_inputs(model, batch, length)
         with torch.no_grad():
-            model(**inputs)
-    except Exception as error:  # whatever a stranger's forward raises at inputs we made up
-        raise ModelError(f"'{name}' cannot be called with inputs made from its config: {_words(error)}") from error
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    size = f"{parameters / 1e6:.0f}M" if parameters >= 1e7 else f"{parameters:,}"
-    shapes = ", ".join(f"{key} {_shape(value)}" for key, value in inputs.items() if isinstance(value, Tensor))
-    description = f"{title}: {type(model).__name__}, {size} parameters, float32, called with {shapes}"
-    return LoadedModel(name, description, model, inputs)
+            model(*arguments, **inputs)
+    except Exception as error:  # whatever a stranger's forward raises
+        origin = "inputs made from its config" if made is None else "the inputs that came with it"
+        raise ModelError(f"'{name}' cannot be called with {origin}: {words(error)}") from error
+    return LoadedModel(name, _describe(title, model, arguments, inputs), model, inputs, arguments)
+
+
+def _made_up_inputs(name: str, model: Any, batch: int, length: int, seed: int) -> dict[str, Any]:
+    if not hasattr(model, "config") or not hasattr(model, "main_input_name"):
+        raise ModelError(
+            f"'{name}' returned a model without inputs, and it is no transformers model whose inputs follow from its "
+            "config: return (model, inputs), inputs being a tensor, a tuple of arguments or a dict of keyword arguments"
+        )
+    try:
+        return example_inputs(model, batch, length, seed)
+    except Exception as error:  # a stranger's config may lack anything
+        raise ModelError(f"'{name}' cannot be called with inputs made from its config: {words(error)}") from error
+
+
+def _put(value: Any, device: torch.device | str | None, dtype: torch.dtype | None) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(device=device, dtype=dtype if value.is_floating_point() else None)
+
+
+def _describe(title: str, model: nn.Module, arguments: Sequence[Any], inputs: Mapping[str, Any]) -> str:
+    """The model in a few words."""
+    parameters = list(model.parameters())
+    count = sum(parameter.numel() for parameter in parameters)
+    size = f"{count / 1e6:.0f}M" if count >= 1e7 else f"{count:,}"
+    kinds = dict.fromkeys(str(parameter.dtype).removeprefix("torch.") for parameter in parameters)
+    places = dict.fromkeys(str(parameter.device) for parameter in parameters if parameter.device.type != "cpu")
+    named = [*(("", value) for value in arguments), *((f"{key} ", value) for key, value in inputs.items())]
+    shapes = ", ".join(f"{key}{_shape(value)}" for key, value in named if isinstance(value, Tensor))
+    where = f" on {' and '.join(places)}" if places else ""
+    kind = " and ".join(kinds) or "no dtype"
+    return f"{title}: {type(model).__name__}, {size} parameters, {kind}{where}, called with {shapes}"
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -113,13 +173,14 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
-def example_inputs(model: Any, batch: int = 1, length: int = 64) -> dict[str, Any]:
+def example_inputs(model: Any, batch: int = 1, length: int = 64, seed: int = 0) -> dict[str, Any]:
     """Make random inputs for one call of a transformers model, from its config.
 
     Args:
         model: takes token ids, pixels, or audio features, or several of these.
         batch: sequences or images.
         length: tokens of a sequence, less where the model has fewer positions.
+        seed: of the random numbers.
 
     Returns:
         Keyword arguments, the same at each call.
@@ -127,7 +188,7 @@ def example_inputs(model: Any, batch: int = 1, length: int = 64) -> dict[str, An
     Raises:
         ValueError: for a model that takes something else.
     """
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed + 1)  # other numbers than the weights'
     config = model.config
     accepted = inspect.signature(model.forward).parameters
 
@@ -173,20 +234,23 @@ def _import_transformers() -> Any:
         ) from error
 
 
-def _load(transformers: Any, name: str) -> tuple[nn.Module, str]:
-    """A model from a folder or the hub, and a title for it."""
+def _load(transformers: Any, name: str, seed: int) -> tuple[nn.Module, str]:
+    """A model from a folder, a configuration or the hub, and a title for it."""
     folder = Path(name).expanduser()
-    local = folder.is_dir()
-    if local and not (folder / "config.json").is_file():
+    is_config = folder.is_file()
+    local = folder.is_dir() or is_config
+    if local and not is_config and not (folder / "config.json").is_file():
         raise ModelError(f"the folder '{name}' holds no config.json, so there is no transformers model in it")
-    if not local and (name.count("/") > 1 or name.startswith((".", "~", "/"))):
-        raise ModelError(f"there is no folder '{name}'")
+    if not local and (name.count("/") > 1 or name.startswith((".", "~", "/")) or name.endswith((".json", ".py"))):
+        hint = f"; a factory in a file is written {name}:function" if name.endswith(".py") else ""
+        raise ModelError(f"there is no folder or file '{name}'{hint}")
     source = str(folder) if local else name
     try:
-        with _few_words(transformers):
+        with _fewwords(transformers):
             config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
-            if local and not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
-                return _from_config(transformers, config), f"the config in {name}, random weights"
+            weights = [path for pattern in ("*.safetensors", "pytorch_model*.bin") for path in folder.glob(pattern)]
+            if local and not weights:
+                return _from_config(transformers, config, seed), f"the config in {name}, random weights"
             return _from_pretrained(transformers, config, source), name
     except Exception as error:  # a stranger's files, read by another library: anything may be wrong with them
         raise ModelError(_why_not(name, error)) from error
@@ -212,7 +276,7 @@ def _from_pretrained(transformers: Any, config: Any, source: str) -> nn.Module:
     return model
 
 
-def _from_config(transformers: Any, config: Any) -> nn.Module:
+def _from_config(transformers: Any, config: Any, seed: int) -> nn.Module:
     own = _own_class(transformers, config)
 
     def build() -> Any:
@@ -223,19 +287,19 @@ def _from_config(transformers: Any, config: Any) -> nn.Module:
         except ValueError:
             return transformers.AutoModel.from_config(config)
 
-    return _with_random_weights(build)
+    return _with_random_weights(build, seed)
 
 
-def _with_random_weights(build: Callable[[], Any]) -> nn.Module:
+def _with_random_weights(build: Callable[[], Any], seed: int) -> nn.Module:
     """Build a model with the same weights each time, leaving the caller's random numbers as they were."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         model: nn.Module = build()
-    return randomise(model.float())
+    return randomise(model.float(), seed)
 
 
 @contextlib.contextmanager
-def _few_words(transformers: Any) -> Iterator[None]:
+def _fewwords(transformers: Any) -> Iterator[None]:
     """Without what the hub's client logs at each of its retries; progress bars only where someone sees them move."""
     hub = logging.getLogger("huggingface_hub")
     bars = transformers.utils.logging.is_progress_bar_enabled()
@@ -260,15 +324,18 @@ def _why_not(name: str, error: BaseException) -> str:
         return any(isinstance(link, kind) for link in chain)
 
     if has(errors.GatedRepoError):
-        return f"access to '{name}' has to be asked for on its page on the Hugging Face hub"
+        return f"access to '{name}' has to be asked for on its page on the Hugging Face hub (then: hf auth login)"
     if has(errors.RepositoryNotFoundError) or has(errors.HFValidationError):
-        return f"there is no model '{name}', neither a local folder nor on the Hugging Face hub"
+        return (
+            f"there is no model '{name}', neither a local folder nor on the Hugging Face hub "
+            "(a private one needs: hf auth login)"
+        )
     if has(errors.LocalEntryNotFoundError):
         return (
             f"there is no local folder '{name}' and no copy of such a model in the Hugging Face cache, "
-            "and the hub cannot be reached"
+            "and the hub cannot be reached; without a network, give a folder, or a config.json for random weights"
         )
-    return f"the model '{name}' cannot be loaded: {_words(error)}"
+    return f"the model '{name}' cannot be loaded: {words(error)}"
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -276,12 +343,6 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
-
-
-def _words(error: BaseException) -> str:
-    """An error's kind and its first line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _shape(value: Tensor) -> str:

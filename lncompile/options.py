@@ -99,6 +99,33 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> tuple[
         raise OptionError(str(error)) from None
 
 
+def arms(mode: str | None, options: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """Return what to give ``torch.compile`` so that lnfold and stock Inductor do the same, our own options apart.
+
+    ``torch.compile`` takes a mode or options; with both, the mode becomes the options that it stands for.
+
+    Args:
+        mode: a mode of torch.compile, or None.
+        options: option names and values, or None.
+
+    Returns:
+        Keyword arguments by backend, ``"inductor"`` first.
+
+    Example:
+        >>> arms(None, {"lnfold.assist": False, "max_autotune": True})["inductor"]
+        {'options': {'max_autotune': True}}
+    """
+    patches = dict(options or {})
+    if mode is not None and patches:
+        patches, mode = {**torch_private.inductor_config(mode, {}), **patches}, None
+    stock = {key: value for key, value in patches.items() if not key.startswith(PREFIX)}
+    by_backend = {"inductor": stock, "lnfold": patches}
+    return {
+        backend: {"mode": mode} if mode is not None else {"options": chosen} if chosen else {}
+        for backend, chosen in by_backend.items()
+    }
+
+
 def _takes(name: str, value: Any) -> bool:
     values = _VALUES[name]
     if isinstance(values, str):

@@ -115,7 +115,15 @@ def make_report(
     if analysis.placement:
         without_budget = budgeted.unlimited if budgeted else None
         centerings = describe_centerings(analysis.placement, analysis.variables, analysis.costs, without_budget)
-    return FoldReport(analysis.verdicts, tuple(weights), centerings, 1, seconds, budgeted.budget if budgeted else None)
+    return FoldReport(
+        analysis.verdicts,
+        tuple(weights),
+        centerings,
+        1,
+        seconds,
+        budgeted.budget if budgeted else None,
+        analysis.streams,
+    )
 
 
 def _centered_outside(

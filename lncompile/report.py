@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lncompile.passes.budget import amount
-from lncompile.passes.decisions import REMEDIES, MemoryBudget, RuntimeCentering, Site, WeightRewrite
+from lncompile.passes.decisions import REMEDIES, MemoryBudget, RuntimeCentering, Site, Stream, WeightRewrite
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class FoldReport:
         seconds: time our passes took, Inductor's not counted.
         memory_budget: the limit on centered copies and what they would take without it, where one was set; of several
             graphs the sums.
+        streams: what is added into each residual stream and which norms read it, for drawing; see :meth:`to_html`.
 
     Example:
         >>> report = lncompile.explain(model, input_ids)
@@ -42,6 +44,7 @@ class FoldReport:
     graphs: int = 1
     seconds: float = 0.0
     memory_budget: MemoryBudget | None = None
+    streams: tuple[Stream, ...] = ()
 
     @property
     def total(self) -> int:
@@ -65,6 +68,20 @@ class FoldReport:
             site["reason"] = verdict.reason.value if verdict.reason is not None else None
             site["remedy"] = verdict.remedy
         return {"total": self.total, "folded": self.folded, "extra_bytes": self.extra_bytes, **data}
+
+    def to_html(self, title: str = "", description: str = "") -> str:
+        """Return the picture: one page that needs nothing else, with the streams drawn and every norm explained.
+
+        Args:
+            title: the model's name.
+            description: a line about it.
+
+        Example:
+            >>> pathlib.Path("out.html").write_text(lncompile.explain(model, input_ids).to_html("my model"))
+        """
+        from lncompile.picture import draw  # it draws reports
+
+        return draw(self, title, description)
 
     def __str__(self) -> str:
         buffer = io.StringIO()
@@ -121,6 +138,7 @@ class FoldReport:
 def merge(reports: Iterable[FoldReport]) -> FoldReport:
     """Put the reports of several graphs together; a weight that several graphs share counts once."""
     listed = list(reports)
+    before = list(itertools.accumulate((report.total for report in listed), initial=0))
     weights = dict.fromkeys(weight for report in listed for weight in report.weights)
     budgets = [report.memory_budget for report in listed if report.memory_budget is not None]
     return FoldReport(
@@ -136,4 +154,14 @@ def merge(reports: Iterable[FoldReport]) -> FoldReport:
         )
         if budgets
         else None,
+        tuple(
+            _moved(stream, first) for report, first in zip(listed, before, strict=False) for stream in report.streams
+        ),
+    )
+
+
+def _moved(stream: Stream, first: int) -> Stream:
+    """A stream of a report whose first site has become site ``first`` of another."""
+    return Stream(
+        tuple(part if part.site is None else dataclasses.replace(part, site=part.site + first) for part in stream.parts)
     )

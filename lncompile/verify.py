@@ -16,7 +16,9 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from lncompile.explain import settings_of
 from lncompile.lowering import torch_private
+from lncompile.options import arms
 
 #: lnfold passes where its error is at most this many times stock Inductor's ...
 BUDGET = 1.25
@@ -95,7 +97,8 @@ def verify(
     Runs under ``torch.no_grad()``. Needs memory for a float64 copy of the model.
 
     Args:
-        model: a module in evaluation mode, not compiled yet.
+        model: a module in evaluation mode, or a function; one compiled with lnfold is verified with its mode and
+            options, which stock Inductor gets as well, our own apart.
         args: what it is called with.
         progress: called with a few words before each step, which may take a minute.
         kwargs: as ``args``.
@@ -111,6 +114,7 @@ def verify(
         >>> lncompile.verify(model, input_ids).passed
         True
     """
+    settings = settings_of(model) or {}
     model = torch_private.original_callable(model)
     if isinstance(model, torch.nn.Module) and model.training:
         raise ValueError("the model is in training mode, where dropout makes outputs random: call model.eval() first")
@@ -123,10 +127,12 @@ def verify(
         say("eager")
         eager = floating_outputs(model(*args, **kwargs))
         compiled = {}
-        for backend in ("inductor", "lnfold"):
+        for backend, arguments in arms(settings.get("mode"), settings.get("options")).items():
             say(f"torch.compile(backend={backend!r})")
             with torch_private.many_recompiles():
-                compiled[backend] = floating_outputs(torch.compile(model, backend=backend)(*args, **kwargs))
+                outputs = torch.compile(model, backend=backend, **arguments)(*args, **kwargs)
+                # Outputs of CUDA graphs (mode="reduce-overhead") are overwritten by the next run of any.
+                compiled[backend] = {name: value.clone() for name, value in floating_outputs(outputs).items()}
     return Verification(
         tuple(
             OutputError(

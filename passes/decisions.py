@@ -95,6 +95,7 @@ class Site:
         reason: None for a folded site, else why not.
         detail: the reason in words, naming the blocking operation and where it stands; for a folded site how.
         centered_by: names of the parameters that absorb the centering, nearest first.
+        centered_after: for a centering at run time, where it happens: module paths, nearest first.
     """
 
     name: str
@@ -104,6 +105,7 @@ class Site:
     reason: Reason | None
     detail: str
     centered_by: tuple[str, ...]
+    centered_after: tuple[str, ...] = ()
 
     @property
     def remedy(self) -> str | None:
@@ -154,3 +156,46 @@ class RuntimeCentering:
     after: str
     location: str
     detail: str
+
+
+class PartKind(enum.StrEnum):
+    """What a part of a stream is."""
+
+    #: A norm that reads it.
+    NORM = "norm"
+    #: The output of a layer whose weights can be centered, or a parameter itself.
+    WEIGHTS = "weights"
+    #: A tensor that is centered at each call, or cannot be centered.
+    ACTIVATION = "activation"
+    #: A tensor whose mean is zero as it is.
+    ZERO_MEAN = "zero_mean"
+
+
+@dataclass(frozen=True)
+class StreamPart:
+    """A norm that reads a stream, or something that is added into it.
+
+    Attributes:
+        kind: which of these.
+        name: the norm's, or a module path, or the parameter's.
+        location: ``"file.py:line"``, or ``""``.
+        centered: of a norm whether it folds, of anything else whether it enters centered.
+        detail: why it cannot be centered, or how it is, in words; ``""`` where the kind says it all.
+        parameters: those that absorb the centering, or would.
+        site: of a norm its place in the report; of a norm's output that enters the stream, that norm's.
+    """
+
+    kind: PartKind
+    name: str
+    location: str
+    centered: bool
+    detail: str
+    parameters: tuple[str, ...]
+    site: int | None = None
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A tensor that several layers add to and norms read, as it passes through a model: its parts, in order."""
+
+    parts: tuple[StreamPart, ...]

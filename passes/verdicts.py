@@ -53,7 +53,8 @@ def _folded_site(site: NormSite, placement: Placement, variables: Mapping[Variab
     if activations:
         places.append(f"at run time after {', '.join(provenance.describe(node) for node in activations)}")
     words = f"centered {' and '.join(places)}" if places else "its input has zero mean as it is"
-    return Site(site.name, site.location, True, "rms_norm", None, words, tuple(parameters))
+    places_of_activations = tuple(provenance.module_path(node) or node.name for node in activations)
+    return Site(site.name, site.location, True, "rms_norm", None, words, tuple(parameters), places_of_activations)
 
 
 def _centered_by(

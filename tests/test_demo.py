@@ -10,7 +10,8 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from lncompile import demo
-from lncompile.models import ModelError, load_model, randomise
+from lncompile.factories import ModelError
+from lncompile.models import load_model, randomise
 from lncompile.report import FoldReport
 from lncompile.timing import PairedTimings
 from lncompile.verify import OutputError, Verification

@@ -123,7 +123,11 @@ class FoldReport:
         words = f"{self.folded} of {self.total} LayerNorms folded into {len(self.weights)} centered weights"
         words += f" ({self.extra_bytes / 2**20:.1f} MiB beside the model"
         counted = Counter(weight.storage for weight in self.weights)
-        for storage, what in (("inplace", "in place"), ("centered", "centered before"), ("graph", "at every step")):
+        for storage, what in (
+            ("inplace", "in place"),
+            ("centered", "centered before"),
+            ("graph", "centered at every step"),
+        ):
             words += f", {counted[storage]} {what}" if counted[storage] else ""
         words += ")"
         budget = self.memory_budget

@@ -39,9 +39,10 @@ lint: $(stamp)-lint ## ruff, formatting, and mypy on an installed wheel
 	$(python) -m ruff format --check .
 	.ci/types $(python)
 
-bench: $(stamp)-test ## detection, the look at weights, cold and warm starts, errors in narrow dtypes, sites that do not fold
+bench: $(stamp)-test ## detection, the look at weights, A/B tests, starts, errors in narrow dtypes, sites that do not fold
 	$(python) benchmarks/detection.py
 	$(python) benchmarks/weight_check.py
+	OMP_NUM_THREADS=1 $(python) benchmarks/abtest.py
 	$(python) benchmarks/warm_start.py
 	OMP_NUM_THREADS=1 $(python) benchmarks/numerics.py
 	$(python) benchmarks/nonfoldable.py

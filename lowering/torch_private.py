@@ -243,10 +243,10 @@ class CompilationWatch:
         """Whether nothing was compiled from the moment that ``ticks`` returned ``since`` until now."""
         return since % 2 == 0 and self._ticks == since
 
-    def _started(self, _: Any) -> None:
+    def _started(self, _: Any = None) -> None:
         self._ticks += 1 + self._ticks % 2
 
-    def _ended(self, _: Any) -> None:
+    def _ended(self, _: Any = None) -> None:
         # Even where we were registered in the middle of one.
         self._ticks += 2 - self._ticks % 2
 

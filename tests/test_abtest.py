@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextvars
 import io
 import json
 import sys
@@ -102,11 +103,12 @@ def test_a_key_keeps_its_arm_in_every_process() -> None:
     for user in reversed(users):
         second(user, ab_key=user)
     assert set(again.calls) == set(new.calls)
-    elsewhere = Recorder()
-    other_seed = lncompile.ABTest(arms=arms(Recorder(), elsewhere), ratio=0.3, seed=1)
-    for user in users:
-        other_seed(user, ab_key=user)
-    assert set(elsewhere.calls) != set(new.calls)
+    for different in ({"seed": 1}, {"name": "another"}):
+        elsewhere = Recorder()
+        another = lncompile.ABTest(arms=arms(Recorder(), elsewhere), ratio=0.3, **different)  # type: ignore[arg-type]
+        for user in users:
+            another(user, ab_key=user)
+        assert set(elsewhere.calls) != set(new.calls)
 
 
 def test_keys_of_different_types_are_different_and_unstable_ones_refused() -> None:
@@ -183,6 +185,19 @@ def test_an_arm_that_raises_is_taken_out_and_nothing_is_lost(failing: str, caplo
     assert state[failing]["failures"] == 1
     assert sum(arm["requests"] for arm in state.values()) == 200
     assert ab.settle() == ("old" if failing == "new" else "new")
+
+
+def test_an_arm_may_be_given_several_chances() -> None:
+    ab = lncompile.ABTest(arms=arms(double, broken), max_failures=3)
+    for _ in range(50):
+        torch.testing.assert_close(ab(ONE), ONE * 2)
+    state = ab.to_dict()
+    assert state["arms"][1]["failures"] == 3
+    assert not state["arms"][1]["in_service"]
+    ab.restore("new")
+    for _ in range(50):
+        ab(ONE)
+    assert ab.to_dict()["arms"][1]["failures"] == 6
 
 
 def test_a_request_that_both_refuse_is_at_fault() -> None:
@@ -287,7 +302,7 @@ def test_shapes_beyond_the_number_of_buckets_are_served_and_not_in_the_verdict(t
     assert [bucket["batches"] for bucket in state["buckets"]] == [6, 6, 0]
     assert state["verdict"]["requests"] == 192
     assert state["verdict"]["elsewhere"] == 208
-    assert "200 requests of 400 have shapes beyond the first" in str(ab.verdict())
+    assert "200 requests of 400 have shapes beyond the first and do not count." in str(ab.verdict())
 
 
 def test_memory_is_constant() -> None:
@@ -607,8 +622,11 @@ def test_many_threads_lose_nothing_when_an_arm_fails() -> None:
 
 
 def test_tasks_await_answers_under_their_own_torch_state() -> None:
+    user = contextvars.ContextVar("user", default="nobody")
+
     def state(value: Tensor) -> tuple[bool, bool, torch.dtype, bool]:
         product = value @ value.T
+        assert user.get() == "somebody"
         return (
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
@@ -621,6 +639,7 @@ def test_tasks_await_answers_under_their_own_torch_state() -> None:
 
     async def serve() -> list[Any]:
         answers = []
+        user.set("somebody")
         with torch.enable_grad():
             answers.append(await ab.acall(ONE))
         with torch.no_grad():
@@ -762,11 +781,14 @@ def test_several_tests_in_one_registry() -> None:
     from lncompile.abtest.metrics import ABTestCollector
 
     registry = CollectorRegistry(auto_describe=True)
-    for name in ("one", "two"):
-        registry.register(ABTestCollector(lncompile.ABTest(arms=arms(), name=name)))
+    one, two = (lncompile.ABTest(arms=arms(), name=name) for name in ("one", "two"))
+    registry.register(ABTestCollector(one, two))
     text = generate_latest(registry).decode()
     assert 'lncompile_ab_requests_total{arm="old",test="one"} 0.0' in text
     assert 'lncompile_ab_requests_total{arm="old",test="two"} 0.0' in text
+    assert text.count("# TYPE lncompile_ab_requests_total") == 1
+    with pytest.raises(ValueError, match="different names, not 'one', 'one'"):
+        ABTestCollector(one, one)
 
 
 def test_plot(time: SimulatedTime, tmp_path: Any) -> None:
@@ -903,7 +925,24 @@ def test_each_arm_has_its_own_recompile_limit(block: Block) -> None:
         assert sum(counter.frame_count for counter in counters) == expected
 
 
-def test_a_function_in_both_arms() -> None:
-    ab = lncompile.ABTest(lambda value: value.exp() - 1, fullgraph=True)
-    for _ in range(6):
-        torch.testing.assert_close(ab(ONE), ONE.exp() - 1)
+def test_both_arms_are_compiled_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def record(function: Any, **arguments: Any) -> Any:
+        calls.append(arguments)
+        return function
+
+    monkeypatch.setattr(torch, "compile", record)
+    lncompile.ABTest(double, options={"lnfold.assist": False, "max_autotune": True}, dynamic=True, fullgraph=True)
+    alike = {"dynamic": True, "fullgraph": True}
+    assert calls == [
+        {"backend": "inductor", "options": {"max_autotune": True}, **alike},
+        {"backend": "lnfold", "options": {"lnfold.assist": False, "max_autotune": True}, **alike},
+    ]
+    calls.clear()
+    lncompile.ABTest(double, mode="reduce-overhead")
+    assert [(call["backend"], call["mode"]) for call in calls] == [
+        ("inductor", "reduce-overhead"),
+        ("lnfold", "reduce-overhead"),
+    ]
+    assert not any("options" in call for call in calls)

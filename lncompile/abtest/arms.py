@@ -23,6 +23,7 @@ class Arm:
         index: 0 for the baseline, 1 for the candidate.
         requests: how many it has answered, comparisons not counted.
         failures: how often it raised where the other arm did not.
+        forgiven: how many of these were before it was last restored.
         out_of_service: why it answers no more, in words; None while it does.
         failed: whether it is out of service because it raised (and not by hand).
     """
@@ -32,6 +33,7 @@ class Arm:
     index: int
     requests: int = 0
     failures: int = 0
+    forgiven: int = 0
     out_of_service: str | None = None
     failed: bool = False
 

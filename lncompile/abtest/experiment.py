@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextvars
 import itertools
 import json
 import logging
 import threading
-from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from lncompile.abtest import timers
 from lncompile.abtest.arms import Arm, compiled_arms, make_arms
 from lncompile.abtest.assignment import Assignment, Key
-from lncompile.abtest.buckets import OTHER, Bucket, BucketFunction, Buckets, rounded_shape_bucket
+from lncompile.abtest.buckets import OTHER, Bucket, BucketFunction, rounded_shape_bucket
 from lncompile.abtest.caller_state import (
     CallerState,
     CannotCompare,
@@ -29,9 +29,9 @@ from lncompile.abtest.caller_state import (
     same_random_numbers,
 )
 from lncompile.abtest.comparison import TOLERANCES, Comparisons, compare
-from lncompile.abtest.results import Outcome, Verdict, outcome_of
+from lncompile.abtest.measurements import Measurements, summary
+from lncompile.abtest.results import Verdict, outcome_of
 from lncompile.abtest.sketch import LatencySketch
-from lncompile.abtest.statistics import Interval, SequentialTest, batch_size
 from lncompile.lowering.torch_private import compilation_watch, tree_leaves
 
 if TYPE_CHECKING:
@@ -40,11 +40,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lncompile")
 
-#: Measurements a GPU has not answered yet; older ones are given up.
-_PENDING = 4096
-#: Points of the speed-up's history; beyond, every other one is dropped.
-_HISTORY = 256
-_QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 #: What says that nobody waits for an answer any more. None of it is an arm's failure.
 _CANCELLED = (asyncio.CancelledError, concurrent.futures.CancelledError)
 
@@ -56,14 +51,16 @@ class ABTest:
     requests of like shapes that the other arm answers. :meth:`verdict` may be asked at any time, as often as wanted:
     the interval it gives is wrong at *any* look in at most ``alpha`` of all tests. What is measured is the time of the
     call itself (CUDA events on a GPU, a monotonic clock elsewhere), warm-up and calls during a compilation kept out.
-    Memory is constant. Any number of threads and asyncio tasks may call.
+    The verdict is on usual latencies; what happens in the tails is in the quantiles of :meth:`to_dict` and
+    :meth:`plot`. Memory is constant. Any number of threads and asyncio tasks may call.
 
     An arm that raises where the other does not is taken out of service; its request is answered by the other arm, with
     the same inputs (what it had already written into them stays written). Where both raise, the request is at fault and
-    its caller gets the exception.
+    its caller gets the exception. An arm that returns a generator is timed, and watched, until it returns it.
 
     Args:
-        model: a module or function to compile, not compiled yet; or None with ``arms``.
+        model: a module or function to compile, not compiled yet. With ``arms`` it is what they run, or None: shadow
+            mode sees by its buffers that it must not run twice, and its parameters tell the device.
         arms: two callables by name, the first the baseline, the second the candidate. Default: ``model`` compiled by
             stock Inductor (``"inductor"``) and by lnfold (``"lnfold"``), sharing weights.
         mode: for ``torch.compile``, both arms.
@@ -82,8 +79,9 @@ class ABTest:
         buckets: how many kinds of requests are told apart. What comes after is served, and not in the verdict.
         alpha: how often a test may be wrong.
         minimum_effect: the relative difference in latency below which it does not matter.
-        seed: of all coins, and of the hash of ``ab_key``: replicas with one seed send a key to the same arm.
+        seed: of all coins, and of the hash of ``ab_key``: replicas with one name and seed send a key to the same arm.
         device: where the work happens; default: where the model's parameters or the first tensor of a request are.
+        max_failures: how often an arm may raise where the other one does not before it is taken out of service.
         workers: threads for :meth:`acall`. With one, requests wait for each other and do not disturb each other's time.
         name: of the test, in metrics and plots.
 
@@ -99,6 +97,10 @@ class ABTest:
         >>> with torch.no_grad():
         ...     outputs = ab(inputs)
         >>> print(ab.verdict())
+
+        One function in both arms shows what the set-up itself can tell apart: nothing, it is to be hoped.
+
+        >>> check = lncompile.ABTest(arms={"a": compiled, "b": compiled})
     """
 
     def __init__(
@@ -119,6 +121,7 @@ class ABTest:
         alpha: float = 0.05,
         minimum_effect: float = 0.02,
         seed: int = 0,
+        max_failures: int = 1,
         device: torch.device | str | None = None,
         workers: int = 1,
         name: str = "ab",
@@ -135,24 +138,20 @@ class ABTest:
             )
         _check(ratio=(ratio, 0.01, 0.99), shadow=(shadow, 0.0, 1.0), alpha=(alpha, 1e-9, 0.5))
         _check(minimum_effect=(minimum_effect, 0.0, 10.0), warmup=(warmup, 0, 10**6), buckets=(buckets, 1, 4096))
+        _check(max_failures=(max_failures, 1, 10**6), workers=(workers, 1, 1024))
         self.model = model
         self.name = name
         self._arms = make_arms(arms)
-        self._ratio, self._warmup, self._shadow = ratio, warmup, shadow
+        self._shadow, self._max_failures = shadow, max_failures
         self._alpha, self._minimum_effect = alpha, minimum_effect
         self._tolerances = {**TOLERANCES, **(tolerances or {})}
         self._bucket_function = bucket
         self._device = None if device is None else torch.device(device)
-        self._assignment = Assignment(ratio, seed)
-        self._batch_size = batch_size(ratio)
-        self._buckets = Buckets(buckets, self._batch_size)
-        self._test = SequentialTest()
+        self._assignment = Assignment(ratio, f"{name}:{seed}")
+        self._measurements = Measurements(self._names(), ratio, warmup, buckets, alpha)
         self._comparisons = Comparisons()
         self._settled: Arm | None = None
-        self._assigned = self._assigned_by_key = self._during_compilation = 0
-        self._pending: deque[tuple[timers.Stopwatch, Bucket, int]] = deque(maxlen=_PENDING)
-        self._history: list[tuple[int, Interval]] = []
-        self._history_step = 1
+        self._assigned = self._assigned_by_key = 0
         self._bucket_failed = False
         # Held for bookkeeping only, never while an arm runs.
         self._lock = threading.Lock()
@@ -179,8 +178,8 @@ class ABTest:
         """
         name = self._bucket_of(args, kwargs)
         with self._lock:
-            self._collect()
-            bucket = self._buckets.find(name)
+            self._measurements.collect()
+            bucket = self._measurements.bucket(name)
             arm, assigned = self._choose(ab_key)
             in_shadow = assigned and self._assignment.sampled(self._shadow)
         if in_shadow:
@@ -190,16 +189,16 @@ class ABTest:
     async def acall(self, *args: Any, ab_key: Key | None = None, **kwargs: Any) -> Any:
         """Answer a request without blocking the event loop: as a call, made by one of the test's ``workers``.
 
-        The caller's gradient mode, inference mode, autocast and CUDA stream hold there. A task that is cancelled stops
-        waiting; the arm is not at fault.
+        The caller's context variables, gradient mode, inference mode, autocast and CUDA stream hold there. A task that
+        is cancelled stops waiting; the arm is not at fault.
         """
         with self._lock:
             if self._executor is None:
                 self._executor = concurrent.futures.ThreadPoolExecutor(self._workers, f"lncompile-{self.name}")
-        state = CallerState()
+        state, context = CallerState(), contextvars.copy_context()
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(
-            self._executor, lambda: state.run(lambda: self(*args, ab_key=ab_key, **kwargs))
+            self._executor, lambda: context.run(state.run, lambda: self(*args, ab_key=ab_key, **kwargs))
         )
 
     def close(self) -> None:
@@ -249,13 +248,7 @@ class ABTest:
         with self._lock:
             arm.requests += 1
             if bucket is not None:
-                if not undisturbed:
-                    self._during_compilation += 1
-                elif bucket.warm[arm.index] < self._warmup:
-                    bucket.warm[arm.index] += 1
-                else:
-                    self._pending.append((stopwatch, bucket, arm.index))
-                    self._collect()
+                self._measurements.add(stopwatch, bucket, arm.index, undisturbed)
         return result, arm
 
     def _answer_instead(
@@ -271,7 +264,7 @@ class ABTest:
             raise
         except Exception as second:
             error.add_note(f"The other arm, {other.name}, raised too: {type(second).__name__}: {second}")
-            raise error from second
+            raise error from None
         with self._lock:
             other.requests += 1
             self._failed(arm, error)
@@ -333,6 +326,9 @@ class ABTest:
         arm.failures += 1
         if not arm.in_service or not self._arms[1 - arm.index].in_service:
             return
+        if arm.failures - arm.forgiven < self._max_failures:
+            log.warning("arm '%s' failed: %s: %s", arm.name, type(error).__name__, error, exc_info=error)
+            return
         arm.out_of_service = f"it raised {type(error).__name__}: {str(error)[:500]}"
         arm.failed = True
         log.warning(
@@ -344,111 +340,71 @@ class ABTest:
             exc_info=error,
         )
 
-    def _collect(self) -> None:
-        """Count the measurements that are there by now."""
-        while self._pending:
-            stopwatch, bucket, arm = self._pending[0]
-            seconds = stopwatch.seconds()
-            if seconds is None:
-                return
-            self._pending.popleft()
-            bucket.latencies[arm].add(seconds)
-            if bucket is self._buckets.other:
-                continue
-            batch = bucket.add(arm, seconds)
-            if batch is not None:
-                self._test.add(*batch)
-                if self._test.batches % self._history_step == 0:
-                    self._history.append((self._test.batches * self._batch_size, self._test.interval(self._alpha)))
-                if len(self._history) == _HISTORY:
-                    self._history = self._history[1::2]
-                    self._history_step *= 2
-
     # --- asking ---
 
     def verdict(self) -> Verdict:
         """What is known now. Asking changes nothing, and asking often makes no false positives."""
         with self._lock:
-            self._collect()
-            speedup = self._test.interval(self._alpha)
-            measured = sum(sketch.count for bucket in self._buckets.everything() for sketch in bucket.latencies)
-            requests = self._test.batches * self._batch_size
-            baseline, candidate = self._arms
-            return Verdict(
-                outcome=outcome_of(speedup, self._minimum_effect),
-                baseline=baseline.name,
-                candidate=candidate.name,
-                speedup=speedup,
-                requests=requests,
-                elsewhere=measured - requests,
-                buckets=sum(bucket.test.batches > 0 for bucket in self._buckets),
-                alpha=self._alpha,
-                p_value=self._test.p_value,
-                minimum_effect=self._minimum_effect,
-                outputs_agree=self._comparisons.equal,
-                comparisons=self._comparisons.compared,
-                out_of_service={a.name: a.out_of_service for a in self._arms if a.out_of_service is not None},
-                failed=tuple(arm.name for arm in self._arms if arm.failed),
-                remarks=tuple(self._remarks(measured)),
-            )
+            self._measurements.collect()
+            return self._verdict()
 
-    def _remarks(self, measured: int) -> list[str]:
-        remarks = [f"First difference: {example}." for example in self._comparisons.examples[:1]]
-        if self._comparisons.skipped:
-            remarks.append(
-                f"{self._comparisons.skipped:,} requests could not be compared: {self._comparisons.why_skipped}."
-            )
+    def _verdict(self) -> Verdict:
+        baseline, candidate = self._arms
+        speedup, counts = self._measurements.speedup, self._measurements.counts()
+        return Verdict(
+            outcome=outcome_of(speedup, self._minimum_effect),
+            baseline=baseline.name,
+            candidate=candidate.name,
+            speedup=speedup,
+            requests=self._measurements.requests,
+            elsewhere=counts["measured"] - self._measurements.requests,
+            buckets=counts["buckets"],
+            alpha=self._alpha,
+            p_value=self._measurements.test.p_value,
+            minimum_effect=self._minimum_effect,
+            outputs_agree=self._comparisons.equal,
+            comparisons=self._comparisons.compared,
+            out_of_service={a.name: a.out_of_service for a in self._arms if a.out_of_service is not None},
+            failed=tuple(arm.name for arm in self._arms if arm.failed),
+            remarks=tuple(self._remarks(counts)),
+        )
+
+    def _remarks(self, counts: Mapping[str, int]) -> list[str]:
+        comparisons = self._comparisons
+        remarks = [f"First difference: {example}." for example in comparisons.examples[:1]]
+        if comparisons.skipped:
+            remarks.append(f"{comparisons.skipped:,} requests could not be compared: {comparisons.why_skipped}.")
         if self._settled is not None:
             remarks.append(f"All requests go to {self._settled.name}.")
-        other = sum(sketch.count for sketch in self._buckets.other.latencies)
-        if other:
-            remarks.append(f"{other:,} requests of {measured:,} have shapes beyond the first and are not in it.")
+        if counts["other"]:
+            remarks.append(
+                f"{counts['other']:,} requests of {counts['measured']:,} have shapes beyond the first and do not count."
+            )
         if self._assigned_by_key:
             remarks.append(
                 f"{100 * self._assigned_by_key / self._assigned:.0f}% of requests were assigned by key: with few keys "
                 "the interval is too narrow, because requests of one key are alike."
             )
-        # At a level that holds for all buckets together.
-        tested = [bucket for bucket in self._buckets if bucket.test.batches]
-        for bucket in tested:
-            speedup = bucket.test.interval(self._alpha / len(tested))
-            overall = self._test.interval(self._alpha)
-            against = {outcome_of(speedup, 0.0), outcome_of(overall, 0.0)} == {Outcome.FASTER, Outcome.SLOWER}
-            if against:
-                remarks.append(f"Not so for inputs {bucket.name}: {speedup}.")
+        for name, speedup in self._measurements.opposites():
+            remarks.append(f"Not so for inputs {name}: {speedup}.")
         return remarks
 
     def to_dict(self) -> dict[str, Any]:
         """Return verdict, arms, buckets, comparisons and history as plain values, ready for JSON."""
-        verdict = self.verdict().to_dict()
         with self._lock:
+            self._measurements.collect()
             return {
                 "name": self.name,
-                "verdict": verdict,
-                "arms": [{**arm.to_dict(), "seconds": _quantiles(self._latencies(arm))} for arm in self._arms],
-                "ratio": self._ratio,
-                "warmup": self._warmup,
+                "verdict": self._verdict().to_dict(),
+                "arms": [
+                    {**arm.to_dict(), "seconds": summary(self._measurements.latencies(arm.index))} for arm in self._arms
+                ],
+                "ratio": self._assignment.ratio,
                 "settled": self._settled.name if self._settled else None,
                 "assigned": self._assigned,
                 "assigned_by_key": self._assigned_by_key,
-                "during_compilation": self._during_compilation,
-                "waiting_for_device": len(self._pending),
-                "test": self._test.to_dict(self._alpha),
-                "buckets": [
-                    {
-                        "name": bucket.name,
-                        "in_verdict": bucket is not self._buckets.other,
-                        **bucket.test.to_dict(self._alpha),
-                        "warmup": dict(zip(self._names(), bucket.warm, strict=True)),
-                        "seconds": {
-                            name: _quantiles(sketch)
-                            for name, sketch in zip(self._names(), bucket.latencies, strict=True)
-                        },
-                    }
-                    for bucket in self._buckets.everything()
-                ],
                 "comparisons": self._comparisons.to_dict(),
-                "history": [{"requests": requests, **speedup.to_dict()} for requests, speedup in self._history],
+                **self._measurements.to_dict(),
             }
 
     def to_json(self, indent: int | None = 2) -> str:
@@ -458,8 +414,8 @@ class ABTest:
     def latencies(self) -> dict[str, LatencySketch]:
         """The latencies of each arm's requests that were assigned at random and after warm-up, by the arm's name."""
         with self._lock:
-            self._collect()
-            return {arm.name: self._latencies(arm) for arm in self._arms}
+            self._measurements.collect()
+            return {arm.name: self._measurements.latencies(arm.index) for arm in self._arms}
 
     @property
     def arms(self) -> dict[str, Callable[..., Any]]:
@@ -499,9 +455,6 @@ class ABTest:
 
     def _names(self) -> tuple[str, str]:
         return self._arms[0].name, self._arms[1].name
-
-    def _latencies(self, arm: Arm) -> LatencySketch:
-        return LatencySketch.merged(bucket.latencies[arm.index] for bucket in self._buckets.everything())
 
     # --- steering ---
 
@@ -556,7 +509,7 @@ class ABTest:
         """
         chosen = self._named(arm)
         with self._lock:
-            chosen.out_of_service, chosen.failed = None, False
+            chosen.out_of_service, chosen.failed, chosen.forgiven = None, False, chosen.failures
 
     def _named(self, name: str) -> Arm:
         for arm in self._arms:
@@ -569,9 +522,3 @@ def _check(**ranges: tuple[float, float, float]) -> None:
     for name, (value, low, high) in ranges.items():
         if not low <= value <= high:
             raise ValueError(f"{name} is between {low:g} and {high:g}, not {value!r}")
-
-
-def _quantiles(sketch: LatencySketch) -> dict[str, float | int | None]:
-    mean = sketch.total / sketch.count if sketch.count else None
-    values = sketch.quantiles(list(_QUANTILES.values()))
-    return {"requests": sketch.count, "mean": mean, **dict(zip(_QUANTILES, values, strict=True))}

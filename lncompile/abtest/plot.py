@@ -32,7 +32,7 @@ def draw(state: Mapping[str, Any], latencies: Mapping[str, LatencySketch]) -> Fi
     # Without pyplot, which keeps every figure and is not made for threads.
     figure: Figure = require("matplotlib.figure", "plot", "ABTest.plot").Figure(figsize=(13, 4.6), layout="constrained")
     verdict = state["verdict"]
-    figure.suptitle(f"{verdict['baseline']} and {verdict['candidate']}: {verdict['outcome']}", fontweight="bold")
+    figure.suptitle(f"{verdict['candidate']} against {verdict['baseline']}: {verdict['outcome']}", fontweight="bold")
     left, middle, right = figure.subplots(1, 3)
     _latencies(left, latencies)
     _buckets(middle, state)
@@ -54,7 +54,7 @@ def _latencies(axes: Axes, latencies: Mapping[str, LatencySketch]) -> None:
         axes.plot(milliseconds, shares, color=colour, label=label)
     if any(sketch.count for sketch in latencies.values()):
         axes.set_xscale("log")
-        axes.legend(loc="upper left", fontsize="small")
+        axes.legend(loc="lower right", fontsize="small")
     else:
         _nothing_yet(axes)
 
@@ -79,7 +79,11 @@ def _buckets(axes: Axes, state: Mapping[str, Any]) -> None:
 
 def _history(axes: Axes, state: Mapping[str, Any]) -> None:
     confidence = 100 * (1 - state["verdict"]["alpha"])
-    axes.set(title="Speed-up as requests came in", xlabel="requests", ylabel=f"with {confidence:g}% at every look")
+    axes.set(
+        title="Speed-up as requests came in",
+        xlabel="requests",
+        ylabel=f"speed-up, {confidence:g}% confidence at every look",
+    )
     points = [point for point in state["history"] if point["low"] is not None]
     if not points:
         _nothing_yet(axes)

@@ -75,14 +75,16 @@ Batch = Annotated[int, typer.Option("--batch", "-b", min=1, help="Sequences or i
 Tokens = Annotated[int, typer.Option("--tokens", "-t", min=1, help="Tokens of a sequence.")]
 TokensOfRequests = Annotated[
     list[int] | None,
-    typer.Option("--tokens", "-t", min=1, help="Tokens of a sequence, several times for several. [default: 64]"),
+    typer.Option("--tokens", "-t", min=1, help="Tokens of a sequence, by default 64; may be given several times."),
 ]
 DtypeName = Annotated[
-    Dtype | None, typer.Option("--dtype", help="Of weights and inputs. [default: float32; the factory's choice]")
+    Dtype | None, typer.Option("--dtype", help="Of weights and inputs; by default float32, or what the factory made.")
 ]
 Device = Annotated[
     str | None,
-    typer.Option("--device", help="cpu, cuda, cuda:1, ... [default: cuda where there is one; the factory's choice]"),
+    typer.Option(
+        "--device", help="cpu, cuda, cuda:1; by default cuda where there is one, or where the factory made it."
+    ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Of random weights and inputs.")]
 Mode = Annotated[str | None, typer.Option("--mode", help="Of torch.compile: reduce-overhead, max-autotune, ...")]

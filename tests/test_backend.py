@@ -15,7 +15,7 @@ from architectures import ARCHITECTURES, TEXT, randomise, tokens
 from torch import Tensor, nn
 
 import lncompile
-from lncompile import backend
+from lncompile import backend, pipeline
 from lncompile.lowering import torch_private
 from lncompile.passes import provenance
 
@@ -215,7 +215,7 @@ def test_a_failure_of_ours_is_logged_and_the_graph_compiled_untouched(
     def fail(*_: object) -> None:
         raise RuntimeError("a bug of ours")
 
-    monkeypatch.setattr(backend, stage, fail)
+    monkeypatch.setattr(pipeline, stage, fail)
     net, x = model(), value()
     with pytest.raises(Exception, match="a bug of ours"):
         torch.compile(net, backend="lnfold")(x)
@@ -254,7 +254,7 @@ def test_inductor_refusing_our_graph_compiles_the_untouched_one(
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"lnfold.weights": "nope"}, "option 'lnfold.weights' takes 'copy', not 'nope'"),
+        ({"lnfold.weights": "nope"}, "option 'lnfold.weights' takes 'copy' or 'inplace', not 'nope'"),
         ({"lnfold.nonfoldable": True}, "option 'lnfold.nonfoldable' takes 'inductor' or 'eager', not True"),
         ({"lnfold.asist": True}, "unknown option 'lnfold.asist' (did you mean 'lnfold.assist'?)"),
         ({"max_autotun": True}, "unknown option 'max_autotun' (did you mean 'max_autotune'?)"),

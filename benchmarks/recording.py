@@ -36,7 +36,16 @@ def write(name: str, result: dict[str, Any]) -> Path:
         name: of the file, without its ending.
         result: what was measured.
     """
-    path = RESULTS / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
+    return write_to(RESULTS / f"{name}.json", result)
+
+
+def write_to(path: Path, result: dict[str, Any]) -> Path:
+    """Write a result as JSON to a file and return where it lies.
+
+    Args:
+        path: of the file; its folder is made where it is missing.
+        result: what was measured.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,13 +13,23 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def commit() -> str:
-    """Return the commit that is measured, marked where the tree has changes it does not hold."""
+    """Return the commit that is measured, marked where the tree has changes it does not hold.
+
+    A copy of the tree without its history cannot tell; there the variable ``BENCHMARK_COMMIT`` says which it is.
+    """
+    given = os.environ.get("BENCHMARK_COMMIT")
+    if given:
+        return given
 
     def git(*arguments: str) -> str:
         return subprocess.run(
             ["git", *arguments], cwd=Path(__file__).parent, check=True, capture_output=True, text=True
         ).stdout.strip()
 
+    try:
+        git("rev-parse", "HEAD")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown: a tree without its history"
     # The results themselves are no change of what is measured.
     changed = git("status", "--porcelain", "--", ":/lncompile", ":/passes", ":/lowering", ":/benchmarks/*.py")
     return git("rev-parse", "HEAD") + (" with uncommitted changes" if changed else "")

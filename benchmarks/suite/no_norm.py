@@ -6,11 +6,12 @@ norms in this model on this device: their kernels, and what they keep Inductor f
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from lncompile.lowering import torch_private
 from lncompile.options import parse_options
@@ -89,10 +90,10 @@ class NormsReplaced:
     def __call__(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile a graph."""
         _, config = parse_options(self._mode, None)
-        copy = copy_graph_module(graph_module)
-        self.replaced += replace_norms(copy.graph, self._replacement)
-        copy.recompile()
-        return torch_private.inductor_compile(copy, list(example_inputs), config)
+        own = copy_graph_module(graph_module)
+        self.replaced += replace_norms(own.graph, self._replacement)
+        own.recompile()
+        return torch_private.inductor_compile(own, list(example_inputs), config)
 
 
 def no_norm(mode: str | None = None) -> NormsReplaced:
@@ -108,3 +109,24 @@ def no_norm(mode: str | None = None) -> NormsReplaced:
         >>> limit = torch.compile(model, backend=no_norm("reduce-overhead"))
     """
     return NormsReplaced(identity, mode)
+
+
+def with_small_weights(model: nn.Module, factor: float = 0.05) -> nn.Module:
+    """Return a copy of a model whose residual stream stays bounded without its norms.
+
+    Nothing else bounds it: with random weights it overflows within a few layers, and a GPU multiplies infinities with
+    less power, so faster, than numbers. Scaled down, a layer adds less to the stream than the stream has.
+
+    Args:
+        model: not changed.
+        factor: what every matrix, embeddings and filters included, is multiplied with.
+
+    Returns:
+        A copy, with equal shapes and so with the same code.
+    """
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in changed.parameters():
+            if parameter.dim() >= 2:
+                parameter.mul_(factor)
+    return changed

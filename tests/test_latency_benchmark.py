@@ -231,6 +231,31 @@ def test_torch_rms_norm_stands_where_a_norm_folded() -> None:
     assert targets == [(32,)] * 5
 
 
+@pytest.mark.usefixtures("without_inductor")
+def test_kernels_of_others_stand_where_the_norms_were(monkeypatch) -> None:
+    """Liger's own need a GPU; here others stand in for them, behind the same operators."""
+    calls: list[str] = []
+
+    def layer_norm(x, weight, bias, eps):
+        calls.append("layer norm")
+        return nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+    def rms_norm(x, weight, eps):
+        calls.append("rms norm")
+        return nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
+
+    operators = peers.operators(layer_norm, rms_norm)
+    monkeypatch.setattr(peers, "_liger", lambda: operators)
+    workload = tiny("gpt2 prefill 1x128")
+    model = workload.build("cpu").double()
+    inputs = workload.inputs(model, "cpu")
+    for make, name in ((peers.liger_layer_norm, "layer norm"), (peers.liger_rms_norm, "rms norm")):
+        calls.clear()
+        compiled = torch.compile(model, backend=make(), fullgraph=True)
+        torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits, rtol=1e-10, atol=1e-10)
+        assert calls == [name] * 5
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Liger's kernels may be there")
 def test_liger_is_left_out_with_a_reason() -> None:
     for make in (peers.liger_layer_norm, peers.liger_rms_norm):

@@ -71,7 +71,7 @@ def torch_rms_norm(input: Any, normalized_shape: Sequence[int], weight: Any, bia
 
 @functools.cache
 def _liger() -> tuple[Any, Any]:
-    """Liger's LayerNorm and RMSNorm as operators, which a compiled graph calls as they are.
+    """Liger's LayerNorm and RMSNorm as operators.
 
     Raises:
         Unavailable: without CUDA or without liger-kernel.
@@ -83,16 +83,24 @@ def _liger() -> tuple[Any, Any]:
         rms_norm = importlib.import_module("liger_kernel.ops.rms_norm").LigerRMSNormFunction
     except ImportError as error:
         raise Unavailable(f"liger-kernel is not installed (pip install liger-kernel): {error}") from error
+    return operators(layer_norm.apply, rms_norm.apply)
+
+
+def operators(layer_norm: Callable[..., Tensor], rms_norm: Callable[..., Tensor]) -> tuple[Any, Any]:
+    """Make operators of two kernels, which a compiled graph calls as they are.
+
+    Args:
+        layer_norm: ``(x, γ, β, ε) → y``.
+        rms_norm: ``(x, γ, ε) → y``.
+    """
 
     @torch.library.custom_op("lncompile_benchmarks::liger_layer_norm", mutates_args=())
     def liger_layer_norm(input: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        result: Tensor = layer_norm.apply(input, weight, bias, eps)
-        return result
+        return layer_norm(input, weight, bias, eps)
 
     @torch.library.custom_op("lncompile_benchmarks::liger_rms_norm", mutates_args=())
     def liger_rms_norm(input: Tensor, weight: Tensor, eps: float) -> Tensor:
-        result: Tensor = rms_norm.apply(input, weight, eps)
-        return result
+        return rms_norm(input, weight, eps)
 
     liger_layer_norm.register_fake(lambda input, weight, bias, eps: input.new_empty(input.shape))
     liger_rms_norm.register_fake(lambda input, weight, eps: input.new_empty(input.shape))

@@ -37,7 +37,7 @@ log = logging.getLogger("lncompile.benchmarks")
 
 #: What each suite takes at most, unless asked otherwise.
 MINUTES = {"cpu": 10.0, "gpu": 8.0, "all": 120.0}
-SECONDS = {"cpu": 20.0, "gpu": 8.0, "all": 20.0}
+SECONDS = {"cpu": 20.0, "gpu": 6.0, "all": 20.0}
 
 
 class Budget:
@@ -157,15 +157,31 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Latency of whole models, interleaved in one process.")
     parser.add_argument("--suite", choices=sorted(SUITES), default="cpu", help="which workloads (default: cpu)")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="those whose name holds one of these")
-    parser.add_argument("--minutes", type=float, help="for everything (default: cpu 10, gpu 8, all 120)")
-    parser.add_argument("--seconds", type=float, help="of timing for each workload (default: 20; gpu 8)")
-    parser.add_argument("--layers", type=int, help="of each model at most (default: all, for some of the gpu suite 8)")
+    parser.add_argument("--minutes", type=_positive, help="for everything (default: cpu 10, gpu 8, all 120)")
+    parser.add_argument("--seconds", type=_positive, help="of timing for each workload (default: 20; gpu 6)")
+    parser.add_argument(
+        "--layers", type=_count, help="of each model at most (default: all; 6 of some in the gpu suite)"
+    )
     parser.add_argument("--no-peers", action="store_true", help="only inductor, lnfold, no norm and eager")
-    parser.add_argument("--threads", type=int, help="CPU threads; one is steadier on a machine shared with others")
+    parser.add_argument("--threads", type=_count, help="CPU threads; one is steadier on a machine shared with others")
     parser.add_argument("--output", type=Path, default=recording.RESULTS, help="folder of JSON and PNG")
     parser.add_argument("--dry-run", action="store_true", help="tiny models and few rounds; no number means anything")
     parser.add_argument("--list", action="store_true", help="print the names of the workloads and end")
     return parser
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return value
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -19,6 +19,7 @@ from torch import nn
 
 import lncompile
 from lncompile.lowering import torch_private
+from lncompile.lowering.triton_without_gpu import triton_for_sm90
 from lncompile.models import randomise
 from lncompile.timing import PairedTimings
 
@@ -178,14 +179,21 @@ def test_an_author_who_goes_on_in_place_does_not_write_into_the_stream() -> None
 
 
 def test_the_limit_has_no_trace_of_a_norm_in_the_code_inductor_makes() -> None:
-    norm = randomise(nn.LayerNorm(64))
+    pytest.importorskip("triton", reason="the extra 'triton' is not installed")
+    norm, linear = nn.LayerNorm(64), nn.Linear(64, 64)
 
-    def block(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return torch.relu(norm(x + y))
+    def block(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        stream = x + y
+        return stream, linear(norm(stream))
 
-    code = lncompile.generated_code(torch.compile(block, backend=no_norm()), torch.randn(4, 64), torch.randn(4, 64))
-    assert [kernel.reductions for kernel in code.kernels] == [0]
-    assert code.launches + code.extern_calls == 1
+    x, y = torch.randn(4, 64), torch.randn(4, 64)
+    stock = triton_for_sm90(block, x, y)
+    limit = triton_for_sm90(block, x, y, backend=no_norm())
+    assert [kernel.reductions for kernel in stock.kernels] == [2]
+    assert [kernel.reductions for kernel in limit.kernels] == [0]
+    # The sum stays, and the matmul reads it: no copy stands for the norm.
+    assert [kernel.stores for kernel in limit.kernels] == [1]
+    assert (limit.launches, limit.extern_calls) == (stock.launches, stock.extern_calls) == (1, 1)
 
 
 @pytest.mark.usefixtures("without_inductor")
@@ -272,7 +280,8 @@ def test_a_rewrite_by_hand_is_of_one_model() -> None:
 
 
 def test_a_workload_is_measured_with_every_candidate(recipes: tuple[Recipe, ...]) -> None:
-    found = measure_workload(tiny("gpt2 decode 1x128"), recipes, QUICK)
+    found = measure_workload(tiny("gpt2-medium decode 1x256", "gpu"), recipes, QUICK)
+    assert found["mode"] == "reduce-overhead"
     assert list(found["candidates"]) == [EAGER, BASELINE, CANDIDATE, LIMIT]
     assert found["rounds"] >= 5
     lnfold = found["candidates"][CANDIDATE]
@@ -386,6 +395,9 @@ def test_what_does_not_fit_is_said_to_be_not_measured(monkeypatch) -> None:
 def test_arguments_that_cannot_be_are_explained(capsys) -> None:
     assert latency.main(["--only", "no such model"]) == 2
     assert "there are gpt2 prefill 1x128" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        latency.main(["--seconds", "-1"])
+    assert "-1 is not a positive number" in capsys.readouterr().err
     if not torch.cuda.is_available():
         assert latency.main(["--suite", "gpu"]) == 2
         assert "needs an NVIDIA GPU" in capsys.readouterr().err

@@ -11,7 +11,7 @@ pip := $(python) -m pip --disable-pip-version-check install --quiet
 stamp := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-torch fuzz lint bench clean
+.PHONY: help demo test test-all test-torch fuzz lint bench bench-cpu bench-gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,13 +39,19 @@ lint: $(stamp)-lint ## ruff, formatting, and mypy on an installed wheel
 	$(python) -m ruff format --check .
 	.ci/types $(python)
 
-bench: $(stamp)-test ## detection, the look at weights, A/B tests, starts, errors in narrow dtypes, sites that do not fold
+bench: bench-cpu ## everything that is measured on a CPU: bench-cpu, and the other files of benchmarks/
 	$(python) benchmarks/detection.py
 	$(python) benchmarks/weight_check.py
 	OMP_NUM_THREADS=1 $(python) benchmarks/abtest.py
 	$(python) benchmarks/warm_start.py
 	OMP_NUM_THREADS=1 $(python) benchmarks/numerics.py
 	$(python) benchmarks/nonfoldable.py
+
+bench-cpu: $(stamp)-test ## latency of models on the CPU: stock, lnfold, without norms, eager (10 minutes)
+	$(python) benchmarks/latency.py --suite cpu $(BENCH)
+
+bench-gpu: $(stamp)-test ## the same on an NVIDIA GPU (8 minutes; BENCH="--only gpt2" for a part)
+	$(python) benchmarks/latency.py --suite gpu $(BENCH)
 
 clean: ## remove environments, caches and build output
 	rm -rf .venv .venv-torch-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -67,7 +73,7 @@ $(stamp)-demo: $(stamp)-torch-$(TORCH) pyproject.toml
 	touch $@
 
 $(stamp)-test: $(stamp)-torch-$(TORCH) pyproject.toml
-	$(pip) "torch==$(TORCH)" -e ".[test,triton]"
+	$(pip) "torch==$(TORCH)" -e ".[test,triton,plot]"
 	touch $@
 
 $(stamp)-lint: $(stamp)-torch-$(TORCH) pyproject.toml

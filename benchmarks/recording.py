@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,13 +13,23 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def commit() -> str:
-    """Return the commit that is measured, marked where the tree has changes it does not hold."""
+    """Return the commit that is measured, marked where the tree has changes it does not hold.
+
+    A copy of the tree without its history cannot tell; there the variable ``BENCHMARK_COMMIT`` says which it is.
+    """
+    given = os.environ.get("BENCHMARK_COMMIT")
+    if given:
+        return given
 
     def git(*arguments: str) -> str:
         return subprocess.run(
             ["git", *arguments], cwd=Path(__file__).parent, check=True, capture_output=True, text=True
         ).stdout.strip()
 
+    try:
+        git("rev-parse", "HEAD")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown: a tree without its history"
     # The results themselves are no change of what is measured.
     changed = git("status", "--porcelain", "--", ":/lncompile", ":/passes", ":/lowering", ":/benchmarks/*.py")
     return git("rev-parse", "HEAD") + (" with uncommitted changes" if changed else "")
@@ -36,7 +47,16 @@ def write(name: str, result: dict[str, Any]) -> Path:
         name: of the file, without its ending.
         result: what was measured.
     """
-    path = RESULTS / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
+    return write_to(RESULTS / f"{name}.json", result)
+
+
+def write_to(path: Path, result: dict[str, Any]) -> Path:
+    """Write a result as JSON to a file and return where it lies.
+
+    Args:
+        path: of the file; its folder is made where it is missing.
+        result: what was measured.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path

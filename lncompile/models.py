@@ -148,7 +148,7 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     mean of its stream close to 0. Matrices keep the scale of their initialisation.
 
     Args:
-        model: changed in place.
+        model: changed in place, on whatever device its parameters are; each device draws numbers of its own.
         seed: of the random numbers.
 
     Returns:
@@ -158,10 +158,12 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
         >>> randomise(nn.LayerNorm(4)).weight
         Parameter containing: ...
     """
-    generator = torch.Generator().manual_seed(seed)
+    devices = {parameter.device for parameter in model.parameters()}
+    generators = {device: torch.Generator(device).manual_seed(seed) for device in devices}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
+            generator = generators[parameter.device]
+            noise = torch.randn(parameter.shape, generator=generator, device=parameter.device)
             if parameter.dim() >= 2:
                 # A learned token or position may start at zero; 0.02 is what transformers' models start from.
                 scale = float(parameter.std()) or 0.02

@@ -447,6 +447,21 @@ def recorded_wrappers() -> Iterator[list[str]]:
         yield wrappers
 
 
+def empty_compiler_caches() -> contextlib.AbstractContextManager[None]:
+    """Context in which Inductor's and Triton's caches, on disk and in memory, are empty and answer nothing."""
+    from torch._inductor.utils import fresh_cache
+
+    context: contextlib.AbstractContextManager[None] = fresh_cache()
+    return context
+
+
+def count_of(group: str, key: str) -> int:
+    """Return one of Dynamo's counters, ``("inductor", "cudagraph_skips")`` say."""
+    from torch._dynamo.utils import counters
+
+    return int(counters[group][key])
+
+
 # --- Compiling for a device that is not there ------------------------------------------------------------------------
 
 

@@ -1,0 +1,76 @@
+"""Who runs a workload: stock Inductor, lnfold, the limit, eager, and peers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from suite import peers
+from suite.no_norm import no_norm, with_small_weights
+
+BASELINE, CANDIDATE, LIMIT, EAGER = "inductor", "lnfold", "no norm", "eager"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way to run a model.
+
+    Attributes:
+        name: in tables and results.
+        description: what it is.
+        make: takes the model and a mode of torch.compile, and returns what is called.
+        predicts: whether it computes what the model computes.
+        compiles: whether torch.compile has a part in it.
+    """
+
+    name: str
+    description: str
+    make: Callable[[nn.Module, str | None], Callable[..., Any]]
+    predicts: bool = True
+    compiles: bool = True
+
+
+#: The order in which they are compiled.
+RECIPES = (
+    Recipe(EAGER, "the model as it is", lambda model, mode: model, compiles=False),
+    Recipe(BASELINE, "torch.compile(model)", lambda model, mode: torch.compile(model, mode=mode)),
+    Recipe(
+        CANDIDATE,
+        "torch.compile(model, backend='lnfold')",
+        lambda model, mode: torch.compile(model, backend="lnfold", mode=mode),
+    ),
+    Recipe(
+        LIMIT,
+        "the same graph with every norm replaced by the identity, on weights that keep its stream bounded",
+        lambda model, mode: torch.compile(with_small_weights(model), backend=no_norm(mode)),
+        predicts=False,
+    ),
+)
+
+#: Peers, where a workload asks for them.
+PEERS = (
+    Recipe(
+        "torch rms_norm",
+        "lnfold's weights, with nn.RMSNorm's function and β",
+        lambda model, mode: torch.compile(model, backend=peers.folded_with(peers.torch_rms_norm, mode)),
+    ),
+    Recipe(
+        "liger layer_norm",
+        "Liger's LayerNorm kernel for every norm",
+        lambda model, mode: torch.compile(model, backend=peers.liger_layer_norm(mode)),
+    ),
+    Recipe(
+        "liger rms_norm",
+        "lnfold's weights, with Liger's RMSNorm kernel and β",
+        lambda model, mode: torch.compile(model, backend=peers.liger_rms_norm(mode)),
+    ),
+    Recipe(
+        "pre-RMSNorm by hand",
+        "stock torch.compile on a copy of GPT-2 rewritten by hand (arXiv:2305.14858)",
+        lambda model, mode: torch.compile(peers.pre_rms_norm_by_hand(model), mode=mode),
+    ),
+)

@@ -1,0 +1,158 @@
+"""Showing a run: tables for the terminal, a plot for people who read the results later."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from suite.candidates import BASELINE, CANDIDATE, EAGER, LIMIT
+
+_MAIN = (EAGER, BASELINE, CANDIDATE, LIMIT)
+
+
+def summarise_run(workloads: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return geometric means of lnfold's speed-up over stock torch.compile, by task, and the least of them.
+
+    Args:
+        workloads: as :func:`suite.measurement.measure_workload` returns them.
+    """
+    ratios: dict[str, list[float]] = {}
+    for workload in workloads:
+        ratios.setdefault(workload["task"], []).append(workload["speedup_over_inductor"][CANDIDATE]["median"])
+    return {
+        task: {
+            "workloads": len(found),
+            "geometric_mean": math.exp(sum(map(math.log, found)) / len(found)),
+            "least": min(found),
+        }
+        for task, found in ratios.items()
+    }
+
+
+def print_tables(result: Mapping[str, Any], console: Console) -> None:
+    """Print what was measured: a row for each workload, and one for each peer.
+
+    Args:
+        result: of a run, as it is written.
+        console: where to print.
+    """
+    table = Table(title=f"latency on {result['machine']['device']}", box=None, pad_edge=False)
+    for header in (
+        "workload",
+        "layers",
+        *(f"{name} ms" for name in _MAIN),
+        "speed-up over inductor",
+        "norm cost removed",
+        "launches",
+        "compile",
+        "extra MB",
+    ):
+        table.add_column(header)
+    for workload in result["workloads"]:
+        table.add_row(*_row(workload))
+    table.caption = (
+        "Medians; speed-up and share with 95% intervals. Launches: of Inductor, lnfold and without norms. "
+        "Compile: first call of lnfold over Inductor's. Extra MB: centered copies of weights."
+    )
+    table.caption_justify = "left"
+    console.print(table)
+    _print_peers(result["workloads"], console)
+    for task, found in result["summary"].items():
+        console.print(
+            f"{task}: {found['geometric_mean']:.3f} times stock torch.compile's speed, geometric mean of "
+            f"{found['workloads']}; least {found['least']:.3f}",
+            soft_wrap=True,
+        )
+    for name, reason in result["not_measured"].items():
+        console.print(f"not measured: {name}: {reason}", soft_wrap=True)
+
+
+def _row(workload: Mapping[str, Any]) -> list[str]:
+    candidates = workload["candidates"]
+    counts = [candidates[name]["launches"] if name in candidates else None for name in _MAIN[1:]]
+    ratio = workload["compile_time_over_inductor"][CANDIDATE]
+    return [
+        workload["name"],
+        f"{workload['layers']} of {workload['layers_of_the_real_model']}",
+        *(_milliseconds(candidates.get(name)) for name in _MAIN),
+        _interval(workload["speedup_over_inductor"][CANDIDATE]),
+        _interval(workload["share_of_norm_cost_removed"].get(CANDIDATE)),
+        " / ".join("-" if count is None else str(count["generated"] + count["extern"]) for count in counts),
+        f"{ratio:.2f}",
+        f"{candidates[CANDIDATE]['extra_weight_bytes'] / 1e6:.1f}",
+    ]
+
+
+def _print_peers(workloads: Sequence[Mapping[str, Any]], console: Console) -> None:
+    table = Table(title="peers", box=None, pad_edge=False)
+    for header in ("workload", "peer", "ms", "speed-up over inductor", "norm cost removed"):
+        table.add_column(header)
+    for workload in workloads:
+        for name, candidate in workload["candidates"].items():
+            if name not in _MAIN:
+                speedup = workload["speedup_over_inductor"][name]
+                share = workload["share_of_norm_cost_removed"].get(name)
+                table.add_row(workload["name"], name, _milliseconds(candidate), _interval(speedup), _interval(share))
+    if table.row_count:
+        console.print(table)
+    for workload in workloads:
+        for name, reason in workload["left_out"].items():
+            console.print(f"left out of {workload['name']}: {name}: {reason}", soft_wrap=True)
+
+
+def _milliseconds(candidate: Mapping[str, Any] | None) -> str:
+    return "-" if candidate is None else f"{1e3 * candidate['seconds']['median']:.3f}"
+
+
+def _interval(estimate: Mapping[str, float] | None) -> str:
+    if estimate is None:
+        return "within noise"
+    return f"{estimate['median']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]"
+
+
+def draw(result: Mapping[str, Any], path: Path) -> None:
+    """Draw a run: speed-ups over stock torch.compile on the left, the share of the norms' cost removed on the right.
+
+    Args:
+        result: of a run, as it is written; with one workload at least.
+        path: of the PNG.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    figure_class: Any = importlib.import_module("matplotlib.figure").Figure
+    workloads = list(reversed(result["workloads"]))  # the first on top
+    names = list(dict.fromkeys(name for workload in workloads for name in workload["candidates"]))
+    shown = [name for name in names if name not in (BASELINE, EAGER)]
+    # A figure of its own, not pyplot's: no window, no state shared with anybody.
+    figure = figure_class(figsize=(12, 1.5 + 0.6 * len(workloads)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    panels = (
+        (left, "speedup_over_inductor", "speed over stock torch.compile", (1.0,)),
+        (right, "share_of_norm_cost_removed", "share of the norms' cost removed", (0.0, 1.0)),
+    )
+    for axes, key, label, lines in panels:
+        for line in lines:
+            axes.axvline(line, color="0.6", linewidth=1, linestyle="--")
+        for index, name in enumerate(shown):
+            offset = 0.7 * ((index + 0.5) / len(shown) - 0.5)
+            points = [(y - offset, found) for y, w in enumerate(workloads) if (found := w[key].get(name)) is not None]
+            if points:
+                medians = [found["median"] for _, found in points]
+                errors = [
+                    [max(0.0, found["median"] - found["low"]) for _, found in points],
+                    [max(0.0, found["high"] - found["median"]) for _, found in points],
+                ]
+                color = f"C{index}"
+                axes.errorbar(medians, [y for y, _ in points], xerr=errors, fmt="o", capsize=3, color=color, label=name)
+        axes.set_xlabel(f"{label} (95% interval)")
+    left.set_yticks(range(len(workloads)), [workload["name"] for workload in workloads])
+    left.legend(loc="best", fontsize="small")
+    figure.suptitle(f"{result['machine']['device']}, torch {result['machine']['torch']}, {result['commit'][:10]}")
+    figure.savefig(path, dpi=120)

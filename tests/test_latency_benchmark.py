@@ -1,0 +1,430 @@
+"""The latency suite, on tiny models: that it measures what it says, and that no timing decides anything here.
+
+Inductor's part is left out where it shows nothing (``without_inductor``): what a candidate computes is its graph's
+property, and a C++ compiler takes longer than everything else.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import lncompile
+from lncompile.lowering import torch_private
+from lncompile.lowering.triton_without_gpu import triton_for_sm90
+from lncompile.models import randomise
+from lncompile.timing import PairedTimings
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import latency
+from suite import measurement, peers, workloads
+from suite.candidates import BASELINE, CANDIDATE, EAGER, LIMIT, PEERS, RECIPES, Recipe
+from suite.decoding import decode_step
+from suite.measurement import Settings, WrongAnswer, measure_workload
+from suite.no_norm import no_norm, with_small_weights
+from suite.presentation import draw
+from suite.workloads import SUITES
+
+WORKLOADS = {(suite, workload.name): workload for suite, members in SUITES.items() for workload in members}
+ARCHITECTURES = {workload.architecture.name: workload.architecture for workload in WORKLOADS.values()}
+#: One of each class: the others differ in sizes alone, which a tiny model has not.
+CLASSES = {architecture.model_class: architecture.name for architecture in reversed(ARCHITECTURES.values())}
+QUICK = Settings(seconds=1e-3, minimum_rounds=5, empty_caches=False)
+
+
+def tiny(name: str, suite: str = "cpu") -> workloads.Workload:
+    return WORKLOADS[suite, name].dry()
+
+
+@pytest.fixture
+def recipes(without_inductor: None) -> tuple[Recipe, ...]:
+    """The four of every workload, none of which calls Inductor."""
+    stock = next(recipe for recipe in RECIPES if recipe.name == BASELINE)
+    eager = dataclasses.replace(stock, make=lambda model, mode: torch.compile(model, backend="eager"))
+    return tuple(eager if recipe is stock else recipe for recipe in RECIPES)
+
+
+# --- Workloads -------------------------------------------------------------------------------------------------------
+
+#: Parameters in millions, as their authors and the hub count them.
+PARAMETERS = {
+    "gpt2": 124.4,
+    "gpt2-medium": 354.8,
+    "gpt2-xl": 1557.6,
+    "opt-125m": 125.2,
+    "opt-1.3b": 1315.8,
+    "pythia-1.4b": 1414.6,
+    "bloom-560m": 559.2,
+    "vit-b": 86.4,
+    "vit-l": 304.4,
+    "dinov2-l": 304.4,
+    "clip-l": 303.2,
+    "whisper-small": 88.2,  # its encoder
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_shapes_are_the_real_models(name: str) -> None:
+    architecture = ARCHITECTURES[name]
+    model = architecture.build(architecture.config(), "meta")
+    assert sum(parameter.numel() for parameter in model.parameters()) / 1e6 == pytest.approx(PARAMETERS[name], rel=0.01)
+
+
+@pytest.mark.parametrize("name", CLASSES.values())
+def test_every_model_runs_its_tasks_and_every_norm_can_be_found(name: str) -> None:
+    """With real norms, as many as layers say, on the arguments the suite makes."""
+    tasks = {workload.task: workload for workload in WORKLOADS.values() if workload.architecture.name == name}
+    for task, workload in tasks.items():
+        dry = workload.dry()
+        model = dry.build("cpu")
+        inputs = decode_step(dry, model, "cpu")[0] if task == "decode" else dry.inputs(model, "cpu")
+        torch._dynamo.reset()
+        report = lncompile.explain(model, **inputs)
+        assert report.graphs == 1, "a graph break would hide norms"
+        assert report.total >= 2 * dry.depth
+        assert report.folded or name in ("bloom-560m", "clip-l", "whisper-small")
+
+
+def test_names_tell_workloads_apart() -> None:
+    for members in SUITES.values():
+        assert len({workload.name for workload in members}) == len(members)
+
+
+def test_gpu_decoding_is_timed_with_cuda_graphs() -> None:
+    for suite in ("gpu", "all"):
+        assert all(w.mode == "reduce-overhead" for w in SUITES[suite] if w.task == "decode")
+
+
+def test_every_parameter_is_random() -> None:
+    model = tiny("gpt2 prefill 1x128").build("cpu")
+    for name, parameter in model.named_parameters():
+        assert parameter.std() > 0, name
+        if name.endswith("bias"):
+            assert parameter.mean().abs() > 0.01, name
+
+
+# --- Decoding --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt-1.3b", "pythia-1.4b"])
+def test_a_decode_step_continues_the_prompt_and_can_be_repeated(name: str) -> None:
+    workload = tiny(f"{name} decode 1x256", "all")
+    model = workload.build("cpu").double()
+    inputs, rewind = decode_step(workload, model, "cpu")
+    prompt = workload.tokens(model.config, "cpu")
+    whole = model(input_ids=torch.cat([prompt, prompt[:, -1:]], 1), use_cache=False).logits[:, -1]
+    for _ in range(2 * workload.length + 3):  # more often than the cache has room for
+        rewind()
+        torch.testing.assert_close(model(**inputs).logits[:, -1], whole, rtol=1e-10, atol=1e-10)
+
+
+# --- The limit -------------------------------------------------------------------------------------------------------
+
+
+def without_norms(model: nn.Module) -> nn.Module:
+    changed = copy.deepcopy(model)
+    for module in list(changed.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.LayerNorm):
+                setattr(module, name, nn.Identity())
+    return changed
+
+
+@pytest.mark.usefixtures("without_inductor")
+@pytest.mark.parametrize("name", ["gpt2 prefill 1x128", "vit-b encode 1"])
+def test_no_norm_is_the_model_with_identities(name: str) -> None:
+    workload = tiny(name)
+    model = workload.build("cpu").double()
+    inputs = {
+        key: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for key, value in workload.inputs(model, "cpu").items()
+    }
+    limit = no_norm()
+    expected = without_norms(model)(**inputs)[0]
+    torch.testing.assert_close(torch.compile(model, backend=limit)(**inputs)[0], expected, rtol=1e-12, atol=1e-12)
+    assert limit.replaced == sum(isinstance(module, nn.LayerNorm) for module in model.modules())
+    assert (model(**inputs)[0] - expected).norm() > 0.1 * expected.norm(), "the norms did something"
+
+
+def test_without_norms_the_stream_stays_bounded_on_small_weights() -> None:
+    workload = dataclasses.replace(tiny("gpt2 prefill 1x128"), layers=48)
+    model = workload.build("cpu")
+    before = copy.deepcopy(model.state_dict())
+    inputs = workload.inputs(model, "cpu")
+    assert without_norms(with_small_weights(model))(**inputs).logits.abs().max() < 100
+    torch.testing.assert_close(dict(model.state_dict()), dict(before), rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_an_author_who_goes_on_in_place_does_not_write_into_the_stream() -> None:
+    norm = randomise(nn.LayerNorm(8))
+
+    def author(x: torch.Tensor) -> torch.Tensor:
+        stream = x * 2
+        y = norm(stream)
+        y += 1
+        return stream + y
+
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(torch.compile(author, backend=no_norm())(x), 2 * x + (2 * x + 1))
+
+
+def test_the_limit_has_no_trace_of_a_norm_in_the_code_inductor_makes() -> None:
+    pytest.importorskip("triton", reason="the extra 'triton' is not installed")
+    norm, linear = nn.LayerNorm(64), nn.Linear(64, 64)
+
+    def block(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        stream = x + y
+        return stream, linear(norm(stream))
+
+    x, y = torch.randn(4, 64), torch.randn(4, 64)
+    stock = triton_for_sm90(block, x, y)
+    limit = triton_for_sm90(block, x, y, backend=no_norm())
+    assert [kernel.reductions for kernel in stock.kernels] == [2]
+    assert [kernel.reductions for kernel in limit.kernels] == [0]
+    # The sum stays, and the matmul reads it: no copy stands for the norm.
+    assert [kernel.stores for kernel in limit.kernels] == [1]
+    assert (limit.launches, limit.extern_calls) == (stock.launches, stock.extern_calls) == (1, 1)
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_a_norm_that_cannot_be_left_out_is_an_error() -> None:
+    """A limit with norms in it would be a wrong number."""
+
+    def by_hand(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        difference = x - x.mean(-1, keepdim=True)
+        return difference * torch.rsqrt(difference.pow(2).mean(-1, keepdim=True) + 1e-5) * weight
+
+    with pytest.raises(Exception, match="no single call of layer_norm"):
+        torch.compile(by_hand, backend=no_norm())(torch.randn(3, 8), torch.randn(8))
+
+
+# --- Peers -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_peers_compute_the_model() -> None:
+    workload = tiny("gpt2 prefill 1x128")
+    model = workload.build("cpu").double()
+    inputs = workload.inputs(model, "cpu")
+    expected = model(**inputs).logits
+    folded = torch.compile(model, backend=peers.folded_with(peers.torch_rms_norm))
+    by_hand = peers.pre_rms_norm_by_hand(model)
+    assert not any(isinstance(module, nn.LayerNorm) for module in by_hand.modules())
+    for peer in (folded, by_hand):
+        torch.testing.assert_close(peer(**inputs).logits, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(model(**inputs).logits, expected, rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_torch_rms_norm_stands_where_a_norm_folded() -> None:
+    targets: list[object] = []
+
+    def recording_norm(input, normalized_shape, weight, bias, eps):
+        targets.append(normalized_shape)
+        return peers.torch_rms_norm(input, normalized_shape, weight, bias, eps)
+
+    workload = tiny("gpt2 prefill 1x128")
+    model = workload.build("cpu")
+    torch.compile(model, backend=peers.folded_with(recording_norm))(**workload.inputs(model, "cpu"))
+    assert targets == [(32,)] * 5
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_kernels_of_others_stand_where_the_norms_were(monkeypatch) -> None:
+    """Liger's own need a GPU; here others stand in for them, behind the same operators."""
+    calls: list[str] = []
+
+    def layer_norm(x, weight, bias, eps):
+        calls.append("layer norm")
+        return nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+    def rms_norm(x, weight, eps):
+        calls.append("rms norm")
+        return nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
+
+    operators = peers.operators(layer_norm, rms_norm)
+    monkeypatch.setattr(peers, "_liger", lambda: operators)
+    workload = tiny("gpt2 prefill 1x128")
+    model = workload.build("cpu").double()
+    inputs = workload.inputs(model, "cpu")
+    for make, name in ((peers.liger_layer_norm, "layer norm"), (peers.liger_rms_norm, "rms norm")):
+        calls.clear()
+        compiled = torch.compile(model, backend=make(), fullgraph=True)
+        torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits, rtol=1e-10, atol=1e-10)
+        assert calls == [name] * 5
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Liger's kernels may be there")
+def test_liger_is_left_out_with_a_reason() -> None:
+    for make in (peers.liger_layer_norm, peers.liger_rms_norm):
+        with pytest.raises(peers.Unavailable, match="GPU"):
+            make()
+
+
+def test_a_rewrite_by_hand_is_of_one_model() -> None:
+    with pytest.raises(peers.Unavailable, match="written for GPT2LMHeadModel"):
+        peers.pre_rms_norm_by_hand(nn.Linear(2, 2))
+
+
+# --- Measurement -----------------------------------------------------------------------------------------------------
+
+
+def test_a_workload_is_measured_with_every_candidate(recipes: tuple[Recipe, ...]) -> None:
+    found = measure_workload(tiny("gpt2-medium decode 1x256", "gpu"), recipes, QUICK)
+    assert found["mode"] == "reduce-overhead"
+    assert list(found["candidates"]) == [EAGER, BASELINE, CANDIDATE, LIMIT]
+    assert found["rounds"] >= 5
+    lnfold = found["candidates"][CANDIDATE]
+    assert (lnfold["sites"], lnfold["folded"], lnfold["centerings"]) == (5, 5, 0)
+    assert lnfold["extra_weight_bytes"] > 0
+    assert 0 < lnfold["error"] < 1e-5
+    assert math.isfinite(found["candidates"][LIMIT]["largest_answer"])
+    assert lnfold["graphs"] == 0, "nothing reached Inductor here"
+    assert len(lnfold["samples_s"]) == found["rounds"]
+    assert found["speedup_over_inductor"].keys() == {EAGER, CANDIDATE, LIMIT}
+    assert found["share_of_norm_cost_removed"].keys() == {CANDIDATE}
+    assert not found["left_out"]
+    json.dumps(found)
+
+
+def test_a_candidate_that_cannot_run_is_left_out_with_its_reason(recipes: tuple[Recipe, ...]) -> None:
+    def fail(graph_module, example_inputs):
+        raise peers.Unavailable("there is none here")
+
+    absent = Recipe("absent", "", lambda model, mode: torch.compile(model, backend=fail))
+    wrong = Recipe("wrong", "", lambda model, mode: without_norms(model), compiles=False)
+    found = measure_workload(tiny("gpt2 prefill 1x128"), (*recipes, absent, wrong), QUICK)
+    assert found["left_out"].keys() == {"absent", "wrong"}
+    assert found["left_out"]["absent"] == "there is none here"
+    assert found["left_out"]["wrong"].startswith("its error is")
+    assert "wrong" not in found["candidates"]
+
+
+def test_the_speed_of_wrong_answers_is_not_measured(recipes: tuple[Recipe, ...], monkeypatch) -> None:
+    wrong = Recipe(CANDIDATE, "", lambda model, mode: without_norms(model), compiles=False)
+    broken = [wrong if recipe.name == CANDIDATE else recipe for recipe in recipes]
+    monkeypatch.setattr(measurement, "_folding", lambda compiled: {})
+    with pytest.raises(WrongAnswer, match="lnfold"):
+        measure_workload(tiny("gpt2 prefill 1x128"), broken, QUICK)
+
+
+def test_what_is_written_is_computed_from_the_rounds() -> None:
+    timings = PairedTimings(
+        {
+            BASELINE: tuple(1.0 + 0.001 * i for i in range(20)),
+            CANDIDATE: tuple(0.97 + 0.001 * i for i in range(20)),
+            LIMIT: tuple(0.96 + 0.001 * i for i in range(20)),
+        }
+    )
+    facts = {BASELINE: {"first_call_s": 10.0}, CANDIDATE: {"first_call_s": 10.4}, LIMIT: {"first_call_s": 9.0}}
+    found = measurement.summarise(timings, facts)
+    assert found["share_of_norm_cost_removed"][CANDIDATE]["median"] == pytest.approx(0.75)
+    assert found["speedup_over_inductor"][LIMIT]["median"] == pytest.approx(1.0095 / 0.9695, rel=1e-3)
+    assert found["compile_time_over_inductor"][CANDIDATE] == pytest.approx(1.04)
+    assert found["candidates"][BASELINE]["seconds"]["median"] == pytest.approx(1.0095)
+
+
+def test_a_tree_without_its_history_is_measured_all_the_same(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(latency.recording, "__file__", str(tmp_path / "recording.py"))
+    assert latency.recording.commit() == "unknown: a tree without its history"
+    monkeypatch.setenv("BENCHMARK_COMMIT", "abc")
+    assert latency.recording.commit() == "abc"
+
+
+# --- The command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_runs_one_tiny_workload(recipes, tmp_path: Path, monkeypatch, capsys) -> None:
+    matplotlib = pytest.importorskip("matplotlib", reason="the extra 'plot' is not installed")
+    monkeypatch.setattr(latency, "RECIPES", recipes)
+    peer = next(recipe for recipe in PEERS if recipe.name == "torch rms_norm")
+    absent = next(recipe for recipe in PEERS if recipe.name == "liger rms_norm")
+    monkeypatch.setattr(latency, "PEERS", (peer, absent))
+    assert latency.main(["--suite", "cpu", "--dry-run", "--only", "gpt2 prefill", "--output", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "latency-cpu-dry-run.json").read_text())
+    assert found["dry_run"]
+    assert found["machine"]["device_type"] == "cpu"
+    assert len(found["commit"].split()[0]) == 40
+    assert found["versions"]["torch"] == torch.__version__
+    (workload,) = found["workloads"]
+    assert list(workload["candidates"]) == [EAGER, BASELINE, CANDIDATE, LIMIT, "torch rms_norm"]
+    assert found["summary"]["prefill"]["workloads"] == 1
+    assert (tmp_path / "latency-cpu-dry-run.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "gpt2 prefill 1x8" in printed
+    assert "liger rms_norm" in printed
+    assert matplotlib
+
+
+def test_a_failure_leaves_the_other_workloads(monkeypatch, tmp_path: Path, capsys) -> None:
+    written = []
+
+    def measured(workload, recipes, settings, say):
+        if workload.task == "encode":
+            raise WrongAnswer("lnfold: wrong")
+        return result_of(workload)
+
+    monkeypatch.setattr(latency, "measure_workload", measured)
+    monkeypatch.setattr(latency, "_write", lambda found, path, console: written.append(found["workloads"][:]))
+    assert latency.main(["--suite", "cpu", "--dry-run", "--output", str(tmp_path)]) == 1
+    assert [len(members) for members in written] == [1, 1, 2, 3]
+    assert "not measured: vit-b encode 1: it failed" in capsys.readouterr().out
+
+
+def test_what_does_not_fit_is_said_to_be_not_measured(monkeypatch) -> None:
+    clock = iter([0.0, 0.0, 100.0, 100.0, 100.0, 200.0])
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: next(clock))
+    budget = latency.Budget(minutes=3)
+    gpt2, vit = tiny("gpt2 prefill 1x128"), tiny("vit-b encode 1")
+    assert budget.fits(gpt2, 4, 20.0)
+    budget.spent(gpt2, 4, 20.0)  # 100 seconds, 80 of them for two layers of four candidates
+    assert not budget.fits(vit, 4, 20.0)  # 20 + 80 more would end at 200
+    assert budget.fits(vit, 2, 20.0)  # 20 + 40 end at 160
+
+
+def test_arguments_that_cannot_be_are_explained(capsys) -> None:
+    assert latency.main(["--only", "no such model"]) == 2
+    assert "there are gpt2 prefill 1x128" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        latency.main(["--seconds", "-1"])
+    assert "-1 is not a positive number" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert latency.main(["--suite", "gpu"]) == 2
+        assert "needs an NVIDIA GPU" in capsys.readouterr().err
+
+
+def result_of(workload: workloads.Workload) -> dict:
+    """A result of made-up rounds."""
+    seconds = {EAGER: 3.0, BASELINE: 2.0, CANDIDATE: 1.0}
+    timings = PairedTimings({name: (s, s * 1.01, s * 0.99) for name, s in seconds.items()})
+    facts = {n: {"first_call_s": 1.0, "launches": {"generated": 1, "extern": 1}} for n in timings.seconds}
+    facts[CANDIDATE]["extra_weight_bytes"] = 1
+    return {**workload.describe(), **measurement.summarise(timings, facts), "left_out": {}}
+
+
+def test_a_plot_of_a_workload_without_a_limit(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the extra 'plot' is not installed")
+    machine = {"device": "a device", "torch": torch.__version__}
+    draw({"workloads": [result_of(tiny("vit-b encode 1"))], "machine": machine, "commit": "0" * 40}, tmp_path / "p.png")
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    assert math.isfinite((tmp_path / "p.png").stat().st_size)
+
+
+def test_caches_are_empty_while_compile_times_are_taken(monkeypatch) -> None:
+    import os
+
+    before = os.environ["TORCHINDUCTOR_CACHE_DIR"]
+    with torch_private.empty_compiler_caches():
+        inside = os.environ["TORCHINDUCTOR_CACHE_DIR"]
+        assert not os.listdir(inside)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == before != inside

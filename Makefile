@@ -73,7 +73,7 @@ $(stamp)-demo: $(stamp)-torch-$(TORCH) pyproject.toml
 	touch $@
 
 $(stamp)-test: $(stamp)-torch-$(TORCH) pyproject.toml
-	$(pip) "torch==$(TORCH)" -e ".[test,triton,plot]"
+	$(pip) "torch==$(TORCH)" -e ".[test,triton]"
 	touch $@
 
 $(stamp)-lint: $(stamp)-torch-$(TORCH) pyproject.toml

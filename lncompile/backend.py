@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from lncompile.analysis import Analysis, analyse
-from lncompile.lowering import torch_private
+from lncompile.lowering import persistent_norms, torch_private
 from lncompile.options import Options, parse_options
 from lncompile.passes.canonical import tensor_of
 from lncompile.passes.decisions import Reason, WeightRewrite
@@ -107,7 +107,10 @@ def lnfold(
         return _remember(compiled, example_inputs, report, arguments)
     try:
         static = torch_private.static_fake_tensors(values)
-        compiled = torch_private.inductor_compile(transformed.graph_module, [*example_inputs, *values], inductor_config)
+        with persistent_norms(transformed.graph_module, inductor_config):
+            compiled = torch_private.inductor_compile(
+                transformed.graph_module, [*example_inputs, *values], inductor_config
+            )
         del static  # had to live until here
     except torch_private.DynamoException:
         raise  # Dynamo talks to itself in exceptions: "start again with other assumptions"

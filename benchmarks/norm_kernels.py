@@ -89,15 +89,14 @@ def arguments(rows: int, width: int, dtype: str, device: str = "cpu") -> list[Te
 
 def launch(code: MachineCode) -> dict[str, Any]:
     """One launch configuration, as numbers; ``per_row`` is what all warps together do for one row."""
-    rows = code.blocks.get("XBLOCK", 1)
     return {
         "blocks": dict(code.blocks),
         "warps": code.warps,
         "instructions": code.instructions,
-        "instructions_per_row": code.instructions * code.warps / rows,
-        "loads_per_row": code.loads * code.warps / rows,
-        "stores_per_row": code.stores * code.warps / rows,
-        "shuffles_per_row": code.shuffles * code.warps / rows,
+        "instructions_per_row": code.per_row(code.instructions),
+        "loads_per_row": code.per_row(code.loads),
+        "stores_per_row": code.per_row(code.stores),
+        "shuffles_per_row": code.per_row(code.shuffles),
         "barriers": code.barriers,
         "loops": code.loops,
         "registers": code.registers,

@@ -26,8 +26,9 @@ FOLDED_STATISTIC: Mapping[str, bool] = {"lnfold_statistic": True}
 
 #: Elements in the widest row that is held in registers.
 WIDEST_ROW = 8192
-#: Tensors that such a kernel may read: stream, residual, γ, β and two more. Each may take a register an element.
-MOST_OPERANDS = 6
+#: Registers that the values of one row may take: seven eighths of those a multiprocessor has, the rest are for indices.
+#: At 8192 elements that is the row itself and six operands: stream, residual, γ, β and two more.
+ROW_REGISTERS = 57344
 # Part of the caches' keys; to be counted up when the choice changes for graphs it was made for before.
 _VERSION = 1
 
@@ -61,7 +62,8 @@ def holds_its_row(kernel: ReductionKernel) -> bool:
 
     Returns:
         True where all it reduces are statistics of folded norms over contiguous rows of a static width up to
-        `WIDEST_ROW`, in the forward graph, on an NVIDIA device, among at most `MOST_OPERANDS` tensors.
+        `WIDEST_ROW`, in the forward graph, on an NVIDIA device, and `ROW_REGISTERS` hold the row and one value an
+        element of every operand. That is an upper limit: operands of 16 bits take half of it.
 
     Example:
         >>> holds_its_row(ReductionKernel(4096, True, 4, (FOLDED_STATISTIC,), "cuda", False))
@@ -73,10 +75,15 @@ def holds_its_row(kernel: ReductionKernel) -> bool:
         and kernel.is_along_rows
         and kernel.width is not None
         and kernel.width <= WIDEST_ROW
-        and kernel.operands <= MOST_OPERANDS
+        and _block(kernel.width) * (kernel.operands + 1) <= ROW_REGISTERS
         and bool(kernel.annotations)
         and all(FOLDED_STATISTIC.items() <= annotation.items() for annotation in kernel.annotations)
     )
+
+
+def _block(width: int) -> int:
+    """Elements in the block that holds a row: Triton's blocks are powers of two."""
+    return 1 << (width - 1).bit_length()
 
 
 def _decide(**facts: Any) -> bool:
@@ -104,7 +111,7 @@ def persistent_norms(graph_module: fx.GraphModule, config_patches: Mapping[str, 
         yield
         return
     digest = hashlib.sha256(",".join(statistics).encode()).hexdigest()[:16]
-    with persistent_where(_decide, f"lnfold-persistent-{_VERSION}-{WIDEST_ROW}-{MOST_OPERANDS}-{digest}"):
+    with persistent_where(_decide, f"lnfold-persistent-{_VERSION}-{WIDEST_ROW}-{ROW_REGISTERS}-{digest}"):
         yield
 
 
@@ -115,7 +122,7 @@ def is_folded_statistic(node: fx.Node) -> bool:
 
 __all__ = [
     "FOLDED_STATISTIC",
-    "MOST_OPERANDS",
+    "ROW_REGISTERS",
     "WIDEST_ROW",
     "holds_its_row",
     "is_folded_statistic",

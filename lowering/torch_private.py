@@ -203,8 +203,9 @@ def persistent_where(holds_its_row: Callable[..., bool], name: str) -> Iterator[
     if config.inductor_choices_class is not None or type(V.choices) is not InductorChoices:
         yield
         return
-    tag = ",".join(filter(None, [torch.compiler.config.cache_key_tag, name]))
-    with V.set_choices_handler(_choices(holds_its_row)), torch.compiler.config.patch(cache_key_tag=tag):
+    compiler_config: Any = torch.compiler.config
+    tag = ",".join(filter(None, [compiler_config.cache_key_tag, name]))
+    with V.set_choices_handler(_choices(holds_its_row)), compiler_config.patch(cache_key_tag=tag):
         yield
 
 
@@ -216,8 +217,9 @@ def _choices(holds_its_row: Callable[..., bool]) -> Any:
         def __reduce__(self) -> Any:
             return _choices, (holds_its_row,)
 
-        def should_use_persistent_reduction(self, features: Any, cooperative_reduction: bool) -> bool:
-            if super().should_use_persistent_reduction(features, cooperative_reduction):
+        @staticmethod
+        def should_use_persistent_reduction(features: Any, cooperative_reduction: bool) -> bool:
+            if InductorChoices.should_use_persistent_reduction(features, cooperative_reduction):
                 return True
             if cooperative_reduction or not config.triton.persistent_reductions:
                 return False

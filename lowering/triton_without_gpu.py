@@ -401,6 +401,14 @@ class MachineCode:
             text=sass,
         )
 
+    def per_row(self, count: int) -> float:
+        """What all warps together do of something for one row of a reduction, or for one element of a pointwise kernel.
+
+        Args:
+            count: what a warp does of it, one of the attributes.
+        """
+        return count * self.warps / self.blocks.get("XBLOCK", 1)
+
 
 def compile_kernel(kernel: Kernel, properties: GpuProperties = H200) -> tuple[MachineCode, ...]:
     """Compile a generated Triton kernel with Inductor's options, for each launch configuration it would try.

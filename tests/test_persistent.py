@@ -10,14 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import randomise
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.nn import functional
 
+import lncompile
 from lncompile.lowering import FOLDED_STATISTIC, persistent_norms, torch_private
 from lncompile.lowering.inspection import Kernel
-from lncompile.lowering.persistent import MOST_OPERANDS, WIDEST_ROW, ReductionKernel, holds_its_row
-from lncompile.lowering.triton_without_gpu import RetargetedCode, compile_kernel, triton_for_sm90
-from lncompile.models import randomise
+from lncompile.lowering.persistent import WIDEST_ROW, ReductionKernel, holds_its_row
+from lncompile.lowering.triton_without_gpu import RetargetedCode, compile_kernel, retargeted_to_gpu, triton_for_sm90
 
 needs_triton = pytest.mark.usefixtures("triton")
 
@@ -80,14 +82,16 @@ FOLDED = ReductionKernel(4096, True, 4, (dict(FOLDED_STATISTIC),), "cuda", False
 
 def test_which_kernels_hold_their_row() -> None:
     assert holds_its_row(FOLDED)
-    assert holds_its_row(replace(FOLDED, width=WIDEST_ROW, operands=MOST_OPERANDS))
+    assert holds_its_row(replace(FOLDED, width=WIDEST_ROW, operands=6))
+    assert holds_its_row(replace(FOLDED, width=WIDEST_ROW // 2, operands=13))
     assert holds_its_row(replace(FOLDED, annotations=({**FOLDED_STATISTIC, "user": 1},) * 2))
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"width": None}, {"width": WIDEST_ROW + 1}, {"is_along_rows": False}, {"operands": MOST_OPERANDS + 1},
-     {"annotations": ()}, {"annotations": (dict(FOLDED_STATISTIC), {})}, {"annotations": ({"user": 1},)},
+    [{"width": None}, {"width": WIDEST_ROW + 1}, {"is_along_rows": False}, {"operands": 14},
+     {"width": 4097, "operands": 7}, {"annotations": ()},
+     {"annotations": (dict(FOLDED_STATISTIC), {})}, {"annotations": ({"user": 1},)},
      {"device": "hip"}, {"device": "cpu"}, {"is_backward": True}],
     ids=str,
 )  # fmt: skip
@@ -106,6 +110,21 @@ def test_a_folded_norm_reads_its_row_once(read: Callable[[Block, Tensor], Any], 
     assert kernel.loads < control.loads
     machine = compile_kernel(kernel)[0]
     assert (machine.spills, machine.stack, machine.calls) == (0, 0, 0)
+
+
+@needs_triton
+def test_a_number_of_rows_that_is_dynamic_and_several_axes() -> None:
+    def norm_of_axes(m: Block, stream: Tensor) -> Tensor:
+        in_two = stream.unflatten(-1, (8, -1))
+        return functional.layer_norm(in_two, in_two.shape[1:], m.scale.unflatten(0, (8, -1)), None)
+
+    model = randomise(Block(2048, norm_of_axes))
+    with retargeted_to_gpu() as recorder:
+        compiled = torch.compile(model, backend="lnfold", dynamic=True)
+        for rows in (3, 5):
+            compiled(torch.randn(rows, 8))
+    assert lncompile.explain(model, torch.randn(3, 8)).folded == 1
+    assert (len(recorder.code.source), kinds(recorder.code)) == (1, [True])
 
 
 @needs_triton

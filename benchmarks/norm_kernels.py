@@ -23,7 +23,6 @@ import argparse
 import contextlib
 import importlib.metadata
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -41,9 +40,8 @@ from lncompile.lowering.triton_without_gpu import H200, MachineCode, compile_ker
 from lncompile.machine import describe_machine
 from lncompile.timing import measure
 
-WIDTHS = (64, 256, 768, 1024, 1280, 2048, 4096, 5120, 8192, 16384)
+WIDTHS = (64, 768, 1024, 1280, 2048, 4096, 5120, 8192, 16384)
 ROWS = (8192, 1, 65536)
-ROWS_OF_OTHER_DTYPES = 8192
 DTYPES = ("bfloat16", "float16", "float32")
 CPU_WIDTHS = (64, 768, 1024, 4096, 16384)
 KINDS = ("layer_norm", "rms_norm", "lnfold")
@@ -230,30 +228,8 @@ def main() -> int:
     if chosen.time and not torch.cuda.is_available():
         parser.error("--time needs an NVIDIA GPU, and torch sees none; without it everything else is counted")
     machine, measured = describe_machine("cuda" if chosen.time else "cpu"), recording.commit()
-    started = time.perf_counter()
     table = Table("dtype", "rows", "width", *KINDS, "registers", "more than LN", title="instructions a row, per warp")
-    known: dict[str, list[dict[str, Any]]] = {}
-    cells: list[dict[str, Any]] = []
-    with torch.no_grad():
-        for dtype in chosen.dtypes:
-            # Row counts steer launch configurations only, in the same way whatever the dtype.
-            for rows in chosen.rows if dtype == chosen.dtypes[0] else (ROWS_OF_OTHER_DTYPES,):
-                for width in chosen.widths:
-                    kinds = {kind: sm90(kind, rows, width, dtype, known) for kind in KINDS}
-                    more = not_less(kinds["lnfold"], kinds["layer_norm"])
-                    cells.append({"dtype": dtype, "rows": rows, "width": width, **kinds, "more_than_layer_norm": more})
-                    if chosen.time:
-                        cells[-1]["timed"] = timed(rows, width, dtype)
-                    registers = max(launch["registers"] for kernel in kinds["lnfold"] for launch in kernel["launches"])
-                    counts = [f"{least(kinds[kind], 'instructions_per_row'):.0f}" for kind in KINDS]
-                    table.add_row(dtype, str(rows), str(width), *counts, str(registers), ", ".join(more) or "none")
-        on_cpu = [
-            {"dtype": dtype, "width": width, **{kind: cpp(kind, 256, width, dtype) for kind in KINDS[:2]}}
-            for dtype in ("float32", "bfloat16")
-            for width in CPU_WIDTHS
-        ]
-    Console().print(table)
-    result = {
+    result: dict[str, Any] = {
         "commit": measured,
         "measured_at": recording.now(),
         "machine": machine,
@@ -261,12 +237,39 @@ def main() -> int:
         "target": H200.name,
         "timed": chosen.time,
         "widest_row_in_registers": WIDEST_ROW,
-        "seconds": time.perf_counter() - started,
-        "sm90": cells,
-        "cpp": on_cpu,
+        "cpp": [],
+        "sm90": [],
     }
-    print(f"wrote {recording.write('norm_kernels', result)}")
-    return int(any(cell["more_than_layer_norm"] for cell in cells))
+    known: dict[str, list[dict[str, Any]]] = {}
+    # Row counts steer launch configurations only, in the same way whatever the dtype.
+    groups = [(dtype, chosen.rows[0]) for dtype in chosen.dtypes]
+    groups += [(chosen.dtypes[0], rows) for rows in chosen.rows[1:]]
+    with torch.no_grad():
+        for dtype in ("float32", "bfloat16"):
+            for width in CPU_WIDTHS:
+                counts = {kind: cpp(kind, 256, width, dtype) for kind in KINDS[:2]}
+                result["cpp"].append({"dtype": dtype, "width": width, **counts})
+        for done, (dtype, rows) in enumerate(groups, 1):
+            for width in chosen.widths:
+                cell = measured_cell(rows, width, dtype, known, table)
+                result["sm90"].append({**cell, "timed": timed(rows, width, dtype)} if chosen.time else cell)
+            # What is there if it is ended early: a whole run takes ten minutes.
+            path = recording.write("norm_kernels", {**result, "groups": [done, len(groups)]})
+    Console().print(table)
+    print(f"wrote {path}")
+    return int(any(cell["more_than_layer_norm"] for cell in result["sm90"]))
+
+
+def measured_cell(
+    rows: int, width: int, dtype: str, known: dict[str, list[dict[str, Any]]], table: Table
+) -> dict[str, Any]:
+    """Count the three kinds at one size, and add them to the table as a row."""
+    kinds = {kind: sm90(kind, rows, width, dtype, known) for kind in KINDS}
+    more = not_less(kinds["lnfold"], kinds["layer_norm"])
+    registers = max(launch["registers"] for kernel in kinds["lnfold"] for launch in kernel["launches"])
+    counts = [f"{least(kinds[kind], 'instructions_per_row'):.0f}" for kind in KINDS]
+    table.add_row(dtype, str(rows), str(width), *counts, str(registers), ", ".join(more) or "none")
+    return {"dtype": dtype, "rows": rows, "width": width, **kinds, "more_than_layer_norm": more}
 
 
 if __name__ == "__main__":

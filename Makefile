@@ -39,12 +39,13 @@ lint: $(stamp)-lint ## ruff, formatting, and mypy on an installed wheel
 	$(python) -m ruff format --check .
 	.ci/types $(python)
 
-bench: $(stamp)-test ## detection, the look at weights, cold and warm starts, errors in narrow dtypes, sites that do not fold
+bench: $(stamp)-test ## detection, the look at weights, cold and warm starts, errors in narrow dtypes, sites that do not fold, the norm's kernels
 	$(python) benchmarks/detection.py
 	$(python) benchmarks/weight_check.py
 	$(python) benchmarks/warm_start.py
 	OMP_NUM_THREADS=1 $(python) benchmarks/numerics.py
 	$(python) benchmarks/nonfoldable.py
+	$(python) benchmarks/norm_kernels.py
 
 clean: ## remove environments, caches and build output
 	rm -rf .venv .venv-torch-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -124,6 +124,7 @@ __all__ = [
     "FOLDED_STATISTIC",
     "ROW_REGISTERS",
     "WIDEST_ROW",
+    "ReductionKernel",
     "holds_its_row",
     "is_folded_statistic",
     "persistent_norms",

@@ -200,7 +200,7 @@ def persistent_where(holds_its_row: Callable[..., bool], name: str) -> Iterator[
     from torch._inductor.virtualized import V
 
     # A handler of the user's stays in force for the thread, whatever the option is by now.
-    if config.inductor_choices_class is not None or type(V.choices) is not InductorChoices:
+    if getattr(config, "inductor_choices_class", None) is not None or type(V.choices) is not InductorChoices:
         yield
         return
     compiler_config: Any = torch.compiler.config

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lncompile.lowering import torch_private
+from lncompile.lowering import persistent_norms, torch_private
 from lncompile.options import Options, parse_options
 from lncompile.passes.decisions import Reason
 from lncompile.passes.in_place import give_back
@@ -101,7 +101,8 @@ def lnfold(
     try:
         inputs = [*example_inputs, *prepared.values]
         static = torch_private.static_fake_tensors(prepared.values)
-        compiled = torch_private.inductor_compile(prepared.graph_module, inputs, inductor_config)
+        with persistent_norms(prepared.graph_module, inductor_config):
+            compiled = torch_private.inductor_compile(prepared.graph_module, inputs, inductor_config)
         del static, inputs  # had to live until here
     except torch_private.DynamoException:
         raise  # Dynamo talks to itself in exceptions: "start again with other assumptions"

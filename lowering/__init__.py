@@ -3,6 +3,17 @@
 from lncompile.lowering import torch_private
 from lncompile.lowering.emit import emit
 from lncompile.lowering.norms import NormCall, lower_to_aten, lower_to_rms_norm
+from lncompile.lowering.persistent import FOLDED_STATISTIC, persistent_norms
 from lncompile.lowering.rms_norm import grouped_rms_norm, rms_norm
 
-__all__ = ["NormCall", "emit", "grouped_rms_norm", "lower_to_aten", "lower_to_rms_norm", "rms_norm", "torch_private"]
+__all__ = [
+    "FOLDED_STATISTIC",
+    "NormCall",
+    "emit",
+    "grouped_rms_norm",
+    "lower_to_aten",
+    "lower_to_rms_norm",
+    "persistent_norms",
+    "rms_norm",
+    "torch_private",
+]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -30,7 +30,13 @@ class _NamingTracer(GraphAppendingTracer):
 
 
 def emit(
-    graph: fx.Graph, prefix: str, function: Callable[..., Any], *args: Any, value: Any = None, **kwargs: Any
+    graph: fx.Graph,
+    prefix: str,
+    function: Callable[..., Any],
+    *args: Any,
+    value: Any = None,
+    annotation: Mapping[str, Any] | None = None,
+    **kwargs: Any,
 ) -> fx.Node:
     """Append the operations that ``function`` performs at the graph's insertion point.
 
@@ -40,6 +46,8 @@ def emit(
         function: a function of tensors, written with ``torch`` functions and tensor methods.
         args: its arguments; FX nodes stand for tensors.
         value: the fake value of the result, where the caller knows it; otherwise that of every operation is computed.
+        annotation: what to note on the new nodes, in ``node.meta["custom"]``, which torch hands on to all that it
+            makes of them.
         kwargs: its keyword arguments, likewise.
 
     Returns:
@@ -51,6 +59,8 @@ def emit(
         return fx.Proxy(argument, tracer) if isinstance(argument, fx.Node) else argument
 
     result = function(*[proxy(a) for a in args], **{key: proxy(value) for key, value in kwargs.items()})
+    for new in tracer.appended if annotation else ():
+        new.meta["custom"] = dict(annotation or {})
     node: fx.Node = result.node
     if value is not None:
         node.meta["example_value"] = value

@@ -11,6 +11,7 @@ from torch import fx
 
 from lncompile.lowering.emit import emit
 from lncompile.lowering.layer_norm import aten_layer_norm
+from lncompile.lowering.persistent import FOLDED_STATISTIC
 from lncompile.lowering.rms_norm import grouped_rms_norm, rms_norm
 
 
@@ -63,6 +64,7 @@ def lower_to_rms_norm(graph: fx.Graph, calls: Iterable[NormCall]) -> None:
                 call.eps,
                 input_dtype=call.input_dtype,
                 output_dtype=call.output_dtype,
+                annotation={**call.node.meta.get("custom", {}), **FOLDED_STATISTIC},
             )
         _replace(graph, call, result)
 

@@ -338,6 +338,7 @@ class MachineCode:
         stores: stores to global memory (STG).
         spills: loads and stores of registers that did not fit (LDL, STL).
         calls: function calls (CALL).
+        loops: branches backward. Without any, ``instructions`` is what a warp issues at most.
         registers: registers a thread.
         stack: stack bytes a thread.
         shared_memory: shared memory bytes a block.
@@ -354,6 +355,7 @@ class MachineCode:
     stores: int
     spills: int
     calls: int
+    loops: int
     registers: int
     stack: int
     shared_memory: int
@@ -379,6 +381,7 @@ class MachineCode:
         if not names or registers is None or stack is None:
             raise ValueError("not a listing of cuobjdump: found no instructions or no resource usage")
         operations = Counter(names)
+        branches = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/[^;]*\bBRA\b[^;]*?\b0x([0-9a-f]+)", sass, re.MULTILINE)
         return cls(
             instructions=len(names),
             shuffles=operations["SHFL"],
@@ -387,6 +390,8 @@ class MachineCode:
             stores=operations["STG"],
             spills=operations["LDL"] + operations["STL"],
             calls=operations["CALL"],
+            # The last branch, behind EXIT, is to itself.
+            loops=sum(int(target, 16) < int(address, 16) for address, target in branches),
             registers=int(registers[1]),
             stack=int(stack[1]),
             shared_memory=shared_memory,
@@ -395,6 +400,14 @@ class MachineCode:
             operations=dict(operations),
             text=sass,
         )
+
+    def per_row(self, count: int) -> float:
+        """What all warps together do of something for one row of a reduction, or for one element of a pointwise kernel.
+
+        Args:
+            count: what a warp does of it, one of the attributes.
+        """
+        return count * self.warps / self.blocks.get("XBLOCK", 1)
 
 
 def compile_kernel(kernel: Kernel, properties: GpuProperties = H200) -> tuple[MachineCode, ...]:

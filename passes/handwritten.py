@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
-from lncompile.lowering import emit, torch_private
+from lncompile.lowering import FOLDED_STATISTIC, emit, torch_private
 from lncompile.passes.axes import Axes
 from lncompile.passes.canonical import Operation, canonicalise, tensor_of
 from lncompile.passes.decisions import Blocked
@@ -35,6 +35,7 @@ from lncompile.passes.moments import (
     difference_of_moments,
     reduction,
     spread_of,
+    squared,
     uses_of_mean,
     variance_of,
 )
@@ -318,9 +319,11 @@ def fold_handwritten_norm(graph: fx.Graph, norm: HandwrittenNorm, centered: fx.N
                 spread.is_deviation,
                 dtype_of(norm.input),
                 dtype_of(node),
+                annotation={**node.meta.get("custom", {}), **FOLDED_STATISTIC},
             )
         node.replace_all_uses_with(value)
     for node in norm.differences:
+        _annotate_mean_square(node)
         # A copy, which Inductor takes out: authors go on with `d *= ...`, and that must not write into the stream.
         with graph.inserting_before(node):
             copy = graph.create_node("call_function", torch.clone, (centered,), name=f"{node.name}_copy")
@@ -329,6 +332,15 @@ def fold_handwritten_norm(graph: fx.Graph, norm: HandwrittenNorm, centered: fx.N
     for node in reversed([node for node in graph.nodes if node in chain]):
         if not node.users:
             graph.erase_node(node)
+
+
+def _annotate_mean_square(difference: fx.Node) -> None:
+    """Note on the mean of its squares, which the author wrote, that it is the statistic of a folded norm now."""
+    for square in difference.users:
+        for mean in square.users if squared(square) == (difference, difference) else ():
+            operation = canonicalise(mean)
+            if operation is not None and operation.name in ("mean", "sum"):
+                mean.meta["custom"] = {**mean.meta.get("custom", {}), **FOLDED_STATISTIC}
 
 
 def _lines_behind(node: fx.Node, ends: set[fx.Node]) -> set[fx.Node]:

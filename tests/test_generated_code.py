@@ -243,6 +243,26 @@ def test_sm90_launch_configuration_is_the_device_s_own():
     assert sm90(add_layer_norm, 1024)[1].warps == 1
 
 
+def test_machine_code_is_counted_in_its_listing():
+    listing = textwrap.dedent("""
+            /*0000*/                   LDC R1, c[0x0][0x28] ;
+            /*0010*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+            /*0020*/              @!P0 BRA 0x50 ;
+            /*0030*/                   SHFL.BFLY PT, R5, R4, 0x10, 0x1f ;
+            /*0040*/               @P1 BRA 0x10 ;
+            /*0050*/                   STL [R1], R4 ;
+            /*0060*/                   STG.E.128 desc[UR4][R2.64], R4 ;
+            /*0070*/                   EXIT ;
+            /*0080*/                   BRA 0x80 ;
+            /*0090*/                   NOP ;
+    """)
+    listing = textwrap.indent(listing, "        ")
+    code = MachineCode.from_listing(listing, "REG:32 STACK:8", shared_memory=0, warps=4, blocks={"XBLOCK": 2})
+    assert (code.instructions, code.loads, code.stores, code.shuffles, code.spills) == (8, 1, 1, 1, 1)
+    assert code.loops == 1  # forward, backward, and the one behind EXIT to itself
+    assert code.per_row(code.instructions) == 16
+
+
 def block(width=64):
     return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -328,3 +329,33 @@ def test_grouped_rms_norm_is_group_norm_of_centered_groups(dtype: torch.dtype, w
     assert relative_error(one_group, rms_norm(value, (D,), weight, bias, 1e-3, output_dtype=torch.float64)) == 0
     no_rows = grouped_rms_norm(value[:0], G, weight, bias)
     assert no_rows.shape == (0, D)
+
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("shape", [(24,), (2, 12), (2, 3, 4)], ids=str)
+@pytest.mark.parametrize("affine", ["both", "weight", "bias", "none"])
+def test_rms_norm_takes_every_pair_of_dtypes_that_layer_norm_takes(shape: tuple[int, ...], affine: str) -> None:
+    """And gives its dtype, its shape and, in float32 inside, its values on input of zero mean."""
+    value = torch.randn(5, *shape, dtype=torch.float64)
+    axes = tuple(range(1, value.dim()))
+    value = value - value.mean(axes, keepdim=True)
+    weight = torch.randn(shape, dtype=torch.float64) + 1 if affine in ("both", "weight") else None
+    bias = torch.randn(shape, dtype=torch.float64) if affine in ("both", "bias") else None
+    taken = set()
+    for dtype, parameter_dtype in itertools.product(DTYPES, DTYPES):
+        parameters = [None if p is None else p.to(parameter_dtype) for p in (weight, bias)]
+        narrow = value.to(dtype)
+        try:
+            eager = functional.layer_norm(narrow, shape, *parameters, 1e-3)
+        except RuntimeError:
+            continue
+        taken.add((dtype, parameter_dtype))
+        output = rms_norm(narrow, shape, *parameters, 1e-3)
+        assert (output.dtype, output.shape, output.is_contiguous()) == (eager.dtype, eager.shape, True)
+        exact = functional.layer_norm(
+            narrow.double(), shape, *(p if p is None else p.double() for p in parameters), 1e-3
+        )
+        assert relative_error(output, exact) <= 8 * torch.finfo(dtype).eps
+    assert taken >= {(dtype, dtype) for dtype in DTYPES} | {(dtype, torch.float32) for dtype in DTYPES[2:]}

@@ -33,7 +33,7 @@ from rich.table import Table
 from torch import Tensor, fx
 from torch.nn import functional
 
-from lncompile.lowering import FOLDED_STATISTIC, persistent_norms, rms_norm, torch_private
+from lncompile.lowering import FOLDED_STATISTIC, persistent_norms, rms_norm, torch_private, torch_private_codegen
 from lncompile.lowering.inspection import GeneratedCode
 from lncompile.lowering.persistent import WIDEST_ROW
 from lncompile.lowering.triton_without_gpu import H200, MachineCode, compile_kernel, triton_for_sm90
@@ -161,14 +161,14 @@ def generated_only() -> Iterator[list[str]]:
     def replace(inductor: Callable[..., Any]) -> Callable[..., Any]:
         def generate(graph_module: fx.GraphModule, inputs: Sequence[Any], **keywords: Any) -> Callable[..., Any]:
             interpreter = fx.Interpreter(fx.GraphModule(graph_module, graph_module.graph))
-            with torch_private.generated_but_not_loaded(wrappers.append):
+            with torch_private_codegen.generated_but_not_loaded(wrappers.append):
                 inductor(graph_module, inputs, **keywords)
-            return torch_private.takes_a_list_of_arguments(lambda values: list(interpreter.run(*values)))
+            return torch_private_codegen.takes_a_list_of_arguments(lambda values: list(interpreter.run(*values)))
 
         return generate
 
     torch.compiler.reset()
-    with torch_private.every_graph_lowered(), torch_private.replaced_inner_compile(replace):
+    with torch_private_codegen.every_graph_lowered(), torch_private_codegen.replaced_inner_compile(replace):
         yield wrappers
     torch.compiler.reset()
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 
 import torch
 
-from lncompile.lowering.torch_private import recorded_wrappers
+from lncompile.lowering.torch_private_codegen import recorded_wrappers
 
 Language = Literal["cpp", "triton"]
 

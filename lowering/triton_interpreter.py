@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lncompile.lowering import torch_private
+from lncompile.lowering import torch_private_codegen
 from lncompile.lowering.triton_without_gpu import pretend_gpu, require_triton
 
 
@@ -75,9 +75,9 @@ def _plain(value: Any) -> Any:
 def _serve(request: str, reply: str) -> None:
     """Run the jobs in a file, and write what they return to another."""
     outputs = []
-    with _faithful_interpreter(), pretend_gpu(), torch_private.cuda_device_switching_ignored():
+    with _faithful_interpreter(), pretend_gpu(), torch_private_codegen.cuda_device_switching_ignored():
         for source, arguments in torch.load(request):
-            for on_cuda, on_cpu in torch_private.CUDA_TO_CPU_TEXT:
+            for on_cuda, on_cpu in torch_private_codegen.CUDA_TO_CPU_TEXT:
                 source = source.replace(on_cuda, on_cpu)
             wrapper: dict[str, Any] = {"__name__": "generated_wrapper"}
             exec(compile(source, "<generated wrapper>", "exec"), wrapper)
@@ -102,7 +102,7 @@ def _faithful_interpreter() -> Iterator[None]:
         mock.patch.object(builder, "cast_impl", _rounding(builder.cast_impl)),
         mock.patch.object(builder, "create_fp_to_fp", _rounding(builder.create_fp_to_fp)),
         mock.patch.object(interpreter, "_patch_lang_tensor", patch_tensor_and_its_index),
-        torch_private.replaced_libdevice(_Libdevice()),
+        torch_private_codegen.replaced_libdevice(_Libdevice()),
     ):
         yield
 

@@ -34,7 +34,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, fx
 
-from lncompile.lowering import torch_private
+from lncompile.lowering import torch_private_codegen
 from lncompile.lowering.inspection import GeneratedCode, Kernel
 
 
@@ -104,7 +104,7 @@ def pretend_gpu(properties: GpuProperties = H200) -> Iterator[None]:
     from triton.backends.compiler import GPUTarget
 
     target = GPUTarget("cuda", properties.capability, properties.warp_size)
-    with torch_private.cuda_pretence(properties, target), torch_private.self_contained_compilation():
+    with torch_private_codegen.cuda_pretence(properties, target), torch_private_codegen.self_contained_compilation():
         yield
 
 
@@ -186,7 +186,7 @@ def retargeted_to_gpu(properties: GpuProperties = H200) -> Iterator[Recorder]:
 
     torch.compiler.reset()
     try:
-        with torch_private.every_graph_lowered(), torch_private.replaced_inner_compile(replace):
+        with torch_private_codegen.every_graph_lowered(), torch_private_codegen.replaced_inner_compile(replace):
             yield recorder
     finally:
         torch.compiler.reset()
@@ -251,14 +251,14 @@ def _compile_for_gpu(
 ) -> Callable[[list[Any]], Any]:
     """Stand in for Inductor's compilation of one graph: generate code for the GPU, return something to call."""
     device = torch.device("cuda", 0)
-    mode, inputs = torch_private.fake_tensors_on(device, example_inputs)
+    mode, inputs = torch_private_codegen.fake_tensors_on(device, example_inputs)
     # The copy is moved and given to Inductor, which changes it; the graph itself may still be run below.
     on_gpu = _moved_to(copy.deepcopy(graph_module), device)
     graph = recorder.graph_count
-    with torch_private.real_constants_among_fake_tensors(mode):
-        torch_private.propagate_fake_tensors(on_gpu, mode, inputs)
-        with pretend_gpu(properties), torch_private.generated_but_not_loaded(recorder.add_wrapper):
-            inductor(on_gpu, inputs, **torch_private.without_cuda_graphs(arguments))
+    with torch_private_codegen.real_constants_among_fake_tensors(mode):
+        torch_private_codegen.propagate_fake_tensors(on_gpu, mode, inputs)
+        with pretend_gpu(properties), torch_private_codegen.generated_but_not_loaded(recorder.add_wrapper):
+            inductor(on_gpu, inputs, **torch_private_codegen.without_cuda_graphs(arguments))
     run = _stand_in(graph_module)
 
     def call(values: list[Any]) -> Any:
@@ -267,7 +267,7 @@ def _compile_for_gpu(
             recorder.add_call(graph, values)
         return run(values)
 
-    return torch_private.takes_a_list_of_arguments(call)
+    return torch_private_codegen.takes_a_list_of_arguments(call)
 
 
 def _moved_to(graph_module: fx.GraphModule, device: torch.device) -> fx.GraphModule:
@@ -435,7 +435,7 @@ def compile_kernel(kernel: Kernel, properties: GpuProperties = H200) -> tuple[Ma
         raise RuntimeError("TRITON_INTERPRET=1 is set: one process cannot both interpret and compile Triton kernels")
     with pretend_gpu(properties), tempfile.TemporaryDirectory(prefix="lncompile_") as folder:
         autotuner = _load(kernel, Path(folder))
-        compiled = [torch_private.compile_launch_config(autotuner, config) for config in autotuner.configs]
+        compiled = [torch_private_codegen.compile_launch_config(autotuner, config) for config in autotuner.configs]
         return tuple(_disassemble(c, config.kwargs) for c, config in zip(compiled, autotuner.configs, strict=True))
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import lncompile
-from lncompile.lowering import torch_private
+from lncompile.lowering import torch_private_codegen
 from lncompile.lowering.triton_without_gpu import triton_for_sm90
 from lncompile.models import randomise
 from lncompile.timing import PairedTimings
@@ -424,7 +424,7 @@ def test_caches_are_empty_while_compile_times_are_taken(monkeypatch) -> None:
     import os
 
     before = os.environ["TORCHINDUCTOR_CACHE_DIR"]
-    with torch_private.empty_compiler_caches():
+    with torch_private_codegen.empty_compiler_caches():
         inside = os.environ["TORCHINDUCTOR_CACHE_DIR"]
         assert not os.listdir(inside)
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == before != inside

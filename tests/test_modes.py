@@ -20,7 +20,7 @@ from torch._dynamo.utils import counters
 
 import lncompile
 from lncompile import backend
-from lncompile.lowering import torch_private
+from lncompile.lowering import torch_private_codegen
 from lncompile.passes import materialize
 
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
@@ -62,7 +62,7 @@ def test_centered_weights_are_static_inputs(dynamic: bool) -> None:
         return wrapped
 
     net, value = model(), torch.randn(5, 16, dtype=torch.float64)
-    with torch_private.replaced_inner_compile(record), torch_private.every_graph_lowered():
+    with torch_private_codegen.replaced_inner_compile(record), torch_private_codegen.every_graph_lowered():
         torch.compile(net, backend="lnfold", dynamic=dynamic)(value)
     ((static, others),) = [(shapes[True], shapes[False]) for shapes in inputs]
     assert len(others) == 1, "the caller's tensor alone"

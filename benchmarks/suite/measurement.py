@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import lncompile
-from lncompile.lowering import torch_private
+from lncompile.lowering import torch_private, torch_private_codegen
 from lncompile.lowering.inspection import GeneratedCode
 from lncompile.machine import describe_machine
 from lncompile.timing import Estimate, PairedTimings, Stopwatch, measure
@@ -100,10 +100,10 @@ def prepare(recipe: Recipe, workload: Workload, model: nn.Module, settings: Sett
         rewind()
 
     before = _allocated(cuda)
-    skipped = torch_private.count_of("inductor", "cudagraph_skips")
-    failed = torch_private.count_of("lnfold", "internal_errors")
-    caches = torch_private.empty_compiler_caches() if settings.empty_caches else contextlib.nullcontext()
-    with caches, torch_private.many_recompiles(), torch_private.recorded_wrappers() as wrappers:
+    skipped = torch_private_codegen.count_of("inductor", "cudagraph_skips")
+    failed = torch_private_codegen.count_of("lnfold", "internal_errors")
+    caches = torch_private_codegen.empty_compiler_caches() if settings.empty_caches else contextlib.nullcontext()
+    with caches, torch_private.many_recompiles(), torch_private_codegen.recorded_wrappers() as wrappers:
         step()
         started = time.perf_counter()
         call()
@@ -123,11 +123,11 @@ def prepare(recipe: Recipe, workload: Workload, model: nn.Module, settings: Sett
         facts["first_call_s"] = first
         facts["launches"] = {"generated": code.launches, "extern": code.extern_calls}
         facts["graphs"] = len(code.source)
-        facts["cudagraph_skips"] = torch_private.count_of("inductor", "cudagraph_skips") - skipped
+        facts["cudagraph_skips"] = torch_private_codegen.count_of("inductor", "cudagraph_skips") - skipped
     if cuda:
         facts["device_bytes_kept"] = _allocated(cuda) - before
         facts["device_bytes_peak"] = torch.cuda.max_memory_allocated()
-    if torch_private.count_of("lnfold", "internal_errors") != failed:
+    if torch_private_codegen.count_of("lnfold", "internal_errors") != failed:
         raise RuntimeError("lnfold failed and fell back to stock torch.compile; its log says why")
     if recipe.name == CANDIDATE:
         facts |= _folding(function)

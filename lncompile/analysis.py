@@ -10,6 +10,7 @@ from typing import Any
 from torch import fx
 
 from lncompile.options import Options
+from lncompile.passes.affine import Absorption, plan_absorptions
 from lncompile.passes.copying import copy_graph_module
 from lncompile.passes.costs import CostModel
 from lncompile.passes.decisions import Reason, Site
@@ -19,7 +20,7 @@ from lncompile.passes.placement import Placement, place
 from lncompile.passes.sites import NormSite, find_sites
 from lncompile.passes.streams import Variable, VariableKey, build_streams
 from lncompile.passes.subgraphs import norms_in_subgraphs
-from lncompile.passes.verdicts import judge, left_alone
+from lncompile.passes.verdicts import judge, left_alone, say_affine
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Analysis:
         placement: what is centered where; None where the graph is to stay untouched.
         costs: what was weighed.
         trained: parameter expressions whose gradient is wanted: they are centered in the graph, at every step.
+        absorptions: norms whose γ and β go into the linear layers that read them.
     """
 
     graph_module: fx.GraphModule
@@ -43,6 +45,7 @@ class Analysis:
     placement: Placement | None
     costs: CostModel = field(default_factory=CostModel)
     trained: frozenset[fx.Node] = frozenset()
+    absorptions: tuple[Absorption, ...] = ()
 
 
 def analyse(graph_module: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Analysis:
@@ -107,7 +110,7 @@ def _analyse_expanded(
     costs = CostModel(training=trained is not None, weighs_weights=options.training == "auto")
     variables = build_streams(sites, facts, costs)
     placement = place(sites, variables, options.assist, costs)
-    verdicts = judge(sites, placement, variables, costs)
-    return Analysis(
-        copy, sites, verdicts, variables, placement if placement.folded else None, costs, frozenset(facts.trained)
-    )
+    absorptions, affine = plan_absorptions(options.absorb_affine, placement, variables, facts, costs)
+    verdicts = say_affine(judge(sites, placement, variables, costs), sites, absorptions, affine)
+    decided = placement if placement.folded else None
+    return Analysis(copy, sites, verdicts, variables, decided, costs, frozenset(facts.trained), absorptions)

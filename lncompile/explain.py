@@ -71,10 +71,13 @@ def _with_weights(report: FoldReport, graph_module: fx.GraphModule, analysis: An
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     transformed = transform(analysis, options)
     weights = centered_in_the_graph(transformed)
-    for expression in transformed.expressions:
+    materialised = [node for node in transformed.graph_module.graph.nodes if node.op == "placeholder"]
+    for expression, value in zip(transformed.expressions, materialised[len(placeholders) :], strict=True):
         leaves = [placeholders[leaf] for leaf in expression.leaves]
         name = " · ".join(parameter_name(leaf) for leaf in leaves)
-        tensor = tensor_of(leaves[0])
+        # A bias that only absorbs a shift has the size of no parameter.
+        tensor = tensor_of(value)
+        tensor = tensor_of(leaves[0]) if tensor is None else tensor
         assert tensor is not None  # a parameter
         weights.append(WeightRewrite(name, tensor.numel() * tensor.element_size(), "copy"))
     return FoldReport(report.sites, tuple(weights), report.centerings)

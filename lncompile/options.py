@@ -29,6 +29,9 @@ class Options:
             weights at every step costs less than it saves; ``"on"``: wherever they can; ``"off"``: not at all.
         check: whether every call looks if a weight has changed. Without, centered weights are those of the first call
             with a set of parameters, until :func:`lncompile.refresh`: for servers whose weights stay as they are.
+        absorb_affine: whether γ and β of a folded norm go into the linear layers that read it. ``"auto"``: where those
+            weights are copied anyway and a call moves fewer bytes; ``True``: wherever it can be done, at a copy of each
+            such weight; ``False``: nowhere.
     """
 
     weights: str = "copy"
@@ -36,6 +39,7 @@ class Options:
     assist: bool = True
     training: str = "auto"
     check: bool = True
+    absorb_affine: bool | str = "auto"
 
 
 _VALUES: dict[str, tuple[Any, ...]] = {
@@ -44,6 +48,7 @@ _VALUES: dict[str, tuple[Any, ...]] = {
     "assist": (True, False),
     "training": ("auto", "on", "off"),
     "check": (True, False),
+    "absorb_affine": ("auto", True, False),
 }
 
 

@@ -80,9 +80,9 @@ class FoldReport:
         for site in self.sites:
             reason = "" if site.reason is None else f"{site.reason.value}: "
             style = "green" if site.folded else "yellow"
-            table.add_row(
-                Text(site.name), Text(site.location), Text(site.lowering, style=style), Text(f"{reason}{site.detail}")
-            )
+            affine = f"; {site.affine}" if site.affine_absorbed_by else ""
+            why = Text(f"{reason}{site.detail}{affine}")
+            table.add_row(Text(site.name), Text(site.location), Text(site.lowering, style=style), why)
         yield table
         yield Text(self.summary(), style="bold")
         for left in dict.fromkeys(site.reason for site in self.sites if site.reason is not None):
@@ -92,10 +92,13 @@ class FoldReport:
 
     def summary(self) -> str:
         """One line: how many folded, what was centered, what it costs."""
-        words = f"{self.folded} of {self.total} LayerNorms folded into {len(self.weights)} centered weights"
+        absorbed = sum(bool(site.affine_absorbed_by) for site in self.sites)
+        kind = "centered or absorbing" if absorbed else "centered"
+        words = f"{self.folded} of {self.total} LayerNorms folded into {len(self.weights)} {kind} weights"
         words += f" ({self.extra_bytes / 2**20:.1f} MiB beside the model"
         trained = sum(weight.storage == "graph" for weight in self.weights)
         words += f", {trained} centered at every step)" if trained else ")"
+        words += f"; γ and β of {absorbed} absorbed" if absorbed else ""
         left = Counter(site.reason.value for site in self.sites if site.reason is not None)
         if left:
             words += "; left: " + ", ".join(f"{count} {reason}" for reason, count in left.most_common())

@@ -10,6 +10,7 @@ from torch import fx
 from lncompile.analysis import Analysis
 from lncompile.lowering import NormCall, lower_to_aten, lower_to_rms_norm
 from lncompile.options import Options
+from lncompile.passes.affine import absorb
 from lncompile.passes.canonical import tensor_of
 from lncompile.passes.handwritten import fold_handwritten_norm
 from lncompile.passes.materialize import Expression, hoist
@@ -54,9 +55,10 @@ def transform(analysis: Analysis, options: Options) -> Transformed:
         for site in analysis.placement.folded:
             if site.handwritten is not None:
                 fold_handwritten_norm(graph, site.handwritten, _input(site))
+        absorbing = absorb(graph, analysis.absorptions, rewritten.weights)
         # Taking a mean out may have taken with it what was centered for the mean alone.
         present = set(graph.nodes)
-        expressions, _ = hoist(graph, [weight for weight in rewritten.weights if weight in present])
+        expressions, _ = hoist(graph, [weight for weight in (*rewritten.weights, *absorbing) if weight in present])
         # One at a time: lowering a norm exchanges the input of a norm of that norm.
         lower_to_rms_norm(graph, (_call(site) for site in calls if site.node in folded))
     if options.nonfoldable == "eager":

@@ -92,6 +92,8 @@ class Site:
         reason: None for a folded site, else why not.
         detail: the reason in words, naming the blocking operation and where it stands; for a folded site how.
         centered_by: names of the parameters that absorb the centering, nearest first.
+        affine_absorbed_by: names of the weights that absorb its γ and β; empty where the norm applies them itself.
+        affine: what became of γ and β of a folded site, and why, in words; "" where nothing was asked.
     """
 
     name: str
@@ -101,6 +103,8 @@ class Site:
     reason: Reason | None
     detail: str
     centered_by: tuple[str, ...]
+    affine_absorbed_by: tuple[str, ...] = ()
+    affine: str = ""
 
     @property
     def remedy(self) -> str | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Mapping, Sequence
 
 from torch import fx
 
 from lncompile.passes import provenance
+from lncompile.passes.affine import Absorption
 from lncompile.passes.costs import NOTHING, CostModel
 from lncompile.passes.decisions import Blocker, Reason, RuntimeCentering, Site
 from lncompile.passes.placement import Placement, benefit
@@ -29,6 +31,24 @@ def judge(
 def left_alone(sites: Sequence[NormSite], reason: Reason, detail: str) -> tuple[Site, ...]:
     """Return verdicts for a graph that is compiled untouched for one reason."""
     return tuple(Site(s.name, s.location, False, "layer_norm", reason, detail, ()) for s in sites)
+
+
+def say_affine(
+    verdicts: Sequence[Site], sites: Sequence[NormSite], absorptions: Sequence[Absorption], words: Mapping[fx.Node, str]
+) -> tuple[Site, ...]:
+    """Add what became of γ and β to the verdicts.
+
+    Args:
+        verdicts: one for each site.
+        sites: the sites.
+        absorptions: whose affine is absorbed.
+        words: what became of it and why, by the norm's node.
+    """
+    names = {absorption.site.node: absorption.names() for absorption in absorptions}
+    return tuple(
+        dataclasses.replace(v, affine_absorbed_by=names.get(s.node, ()), affine=words.get(s.node, ""))
+        for v, s in zip(verdicts, sites, strict=True)
+    )
 
 
 def _folded_site(site: NormSite, placement: Placement, variables: Mapping[VariableKey, Variable]) -> Site:

@@ -36,8 +36,8 @@ reader is something else, the caller included.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ from lncompile.passes import provenance
 from lncompile.passes.axes import Axes
 from lncompile.passes.canonical import Operation, canonicalise, tensor_of
 from lncompile.passes.centering import EXACT
-from lncompile.passes.costs import NOTHING, Bytes, CostModel, one_pass
+from lncompile.passes.costs import NOTHING, Bytes, CostModel, Device, Price, one_pass
 from lncompile.passes.decisions import Blocked, Reason
 from lncompile.passes.graph_facts import GraphFacts
 from lncompile.passes.norm_calls import LAYER_NORMS, WITH_STATISTICS
@@ -119,27 +119,27 @@ class Absorption:
     Attributes:
         site: the norm.
         consumers: all that read it.
-        memory: bytes of the copies that are kept for it alone; a weight that is centered is copied anyway.
-        saved: bytes of memory traffic that a call saves.
+        price: what it saves and costs. A weight that is centered is copied anyway, and costs no memory.
     """
 
     site: NormSite
     consumers: tuple[Consumer, ...]
-    memory: Bytes
-    saved: Bytes
+    price: Price
 
     def names(self) -> tuple[str, ...]:
         """Names of the weights that absorb it."""
         names = [name for consumer in self.consumers for name in provenance.parameter_names(consumer.weight)]
         return tuple(dict.fromkeys(names))
 
-    def __str__(self) -> str:
-        return f"γ and β absorbed by {', '.join(self.names())}: {self.price()}"
+    def in_words(self) -> str:
+        """What is done and why, for the report."""
+        return f"γ and β absorbed by {', '.join(self.names())}: {self.price.in_words(device_of(self.site))}"
 
-    def price(self) -> str:
-        """What it costs and saves, in words."""
-        moved = f"{self.saved} bytes less" if self.saved.hint >= 0 else f"{NOTHING - self.saved} bytes more"
-        return f"moves {moved} a call and keeps {self.memory} bytes of weights beside those that are centered anyway"
+
+def device_of(site: NormSite) -> Device | None:
+    """The device that a norm runs on, if its bandwidth can be asked for."""
+    tensor = tensor_of(site.input)
+    return None if tensor is None else Device.of(tensor.device)
 
 
 # --- finding ---
@@ -270,6 +270,7 @@ def plan_absorptions(
     variables: Mapping[VariableKey, Variable],
     facts: GraphFacts,
     costs: CostModel,
+    deferred: Collection[fx.Node] = (),
 ) -> tuple[tuple[Absorption, ...], dict[fx.Node, str]]:
     """Decide for every folded norm whether its affine is absorbed.
 
@@ -279,6 +280,7 @@ def plan_absorptions(
         variables: the streams it was made from.
         facts: the facts of the graph.
         costs: what is weighed; in training nothing is absorbed.
+        deferred: norms whose absorption is decided already, because their scale is deferred.
 
     Returns:
         The absorptions, and for every folded norm, by its node, what became of its affine, in words.
@@ -286,7 +288,7 @@ def plan_absorptions(
     absorptions: list[Absorption] = []
     words: dict[fx.Node, str] = {}
     for site in placement.folded if mode is not False else ():
-        if site.handwritten is None and site.weight is None and site.bias is None:
+        if site.node in deferred or (site.handwritten is None and site.weight is None and site.bias is None):
             continue
         if costs.training:
             words[site.node] = "γ and β stay: they are trained"
@@ -296,15 +298,15 @@ def plan_absorptions(
         except Blocked as blocked:
             words[site.node] = f"γ and β stay: {blocked.sentence}"
             continue
-        absorption = _priced(site, consumers, placement, variables)
+        absorption = price_absorption(site, consumers, placement, variables)
         rounded = _rounded_once_more(absorption, placement, variables)
         if rounded is not None:
             words[site.node] = f"γ and β stay: {rounded} would be rounded to bfloat16 once more"
-        elif mode is True or (absorption.memory.hint <= 0 < absorption.saved.hint):
+        elif mode is True or absorption.price.wins:
             absorptions.append(absorption)
-            words[site.node] = str(absorption)
+            words[site.node] = absorption.in_words()
         else:
-            words[site.node] = f"γ and β stay: absorbing them {absorption.price()}"
+            words[site.node] = f"γ and β stay: absorbing them {absorption.price.in_words(device_of(site))}"
     return tuple(absorptions), words
 
 
@@ -320,12 +322,13 @@ def _rounded_once_more(
     return None
 
 
-def _priced(
+def price_absorption(
     site: NormSite,
     consumers: tuple[Consumer, ...],
     placement: Placement,
     variables: Mapping[VariableKey, Variable],
 ) -> Absorption:
+    """Return the absorption of a norm's affine by these consumers, priced but not decided."""
     saved, memory = NOTHING, NOTHING
     for parameter in (site.weight, site.bias):
         tensor = None if parameter is None else tensor_of(parameter)
@@ -344,7 +347,7 @@ def _priced(
                 saved -= row  # it is read where none was
             if bias is None or not _is_copied_anyway(bias, [consumer], placement, variables):
                 memory += row
-    return Absorption(site, consumers, memory, saved)
+    return Absorption(site, consumers, Price(saved, memory))
 
 
 def _row_of_outputs(consumer: Consumer) -> Bytes:
@@ -431,7 +434,20 @@ def shift_bias(bias: Tensor | None, weight: Tensor, shift: Tensor, dimension: in
     return (row if bias is None else torch.add(row, bias.to(EXACT))).to(dtype)
 
 
-def absorb(graph: fx.Graph, absorptions: Sequence[Absorption], rounded: Sequence[fx.Node]) -> list[fx.Node]:
+@dataclass(frozen=True)
+class Absorbed:
+    """What an absorption put into the graph.
+
+    Attributes:
+        parameters: nodes of parameters that absorbed something, to be materialised.
+        products: the product that took the place of another one, by that.
+    """
+
+    parameters: list[fx.Node] = field(default_factory=list)
+    products: dict[fx.Node, fx.Node] = field(default_factory=dict)
+
+
+def absorb(graph: fx.Graph, absorptions: Sequence[Absorption], rounded: Sequence[fx.Node]) -> Absorbed:
     """Carry absorptions out.
 
     Args:
@@ -439,23 +455,22 @@ def absorb(graph: fx.Graph, absorptions: Sequence[Absorption], rounded: Sequence
         absorptions: what to do.
         rounded: nodes of centered parameters, computed in float64 and rounded at their end. What is absorbed into one
             of them starts from what it was before it was rounded. One that nobody reads any more is erased.
-
-    Returns:
-        The nodes of the parameters that absorbed something, to be materialised.
     """
+    done = Absorbed()
     if not absorptions:
-        return []
+        return done
     exact = {node: node.args[0] for node in rounded if node.target == "to" and isinstance(node.args[0], fx.Node)}
     made: dict[tuple[fx.Node | None, ...], fx.Node] = {}
     for absorption in absorptions:
         site = absorption.site
         for consumer in absorption.consumers:
-            _absorb_into(graph, consumer, site.weight, site.bias, exact, made)
+            _absorb_into(graph, consumer, site.weight, site.bias, exact, made, done.products)
         site.current().replace({("weight", None): None, ("bias", None): None})
     for node in exact:
         if not node.users and node not in made.values():
             graph.erase_node(node)
-    return list(made.values())
+    done.parameters.extend(made.values())
+    return done
 
 
 def _absorb_into(
@@ -465,6 +480,7 @@ def _absorb_into(
     shift: fx.Node | None,
     exact: Mapping[fx.Node, fx.Node],
     made: dict[tuple[fx.Node | None, ...], fx.Node],
+    products: dict[fx.Node, fx.Node],
 ) -> None:
     node, layout = consumer.operation.node, consumer.layout
     operation = canonicalise(node)
@@ -502,6 +518,7 @@ def _absorb_into(
             product.meta.update({k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")})
             node.replace_all_uses_with(product)
             graph.erase_node(node)
+            products[node] = product
 
 
 def _product_with_bias(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

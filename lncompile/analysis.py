@@ -117,7 +117,7 @@ def _analyse_expanded(
     deferred = {deferral.site.node: deferral.absorption for deferral in deferrals}
     absorptions, affine = plan_absorptions(options.absorb_affine, placement, variables, facts, costs, deferred)
     absorptions = (*absorptions, *deferred.values())
-    affine.update((node, absorption.in_words()) for node, absorption in deferred.items())
+    affine.update((node, absorption.in_words()) for node, absorption in deferred.items() if absorption.names())
     verdicts = say_lowering(judge(sites, placement, variables, costs), sites, absorptions, deferred, affine, scales)
     decided = placement if placement.folded else None
     return Analysis(copy, sites, verdicts, variables, decided, costs, frozenset(facts.trained), absorptions, deferrals)

@@ -56,11 +56,10 @@ def say_lowering(
         dataclasses.replace(
             verdict,
             lowering="rms_norm_deferred" if site.node in deferred else verdict.lowering,
-            affine_absorbed_by=names.get(site.node, ()) if site.weight is not None or site.bias is not None else (),
+            affine_absorbed_by=names.get(site.node, ()),
             affine=affine.get(site.node, ""),
             deferral=deferral.get(site.node, ""),
         )
-        if site.handwritten is None
         else dataclasses.replace(verdict, affine=affine.get(site.node, ""), deferral=deferral.get(site.node, ""))
         for verdict, site in zip(verdicts, sites, strict=True)
     )

@@ -127,7 +127,9 @@ class Absorption:
     price: Price
 
     def names(self) -> tuple[str, ...]:
-        """Names of the weights that absorb it."""
+        """Names of the weights that absorb it; none of a norm without an affine."""
+        if self.site.weight is None and self.site.bias is None:
+            return ()
         names = [name for consumer in self.consumers for name in provenance.parameter_names(consumer.weight)]
         return tuple(dict.fromkeys(names))
 

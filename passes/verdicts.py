@@ -60,7 +60,6 @@ def say_lowering(
             affine=affine.get(site.node, ""),
             deferral=deferral.get(site.node, ""),
         )
-        else dataclasses.replace(verdict, affine=affine.get(site.node, ""), deferral=deferral.get(site.node, ""))
         for verdict, site in zip(verdicts, sites, strict=True)
     )
 

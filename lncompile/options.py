@@ -34,7 +34,7 @@ class Options:
             such weight; ``False``: nowhere.
         defer: whether the scale of a folded norm moves behind the products that read it, so that the normalised tensor
             is never written. ``"auto"``: where no kernel is added and a call saves more traffic than the absorbing
-            weights hold; ``"on"``: wherever it can be done; ``"off"``: nowhere.
+            weights hold; ``"on"``: wherever no kernel is added; ``"off"``: nowhere.
     """
 
     weights: str = "copy"

@@ -26,8 +26,8 @@ In bfloat16 the rounding of ``W diag(γ)`` takes the place of that of the norm's
 
 **By itself** (``"auto"``) only where it wins by the cost model (:class:`Price`): every reader's result goes into
 pointwise operations alone, one of which is no mere addition (Inductor may take that into the product); the stream has
-other readers; and the write that is saved is larger than the copies of weights that are kept. ``"on"`` does it wherever
-it is legal.
+other readers; and the write that is saved is larger than the copies of weights that are kept. ``"on"`` asks neither for
+other readers nor for the weights: it defers wherever no kernel is added.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def plan_deferrals(
         said = price.in_words(device_of(site))
         if adding:
             said += f" (behind {', '.join(provenance.describe(consumer.operation.node) for consumer in adding)})"
-        if mode == "on" or price.wins:
+        if price.wins or (mode == "on" and not adding):
             deferrals.append(Deferral(site, absorption, price))
             words[site.node] = f"scaled behind the products: {said}"
         else:
@@ -134,6 +134,9 @@ def _deferrable(site: NormSite, absorb_affine: bool | str, facts: GraphFacts, co
     # float16 is no dtype of theirs: find_consumers lets none of it through behind the norm.
     if tensor is None or tensor.dtype != site.output_dtype or tensor.dtype == torch.float16:
         raise Blocked(Reason.UNKNOWN_OPERATION, "its output has another dtype than its input, or is float16")
+    # The products are to read the stream itself, later than the norm does.
+    if facts.is_written_after(site.input, site.node):
+        raise Blocked(Reason.MUTATION, "the stream is written to behind the norm")
     for consumer in consumers:
         node = consumer.operation.node
         if consumer.operation.name == "convolution" or node.meta.get(WRITTEN):

@@ -44,7 +44,7 @@ class Block(nn.Module):
 
 
 Body = Callable[[Block, Tensor], Tensor]
-# A body, and how many kernels more its deferral would launch by the cost model.
+# A body, and how many kernels more its deferral would launch by the cost model: then it is left.
 DEFERRED: dict[str, tuple[Body, int]] = {
     "linear and gelu": (lambda m, x: functional.gelu(m.up(m.norm(x))), 0),
     "no affine": (lambda m, x: torch.relu(m.up(m.simple(x))), 0),
@@ -59,6 +59,24 @@ DEFERRED: dict[str, tuple[Body, int]] = {
         lambda m, x: (lambda y: functional.gelu(m.gate(y)) + torch.softmax(m.up(y), 1))(m.norm(x)), 1),
     "two norms": (lambda m, x: torch.relu(m.up(m.norm(x))) + torch.tanh(m.gate(m.plain(x))), 0),
 }  # fmt: skip
+
+
+def written_to(m: Block, x: Tensor) -> Tensor:
+    """What the norm read is no more when its output is multiplied."""
+    stream = x * 2
+    normed = m.norm(stream)
+    stream += x
+    return torch.relu(m.up(normed)) + m.gate(m.plain(stream))
+
+
+def written_under_a_name(m: Block, x: Tensor) -> Tensor:
+    stream = x * 2
+    name = functional.dropout(stream, 0.5, training=False).view(-1, D)
+    normed = m.norm(stream)
+    name += x.view(-1, D)
+    return torch.relu(m.up(normed)) + m.gate(m.plain(name)).view(2, TOKENS, OUT)
+
+
 LEFT: dict[str, tuple[Body, str]] = {
     "an activation reads it": (lambda m, x: m.up(torch.relu(m.norm(x))), "relu"),
     "tokens chosen": (lambda m, x: torch.relu(m.up(m.norm(x)[:, -1:])), "rows are moved"),
@@ -68,6 +86,8 @@ LEFT: dict[str, tuple[Body, str]] = {
     "a convolution": (lambda m, x: torch.relu(m.point(m.norm(x).transpose(1, 2))).transpose(1, 2), "conv1d"),
     "another dtype": (
         lambda m, x: torch.relu(functional.linear(m.norm(x).float(), m.up.weight.float())).double(), "rows are moved"),
+    "the stream is written to": (written_to, "written to behind the norm"),
+    "a name of the stream is written to": (written_under_a_name, "written to behind the norm"),
     "float16": (
         lambda m, x: torch.relu(functional.linear(m.norm(x).half(), m.up.weight.half())).double(), "half"),
 }  # fmt: skip
@@ -90,11 +110,11 @@ def test_what_is_deferred(name: str, without_inductor: None) -> None:
     assert relative_error(compiled(IDS), model(IDS)) <= 1e-12
     (report,) = lncompile.reports(compiled)
     *deferred, final = report.sites
-    assert {site.lowering for site in deferred} == {"rms_norm_deferred"}
+    assert {site.lowering for site in deferred} == {"rms_norm" if kernels else "rms_norm_deferred"}
     assert final.lowering == "rms_norm"
     more = f"launches {kernels} kernel more" if kernels else ""
     assert all(more in site.deferral and ("launches" in site.deferral) == bool(kernels) for site in deferred)
-    assert "rms_norm_deferred" in str(report)
+    assert ("rms_norm_deferred" in str(report)) == (not kernels)
     for norm in (model.norm, model.plain):
         norm.weight.mul_(1.5)
         norm.bias.add_(1)
@@ -108,8 +128,9 @@ def test_what_is_not(name: str, without_inductor: None) -> None:
     compiled = torch.compile(model, backend="lnfold", options=ON)
     # Two of the bodies compute in single and in half precision.
     assert relative_error(compiled(IDS), model(IDS)) <= {"float16": 1e-3, "another dtype": 1e-6}.get(name, 1e-12)
-    assert lowerings(compiled) == ["rms_norm", "rms_norm"]
-    assert words in lncompile.reports(compiled)[0].sites[0].deferral
+    (report,) = lncompile.reports(compiled)
+    assert report.sites[0].lowering == "rms_norm"
+    assert words in report.sites[0].deferral
 
 
 def test_the_normalised_tensor_is_gone() -> None:
@@ -235,7 +256,7 @@ def test_devices() -> None:
 
 # --- models ---
 
-MODELS = {"gpt2": 4, "opt": 4, "vit": 4, "falcon_rw": 4, "falcon_7b": 2}
+MODELS = {"gpt2": 2, "opt": 2, "vit": 2, "falcon_rw": 2, "falcon_7b": 0}
 BY_NAME = {architecture.name: architecture for architecture in ARCHITECTURES}
 
 

@@ -433,7 +433,7 @@ def shift_bias(bias: Tensor | None, weight: Tensor, shift: Tensor, dimension: in
     """
     product = torch.matmul(torch.movedim(weight.to(EXACT), dimension, -1), shift.to(EXACT))
     row = torch.sum(torch.flatten(torch.unsqueeze(product, -1), 1), 1)
-    return (row if bias is None else torch.add(row, bias.to(EXACT))).to(dtype)
+    return (row if bias is None else torch.add(bias.to(EXACT), row)).to(dtype)
 
 
 @dataclass(frozen=True)

@@ -314,3 +314,10 @@ def test_generated_code_has_no_kernel_more(name: str) -> None:
     assert sum(k.reductions for k in ours.kernels) == sum(k.reductions for k in in_place.kernels)
     loads = [sum(kernel.loads * kernel.launches for kernel in code.kernels) for code in (ours, in_place)]
     assert loads[0] < loads[1], "γ and β are not read any more"
+
+
+def test_through_inductor() -> None:
+    model = block(DEFERRED["addmm of flattened rows"][0])
+    compiled = torch.compile(model, backend="lnfold", options=ON)
+    assert relative_error(compiled(IDS), model(IDS)) <= 1e-12
+    assert lowerings(compiled) == ["rms_norm_deferred", "rms_norm"]

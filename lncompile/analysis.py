@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx
 
 from lncompile.options import Options
-from lncompile.passes.affine import Absorption, plan_absorptions
+from lncompile.passes.affine import Absorption, parameters_centered_for, plan_absorptions
 from lncompile.passes.copying import copy_graph_module
 from lncompile.passes.costs import CostModel
 from lncompile.passes.decisions import Reason, Site
@@ -113,9 +113,10 @@ def _analyse_expanded(
     costs = CostModel(training=trained is not None, weighs_weights=options.training == "auto")
     variables = build_streams(sites, facts, costs)
     placement = place(sites, variables, options.assist, costs)
-    deferrals, scales = plan_deferrals(options.defer, options.absorb_affine, placement, variables, facts, costs)
+    folded, centered = placement.folded, parameters_centered_for(placement, variables)
+    deferrals, scales = plan_deferrals(options.defer, options.absorb_affine, folded, centered, facts, costs)
     deferred = {deferral.site.node: deferral.absorption for deferral in deferrals}
-    absorptions, affine = plan_absorptions(options.absorb_affine, placement, variables, facts, costs, deferred)
+    absorptions, affine = plan_absorptions(options.absorb_affine, folded, centered, facts, costs, deferred)
     absorptions = (*absorptions, *deferred.values())
     affine.update((node, absorption.in_words()) for node, absorption in deferred.items() if absorption.names())
     verdicts = say_lowering(judge(sites, placement, variables, costs), sites, absorptions, deferred, affine, scales)

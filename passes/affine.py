@@ -36,6 +36,7 @@ reader is something else, the caller included.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,6 +67,9 @@ _MOVES = frozenset(
     "type_as identity dropout getitem narrow slice select index_select roll flip".split()
 )
 _DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16})
+
+# Which parameters each product's result is centered by.
+CenteredFor = Mapping[fx.Node, Collection[fx.Node]]
 
 
 @dataclass(frozen=True)
@@ -239,6 +243,9 @@ def _consumer(
     is_convolution = operation.name == "convolution"
     if tensor is None or result is None or (not is_convolution and tensor.dim() != 2) or is_sharded(tensor):
         raise Blocked(Reason.UNSUPPORTED_WEIGHT, f"the weight of {where} is no plain matrix")
+    given = tensor_of(site.input)
+    if given is None or given.device != tensor.device:
+        raise Blocked(Reason.UNSUPPORTED_WEIGHT, f"the weight of {where} is on another device")
     if not {tensor.dtype, result.dtype} <= _DTYPES:
         raise Blocked(Reason.UNSUPPORTED_WEIGHT, f"{where} computes in a dtype too narrow for W diag(γ)")
     features = axes.rank - 1 - (tensor.dim() - 2 if is_convolution else 0)
@@ -268,8 +275,8 @@ def _require_place_for_shift(consumer: Consumer, facts: GraphFacts, where: str) 
 
 def plan_absorptions(
     mode: bool | str,
-    placement: Placement,
-    variables: Mapping[VariableKey, Variable],
+    folded: Sequence[NormSite],
+    centered: CenteredFor,
     facts: GraphFacts,
     costs: CostModel,
     deferred: Collection[fx.Node] = (),
@@ -278,8 +285,8 @@ def plan_absorptions(
 
     Args:
         mode: ``lnfold.absorb_affine``.
-        placement: which norms fold, and which weights are centered for that.
-        variables: the streams it was made from.
+        folded: the norms that fold.
+        centered: which parameters are centered for that, see :func:`parameters_centered_for`.
         facts: the facts of the graph.
         costs: what is weighed; in training nothing is absorbed.
         deferred: norms whose absorption is decided already, because their scale is deferred.
@@ -289,7 +296,7 @@ def plan_absorptions(
     """
     absorptions: list[Absorption] = []
     words: dict[fx.Node, str] = {}
-    for site in placement.folded if mode is not False else ():
+    for site in folded if mode is not False else ():
         if site.node in deferred or (site.handwritten is None and site.weight is None and site.bias is None):
             continue
         if costs.training:
@@ -300,8 +307,8 @@ def plan_absorptions(
         except Blocked as blocked:
             words[site.node] = f"γ and β stay: {blocked.sentence}"
             continue
-        absorption = price_absorption(site, consumers, placement, variables)
-        rounded = _rounded_once_more(absorption, placement, variables)
+        absorption = price_absorption(site, consumers, centered)
+        rounded = _rounded_once_more(absorption, centered)
         if rounded is not None:
             words[site.node] = f"γ and β stay: {rounded} would be rounded to bfloat16 once more"
         elif mode is True or absorption.price.wins:
@@ -312,43 +319,47 @@ def plan_absorptions(
     return tuple(absorptions), words
 
 
-def _rounded_once_more(
-    absorption: Absorption, placement: Placement, variables: Mapping[VariableKey, Variable]
-) -> str | None:
+def parameters_centered_for(placement: Placement, variables: Mapping[VariableKey, Variable]) -> CenteredFor:
+    """Return the parameters that each product's result is centered by, by the product's node."""
+    centered: dict[fx.Node, set[fx.Node]] = defaultdict(set)
+    for key in placement.streams:
+        source = variables[key].composed_source
+        if source is None:
+            centered[key[0]].update(variables[key].operands)
+        else:
+            centered[source.product.node].update(source.parameters())
+    return centered
+
+
+def _rounded_once_more(absorption: Absorption, centered: CenteredFor) -> str | None:
     """Name of a weight in bfloat16 that is not rounded anyway, for its centering; None if there is none."""
     for consumer in absorption.consumers if absorption.site.weight is not None else ():
         tensor = tensor_of(consumer.weight)
         narrow = tensor is not None and tensor.dtype == torch.bfloat16
-        if narrow and not _is_centered_for(consumer, consumer.weight, placement, variables):
+        if narrow and consumer.weight not in centered.get(consumer.operation.node, ()):
             return " · ".join(provenance.parameter_names(consumer.weight))
     return None
 
 
-def price_absorption(
-    site: NormSite,
-    consumers: tuple[Consumer, ...],
-    placement: Placement,
-    variables: Mapping[VariableKey, Variable],
-) -> Absorption:
+def price_absorption(site: NormSite, consumers: tuple[Consumer, ...], centered: CenteredFor) -> Absorption:
     """Return the absorption of a norm's affine by these consumers, priced but not decided."""
     saved, memory = NOTHING, NOTHING
     for parameter in (site.weight, site.bias):
         tensor = None if parameter is None else tensor_of(parameter)
         saved += NOTHING if tensor is None else one_pass(tensor)
-    for weight in dict.fromkeys(consumer.weight for consumer in consumers):
+    absorbing = [consumer.weight for consumer in consumers if site.weight is not None]
+    for weight in dict.fromkeys(absorbing):
         tensor = tensor_of(weight)
         assert tensor is not None  # its shape was read when the consumer was found
         readers = [consumer for consumer in consumers if consumer.weight is weight]
-        if not _is_copied_anyway(weight, readers, placement, variables):
+        if not _is_copied_anyway(weight, readers, centered):
             memory += one_pass(tensor)
-    if site.bias is not None:
-        for consumer in consumers:
-            bias = consumer.bias
-            row = _row_of_outputs(consumer)
-            if bias is None:
-                saved -= row  # it is read where none was
-            if bias is None or not _is_copied_anyway(bias, [consumer], placement, variables):
-                memory += row
+    for consumer in consumers if site.bias is not None else ():
+        row = _row_of_outputs(consumer)
+        if consumer.bias is None:
+            saved -= row  # it is read where none was
+        if consumer.bias is None or not _is_copied_anyway(consumer.bias, [consumer], centered):
+            memory += row
     return Absorption(site, consumers, Price(saved, memory))
 
 
@@ -359,33 +370,10 @@ def _row_of_outputs(consumer: Consumer) -> Bytes:
     return one_pass(weight.new_empty([weight.shape[1 - consumer.layout.dimension]]))
 
 
-def _is_copied_anyway(
-    parameter: fx.Node,
-    readers: Sequence[Consumer],
-    placement: Placement,
-    variables: Mapping[VariableKey, Variable],
-) -> bool:
+def _is_copied_anyway(parameter: fx.Node, readers: Sequence[Consumer], centered: CenteredFor) -> bool:
     """Whether a parameter is centered for its readers, and nobody else reads the copy."""
-    return set(parameter.users) == {reader.operation.node for reader in readers} and all(
-        _is_centered_for(reader, parameter, placement, variables) for reader in readers
-    )
-
-
-def _is_centered_for(
-    reader: Consumer, parameter: fx.Node, placement: Placement, variables: Mapping[VariableKey, Variable]
-) -> bool:
-    """Whether a product's result is a stream that is centered by centering this parameter of it."""
-    node = reader.operation.node
-    composed = [
-        variable.composed_source
-        for variable in variables.values()
-        if variable.composed_source is not None
-        and variable.composed_source.product.node is node
-        and variable.key in placement.streams
-    ]
-    if any(parameter in source.parameters() for source in composed):
-        return True
-    return any(parameter in variables[key].operands for key in placement.streams if key[0] is node)
+    nodes = {reader.operation.node for reader in readers}
+    return set(parameter.users) == nodes and all(parameter in centered.get(node, ()) for node in nodes)
 
 
 # --- carrying it out ---

@@ -40,7 +40,7 @@ from torch import Tensor, fx
 
 from lncompile.lowering import emit, row_scale, scale_rows
 from lncompile.passes import provenance
-from lncompile.passes.affine import Absorption, Consumer, device_of, find_consumers, price_absorption
+from lncompile.passes.affine import Absorption, CenteredFor, Consumer, device_of, find_consumers, price_absorption
 from lncompile.passes.axes import same_size
 from lncompile.passes.canonical import canonicalise, tensor_of
 from lncompile.passes.centering import training_dtype
@@ -48,9 +48,7 @@ from lncompile.passes.costs import NOTHING, Bytes, CostModel, Price, one_pass
 from lncompile.passes.decisions import Blocked, Reason
 from lncompile.passes.graph_facts import GraphFacts
 from lncompile.passes.operands import WRITTEN, shape
-from lncompile.passes.placement import Placement
 from lncompile.passes.sites import NormSite
-from lncompile.passes.streams import Variable, VariableKey
 
 # Between norm and product: what leaves rows where they are.
 _KEEP_ROWS = frozenset("view reshape view_as flatten unflatten squeeze unsqueeze cast identity dropout".split())
@@ -83,8 +81,8 @@ class Deferral:
 def plan_deferrals(
     mode: str,
     absorb_affine: bool | str,
-    placement: Placement,
-    variables: Mapping[VariableKey, Variable],
+    folded: Sequence[NormSite],
+    centered: CenteredFor,
     facts: GraphFacts,
     costs: CostModel,
 ) -> tuple[tuple[Deferral, ...], dict[fx.Node, str]]:
@@ -93,8 +91,8 @@ def plan_deferrals(
     Args:
         mode: ``lnfold.defer``.
         absorb_affine: ``lnfold.absorb_affine``; where it is False a norm with an affine keeps its scale as well.
-        placement: which norms fold.
-        variables: the streams it was made from.
+        folded: the norms that fold.
+        centered: which parameters are centered for that.
         facts: the facts of the graph.
         costs: what is weighed; in training nothing is deferred.
 
@@ -103,13 +101,13 @@ def plan_deferrals(
     """
     deferrals: list[Deferral] = []
     words: dict[fx.Node, str] = {}
-    for site in placement.folded if mode != "off" else ():
+    for site in folded if mode != "off" else ():
         try:
             consumers = _deferrable(site, absorb_affine, facts, costs)
         except Blocked as blocked:
             words[site.node] = f"scaled in place: {blocked.sentence}"
             continue
-        absorption = price_absorption(site, consumers, placement, variables)
+        absorption = price_absorption(site, consumers, centered)
         adding = [consumer for consumer in consumers if not _has_a_kernel_behind(consumer.operation.node)]
         price = absorption.price + Price(_traffic(site, consumers), NOTHING, -len(adding))
         said = price.in_words(device_of(site))

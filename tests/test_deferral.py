@@ -230,6 +230,12 @@ def test_a_stream_that_nobody_else_reads_is_not_written_for_it() -> None:
     assert "bytes more a call" in analysis.verdicts[0].deferral
 
 
+def test_without_an_affine_nothing_is_kept() -> None:
+    analysis = capture(block(DEFERRED["no affine"][0]), IDS).analyse(Options(defer="auto"))
+    (price,) = [deferral.price for deferral in analysis.deferrals]
+    assert price == Price(Bytes(8 * (12 * D - 24), 8 * (12 * D - 24)))
+
+
 def test_prices() -> None:
     price = Price(Bytes(100, 100), Bytes(60, 60)) + Price(Bytes(-10, -10), NOTHING, 1)
     assert price == Price(Bytes(90, 90), Bytes(60, 60), 1)

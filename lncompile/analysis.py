@@ -10,10 +10,12 @@ from typing import Any
 from torch import fx, nn
 
 from lncompile.options import Options
+from lncompile.passes.affine import Absorption, parameters_centered_for, plan_absorptions
 from lncompile.passes.budget import Budgeted, limit_in_bytes, place_within
 from lncompile.passes.copying import copy_graph_module
 from lncompile.passes.costs import CostModel
 from lncompile.passes.decisions import PartKind, Reason, Site, Stream, StreamPart
+from lncompile.passes.deferral import Deferral, plan_deferrals
 from lncompile.passes.expand import EXPANDED_FROM, closed_norms, expand_opaque_layers, find_opaque_layers
 from lncompile.passes.graph_facts import GraphFacts, trained_parameter, turns_gradients_on
 from lncompile.passes.placement import Placement, place
@@ -21,7 +23,7 @@ from lncompile.passes.sites import NormSite, find_sites
 from lncompile.passes.stream_map import map_streams
 from lncompile.passes.streams import Variable, VariableKey, build_streams
 from lncompile.passes.subgraphs import norms_in_subgraphs
-from lncompile.passes.verdicts import judge, left_alone
+from lncompile.passes.verdicts import judge, left_alone, say_lowering
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Analysis:
         trained: parameter expressions whose gradient is wanted: they are centered in the graph, at every step.
         budgeted: the placement within a budget of memory, where there is one.
         streams: the streams as people draw them.
+        absorptions: norms whose γ and β go into the linear layers that read them.
+        deferrals: norms whose scale goes behind these layers.
     """
 
     graph_module: fx.GraphModule
@@ -49,6 +53,8 @@ class Analysis:
     trained: frozenset[fx.Node] = frozenset()
     budgeted: Budgeted | None = None
     streams: tuple[Stream, ...] = ()
+    absorptions: tuple[Absorption, ...] = ()
+    deferrals: tuple[Deferral, ...] = ()
 
 
 def analyse(graph_module: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Analysis:
@@ -148,14 +154,25 @@ def _analyse_expanded(
         limit = limit_in_bytes(options.memory_budget, (p for p in example_inputs if isinstance(p, nn.Parameter)))
         budgeted = place_within(limit, sites, variables, options.assist, costs, facts.trained)
         placement = budgeted.placement
+    folded, centered = placement.folded, parameters_centered_for(placement, variables)
+    deferrals, scales = plan_deferrals(options.defer, options.absorb_affine, folded, centered, facts, costs)
+    deferred = {deferral.site.node: deferral.absorption for deferral in deferrals}
+    # "Copied anyway" holds where every centered weight is a copy, and none is short of memory.
+    are_copies = options.weights == "copy" and options.memory_budget is None
+    mode = options.absorb_affine if are_copies or options.absorb_affine != "auto" else False
+    absorptions, affine = plan_absorptions(mode, folded, centered, facts, costs, deferred)
+    absorptions = (*absorptions, *deferred.values())
+    affine.update((node, absorption.in_words()) for node, absorption in deferred.items() if absorption.names())
     verdicts = judge(sites, placement, variables, costs, budgeted.left if budgeted else None)
     return Analysis(
         copy,
         sites,
-        verdicts,
+        say_lowering(verdicts, sites, absorptions, deferred, affine, scales),
         variables,
         placement if placement.folded else None,
         costs,
         frozenset(facts.trained),
         budgeted,
+        absorptions=absorptions,
+        deferrals=deferrals,
     )

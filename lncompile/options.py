@@ -34,6 +34,12 @@ class Options:
             limit. Placement then saves what it can with copies that fit, see :mod:`lncompile.passes.budget`.
         check: whether every call looks if a weight has changed. Without, centered weights are those of the first call
             with a set of parameters, until :func:`lncompile.refresh`: for servers whose weights stay as they are.
+        absorb_affine: whether γ and β of a folded norm go into the linear layers that read it. ``"auto"``: where those
+            weights are copied anyway and a call moves fewer bytes, with ``weights="copy"`` and no budget; ``True``: wherever it can be done, at a copy of each
+            such weight; ``False``: nowhere.
+        defer: whether the scale of a folded norm moves behind the products that read it, so that the normalised tensor
+            is never written. ``"auto"``: where no kernel is added and a call saves more traffic than the absorbing
+            weights hold; ``"on"``: wherever no kernel is added; ``"off"``: nowhere.
     """
 
     weights: str = "copy"
@@ -42,6 +48,8 @@ class Options:
     training: str = "auto"
     memory_budget: int | float | None = None
     check: bool = True
+    absorb_affine: bool | str = "auto"
+    defer: str = "off"
 
 
 # What each option takes, or, for one that takes more than can be listed, in words.
@@ -52,6 +60,8 @@ _VALUES: dict[str, tuple[Any, ...] | str] = {
     "training": ("auto", "on", "off"),
     "memory_budget": "a number of bytes (an int), a share of the parameters' bytes (a float from 0.0 to 1.0), or None",
     "check": (True, False),
+    "absorb_affine": ("auto", True, False),
+    "defer": ("auto", "on", "off"),
 }
 
 

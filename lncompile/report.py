@@ -101,9 +101,10 @@ class FoldReport:
         for site in self.sites:
             reason = "" if site.reason is None else f"{site.reason.value}: "
             style = "green" if site.folded else "yellow"
-            table.add_row(
-                Text(site.name), Text(site.location), Text(site.lowering, style=style), Text(f"{reason}{site.detail}")
-            )
+            more = [site.affine] if site.affine_absorbed_by else []
+            more += [site.deferral] if site.deferral else []
+            why = Text("; ".join([f"{reason}{site.detail}", *more]))
+            table.add_row(Text(site.name), Text(site.location), Text(site.lowering, style=style), why)
         yield table
         yield Text(self.summary(), style="bold")
         for left in dict.fromkeys(site.reason for site in self.sites if site.reason is not None):
@@ -120,7 +121,9 @@ class FoldReport:
 
     def summary(self) -> str:
         """One line: how many folded, what was centered, what it costs."""
-        words = f"{self.folded} of {self.total} LayerNorms folded into {len(self.weights)} centered weights"
+        absorbed = sum(bool(site.affine_absorbed_by) for site in self.sites)
+        kind = "centered or absorbing" if absorbed else "centered"
+        words = f"{self.folded} of {self.total} LayerNorms folded into {len(self.weights)} {kind} weights"
         words += f" ({self.extra_bytes / 2**20:.1f} MiB beside the model"
         counted = Counter(weight.storage for weight in self.weights)
         for storage, what in (
@@ -130,6 +133,7 @@ class FoldReport:
         ):
             words += f", {counted[storage]} {what}" if counted[storage] else ""
         words += ")"
+        words += f"; γ and β of {absorbed} absorbed" if absorbed else ""
         budget = self.memory_budget
         if budget is not None and budget.binds:
             words += f", within a memory budget of {amount(budget.limit)} (without: {amount(budget.wanted)})"

@@ -4,7 +4,7 @@ from lncompile.lowering import torch_private
 from lncompile.lowering.emit import emit
 from lncompile.lowering.norms import NormCall, lower_to_aten, lower_to_rms_norm
 from lncompile.lowering.persistent import FOLDED_STATISTIC, persistent_norms
-from lncompile.lowering.rms_norm import grouped_rms_norm, rms_norm
+from lncompile.lowering.rms_norm import grouped_rms_norm, rms_norm, row_scale, scale_rows
 
 __all__ = [
     "FOLDED_STATISTIC",
@@ -15,5 +15,7 @@ __all__ = [
     "lower_to_rms_norm",
     "persistent_norms",
     "rms_norm",
+    "row_scale",
+    "scale_rows",
     "torch_private",
 ]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import fx
 
 from lncompile.passes import provenance
+from lncompile.passes.affine import Absorption
 from lncompile.passes.costs import NOTHING, CostModel
 from lncompile.passes.decisions import Blocker, Reason, RuntimeCentering, Site
 from lncompile.passes.placement import Placement, benefit
@@ -45,6 +47,37 @@ def judge(
 def left_alone(sites: Sequence[NormSite], reason: Reason, detail: str) -> tuple[Site, ...]:
     """Return verdicts for a graph that is compiled untouched for one reason."""
     return tuple(Site(s.name, s.location, False, "layer_norm", reason, detail, ()) for s in sites)
+
+
+def say_lowering(
+    verdicts: Sequence[Site],
+    sites: Sequence[NormSite],
+    absorptions: Sequence[Absorption],
+    deferred: Collection[fx.Node],
+    affine: Mapping[fx.Node, str],
+    deferral: Mapping[fx.Node, str],
+) -> tuple[Site, ...]:
+    """Add to the verdicts what became of γ and β, and of the scale.
+
+    Args:
+        verdicts: one for each site.
+        sites: the sites.
+        absorptions: whose affine is absorbed.
+        deferred: whose scale is deferred, by their nodes.
+        affine: what became of γ and β and why, by the norm's node.
+        deferral: what became of the scale and why, likewise.
+    """
+    names = {absorption.site.node: absorption.names() for absorption in absorptions}
+    return tuple(
+        dataclasses.replace(
+            verdict,
+            lowering="rms_norm_deferred" if site.node in deferred else verdict.lowering,
+            affine_absorbed_by=names.get(site.node, ()),
+            affine=affine.get(site.node, ""),
+            deferral=deferral.get(site.node, ""),
+        )
+        for verdict, site in zip(verdicts, sites, strict=True)
+    )
 
 
 def _folded_site(site: NormSite, placement: Placement, variables: Mapping[VariableKey, Variable]) -> Site:

@@ -112,6 +112,7 @@ def measure(
     draws: int = 8,
     at_most: int = 64,
     eager: bool = False,
+    options: dict[str, Any] | None = None,
 ) -> dict[str, list[Errors]]:
     """Return the errors of every output for every stress.
 
@@ -123,10 +124,11 @@ def measure(
         at_most: how many where fewer look worse than the budget. Eight draws of a model that is nearly saturated give
             1.4 where sixty-four give 1.1.
         eager: whether the yardstick is eager and not Inductor.
+        options: lnfold's.
     """
     model, inputs = architecture.model(dtype), architecture.inputs(dtype)
     stock = model if eager else torch.compile(model)
-    folded = torch.compile(model, backend="lnfold")
+    folded = torch.compile(model, backend="lnfold", options=options)
     found: dict[str, list[Errors]] = {}
     for stress in stresses:
         outputs: dict[str, _Draws] = {}

@@ -35,8 +35,8 @@ class Options:
         check: whether every call looks if a weight has changed. Without, centered weights are those of the first call
             with a set of parameters, until :func:`lncompile.refresh`: for servers whose weights stay as they are.
         absorb_affine: whether γ and β of a folded norm go into the linear layers that read it. ``"auto"``: where those
-            weights are copied anyway and a call moves fewer bytes, with ``weights="copy"`` and no budget; ``True``: wherever it can be done, at a copy of each
-            such weight; ``False``: nowhere.
+            weights are copied anyway (so with ``weights="copy"`` and without a budget) and a call moves fewer bytes;
+            ``True``: wherever it can be done, at a copy of each such weight; ``False``: nowhere.
         defer: whether the scale of a folded norm moves behind the products that read it, so that the normalised tensor
             is never written. ``"auto"``: where no kernel is added and a call saves more traffic than the absorbing
             weights hold; ``"on"``: wherever no kernel is added; ``"off"``: nowhere.

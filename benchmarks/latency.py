@@ -133,7 +133,6 @@ def run(
         except Exception as error:  # the others are worth measuring all the same
             log.exception("%s failed", workload.name)
             result["failed"][workload.name] = f"{type(error).__name__}: {error}"
-            result["not_measured"][workload.name] = "it failed"
         budget.spent(workload, len(recipes), settings.seconds)
         result["summary"] = summarise_run(result["workloads"])
         write(result)

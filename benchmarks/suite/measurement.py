@@ -159,7 +159,7 @@ def measure_workload(
         >>> measure_workload(SUITES["cpu"][0].dry(), RECIPES, Settings(seconds=1.0))["speedup_over_inductor"]["lnfold"]
         {'median': ..., 'low': ..., 'high': ...}
     """
-    torch.compiler.reset()
+    _forget_the_last(settings.device)
     say("building the model")
     model = workload.build(settings.device)
     say("a reference in a wider dtype")
@@ -187,19 +187,21 @@ def measure_workload(
         stopwatch=settings.stopwatch,
     )
     facts = {name: candidate.facts for name, candidate in prepared.items()}
-    result = {
+    return {
         **workload.describe(),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         **summarise(timings, facts),
         "left_out": left_out,
         "load_average_after": describe_machine(settings.device)["load_average"],
     }
-    del model, prepared
+
+
+def _forget_the_last(device: str) -> None:
+    """Drop compiled code, CUDA graphs and memory of what was measured before, whether it ended well or not."""
     torch.compiler.reset()
     gc.collect()
-    if torch.device(settings.device).type == "cuda":
+    if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
-    return result
 
 
 def warm_up_compilers(device: str) -> None:

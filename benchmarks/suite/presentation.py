@@ -42,7 +42,8 @@ def print_tables(result: Mapping[str, Any], console: Console) -> None:
         result: of a run, as it is written.
         console: where to print.
     """
-    table = Table(title=f"latency on {result['machine']['device']}", box=None, pad_edge=False)
+    dry = "DRY RUN, no number means anything: " if result["dry_run"] else ""
+    table = Table(title=f"{dry}latency on {result['machine']['device']}", box=None, pad_edge=False)
     for header in (
         "workload",
         "layers",
@@ -69,8 +70,9 @@ def print_tables(result: Mapping[str, Any], console: Console) -> None:
             f"{found['workloads']}; least {found['least']:.3f}",
             soft_wrap=True,
         )
-    for name, reason in result["not_measured"].items():
-        console.print(f"not measured: {name}: {reason}", soft_wrap=True)
+    for key in ("not_measured", "failed"):
+        for name, reason in result[key].items():
+            console.print(f"{key.replace('_', ' ')}: {name}: {reason}", soft_wrap=True)
 
 
 def _row(workload: Mapping[str, Any]) -> list[str]:
@@ -131,7 +133,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     names = list(dict.fromkeys(name for workload in workloads for name in workload["candidates"]))
     shown = [name for name in names if name not in (BASELINE, EAGER)]
     # A figure of its own, not pyplot's: no window, no state shared with anybody.
-    figure = figure_class(figsize=(12, 1.5 + 0.6 * len(workloads)), layout="constrained")
+    figure = figure_class(figsize=(12, 2 + 0.6 * len(workloads)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     panels = (
         (left, "speedup_over_inductor", "speed over stock torch.compile", (1.0,)),
@@ -152,7 +154,10 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
                 color = f"C{index}"
                 axes.errorbar(medians, [y for y, _ in points], xerr=errors, fmt="o", capsize=3, color=color, label=name)
         axes.set_xlabel(f"{label} (95% interval)")
+        axes.margins(x=0.1)
     left.set_yticks(range(len(workloads)), [workload["name"] for workload in workloads])
-    left.legend(loc="best", fontsize="small")
-    figure.suptitle(f"{result['machine']['device']}, torch {result['machine']['torch']}, {result['commit'][:10]}")
+    left.set_ylim(-0.5, len(workloads) - 0.5)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(shown), frameon=False)
+    dry = "DRY RUN, no number means anything: " if result["dry_run"] else ""
+    figure.suptitle(f"{dry}{result['machine']['device']}, torch {result['machine']['torch']}, {result['commit'][:10]}")
     figure.savefig(path, dpi=120)

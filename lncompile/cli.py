@@ -82,9 +82,7 @@ DtypeName = Annotated[
 ]
 Device = Annotated[
     str | None,
-    typer.Option(
-        "--device", help="cpu, cuda, cuda:1; by default cuda where there is one, or where the factory made it."
-    ),
+    typer.Option("--device", help="cpu, cuda, cuda:1; by default cuda if there is one, or where the factory put it."),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Of random weights and inputs.")]
 Mode = Annotated[str | None, typer.Option("--mode", help="Of torch.compile: reduce-overhead, max-autotune, ...")]

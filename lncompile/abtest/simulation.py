@@ -67,4 +67,4 @@ def _is_warm(test: ABTest) -> bool:
     if not all(arm["in_service"] for arm in state["arms"]):
         return True
     kinds = [bucket for bucket in state["buckets"] if bucket["in_verdict"]]
-    return bool(kinds) and all(count >= state["warmup"] for kind in kinds for count in kind["warmup"].values())
+    return bool(kinds) and all(arm["requests"] > 0 for kind in kinds for arm in kind["seconds"].values())

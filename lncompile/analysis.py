@@ -10,17 +10,18 @@ from typing import Any
 from torch import fx
 
 from lncompile.options import Options
-from lncompile.passes.affine import Absorption, plan_absorptions
+from lncompile.passes.affine import Absorption, parameters_centered_for, plan_absorptions
 from lncompile.passes.copying import copy_graph_module
 from lncompile.passes.costs import CostModel
 from lncompile.passes.decisions import Reason, Site
+from lncompile.passes.deferral import Deferral, plan_deferrals
 from lncompile.passes.expand import EXPANDED_FROM, closed_norms, expand_opaque_layers, find_opaque_layers
 from lncompile.passes.graph_facts import GraphFacts, trained_parameter, turns_gradients_on
 from lncompile.passes.placement import Placement, place
 from lncompile.passes.sites import NormSite, find_sites
 from lncompile.passes.streams import Variable, VariableKey, build_streams
 from lncompile.passes.subgraphs import norms_in_subgraphs
-from lncompile.passes.verdicts import judge, left_alone, say_affine
+from lncompile.passes.verdicts import judge, left_alone, say_lowering
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Analysis:
         costs: what was weighed.
         trained: parameter expressions whose gradient is wanted: they are centered in the graph, at every step.
         absorptions: norms whose γ and β go into the linear layers that read them.
+        deferrals: norms whose scale goes behind these layers.
     """
 
     graph_module: fx.GraphModule
@@ -46,6 +48,7 @@ class Analysis:
     costs: CostModel = field(default_factory=CostModel)
     trained: frozenset[fx.Node] = frozenset()
     absorptions: tuple[Absorption, ...] = ()
+    deferrals: tuple[Deferral, ...] = ()
 
 
 def analyse(graph_module: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Analysis:
@@ -110,7 +113,12 @@ def _analyse_expanded(
     costs = CostModel(training=trained is not None, weighs_weights=options.training == "auto")
     variables = build_streams(sites, facts, costs)
     placement = place(sites, variables, options.assist, costs)
-    absorptions, affine = plan_absorptions(options.absorb_affine, placement, variables, facts, costs)
-    verdicts = say_affine(judge(sites, placement, variables, costs), sites, absorptions, affine)
+    folded, centered = placement.folded, parameters_centered_for(placement, variables)
+    deferrals, scales = plan_deferrals(options.defer, options.absorb_affine, folded, centered, facts, costs)
+    deferred = {deferral.site.node: deferral.absorption for deferral in deferrals}
+    absorptions, affine = plan_absorptions(options.absorb_affine, folded, centered, facts, costs, deferred)
+    absorptions = (*absorptions, *deferred.values())
+    affine.update((node, absorption.in_words()) for node, absorption in deferred.items() if absorption.names())
+    verdicts = say_lowering(judge(sites, placement, variables, costs), sites, absorptions, deferred, affine, scales)
     decided = placement if placement.folded else None
-    return Analysis(copy, sites, verdicts, variables, decided, costs, frozenset(facts.trained), absorptions)
+    return Analysis(copy, sites, verdicts, variables, decided, costs, frozenset(facts.trained), absorptions, deferrals)

@@ -32,6 +32,9 @@ class Options:
         absorb_affine: whether γ and β of a folded norm go into the linear layers that read it. ``"auto"``: where those
             weights are copied anyway and a call moves fewer bytes; ``True``: wherever it can be done, at a copy of each
             such weight; ``False``: nowhere.
+        defer: whether the scale of a folded norm moves behind the products that read it, so that the normalised tensor
+            is never written. ``"auto"``: where no kernel is added and a call saves more traffic than the absorbing
+            weights hold; ``"on"``: wherever no kernel is added; ``"off"``: nowhere.
     """
 
     weights: str = "copy"
@@ -40,6 +43,7 @@ class Options:
     training: str = "auto"
     check: bool = True
     absorb_affine: bool | str = "auto"
+    defer: str = "off"
 
 
 _VALUES: dict[str, tuple[Any, ...]] = {
@@ -49,6 +53,7 @@ _VALUES: dict[str, tuple[Any, ...]] = {
     "training": ("auto", "on", "off"),
     "check": (True, False),
     "absorb_affine": ("auto", True, False),
+    "defer": ("auto", "on", "off"),
 }
 
 

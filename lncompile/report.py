@@ -80,8 +80,9 @@ class FoldReport:
         for site in self.sites:
             reason = "" if site.reason is None else f"{site.reason.value}: "
             style = "green" if site.folded else "yellow"
-            affine = f"; {site.affine}" if site.affine_absorbed_by else ""
-            why = Text(f"{reason}{site.detail}{affine}")
+            more = [site.affine] if site.affine_absorbed_by else []
+            more += [site.deferral] if site.deferral else []
+            why = Text("; ".join([f"{reason}{site.detail}", *more]))
             table.add_row(Text(site.name), Text(site.location), Text(site.lowering, style=style), why)
         yield table
         yield Text(self.summary(), style="bold")

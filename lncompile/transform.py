@@ -12,6 +12,7 @@ from lncompile.lowering import NormCall, lower_to_aten, lower_to_rms_norm
 from lncompile.options import Options
 from lncompile.passes.affine import absorb
 from lncompile.passes.canonical import tensor_of
+from lncompile.passes.deferral import defer
 from lncompile.passes.handwritten import fold_handwritten_norm
 from lncompile.passes.materialize import Expression, hoist
 from lncompile.passes.norm_calls import WITH_STATISTICS
@@ -44,7 +45,8 @@ def transform(analysis: Analysis, options: Options) -> Transformed:
     graph_module = analysis.graph_module
     graph = graph_module.graph
     folded = set() if analysis.placement is None else {site.node for site in analysis.placement.folded}
-    calls = [site for site in analysis.sites if site.handwritten is None]
+    deferred = {deferral.site.node for deferral in analysis.deferrals}
+    calls = [site for site in analysis.sites if site.handwritten is None and site.node not in deferred]
     expressions: Sequence[Expression] = ()
     in_graph: Sequence[fx.Node] = ()
     if analysis.placement is not None:
@@ -55,10 +57,13 @@ def transform(analysis: Analysis, options: Options) -> Transformed:
         for site in analysis.placement.folded:
             if site.handwritten is not None:
                 fold_handwritten_norm(graph, site.handwritten, _input(site))
-        absorbing = absorb(graph, analysis.absorptions, rewritten.weights)
+        absorbed = absorb(graph, analysis.absorptions, rewritten.weights)
         # Taking a mean out may have taken with it what was centered for the mean alone.
         present = set(graph.nodes)
-        expressions, _ = hoist(graph, [weight for weight in (*rewritten.weights, *absorbing) if weight in present])
+        expressions, _ = hoist(
+            graph, [weight for weight in (*rewritten.weights, *absorbed.parameters) if weight in present]
+        )
+        defer(graph, analysis.deferrals, absorbed.products)
         # One at a time: lowering a norm exchanges the input of a norm of that norm.
         lower_to_rms_norm(graph, (_call(site) for site in calls if site.node in folded))
     if options.nonfoldable == "eager":

@@ -3,6 +3,16 @@
 from lncompile.lowering import torch_private
 from lncompile.lowering.emit import emit
 from lncompile.lowering.norms import NormCall, lower_to_aten, lower_to_rms_norm
-from lncompile.lowering.rms_norm import grouped_rms_norm, rms_norm
+from lncompile.lowering.rms_norm import grouped_rms_norm, rms_norm, row_scale, scale_rows
 
-__all__ = ["NormCall", "emit", "grouped_rms_norm", "lower_to_aten", "lower_to_rms_norm", "rms_norm", "torch_private"]
+__all__ = [
+    "NormCall",
+    "emit",
+    "grouped_rms_norm",
+    "lower_to_aten",
+    "lower_to_rms_norm",
+    "rms_norm",
+    "row_scale",
+    "scale_rows",
+    "torch_private",
+]

@@ -58,6 +58,43 @@ def rms_norm(
     return output.to(output_dtype or input_dtype).contiguous()
 
 
+def row_scale(input: Tensor, eps: float, input_dtype: torch.dtype) -> Tensor:
+    """``1 / sqrt(mean(x²) + ε)`` of each row, what a deferred RMSNorm leaves of the norm.
+
+    Args:
+        input: ``[..., features]``, floating point, zero mean over the last axis.
+        eps: ε, added to the mean of squares.
+        input_dtype: dtype of ``input``.
+
+    Returns:
+        ``[..., 1]`` in float32, in float64 for float64 input.
+    """
+    value = input.to(_compute_dtype(input_dtype))
+    return torch.rsqrt(torch.add(torch.mean(torch.mul(value, value), [-1], True), eps))
+
+
+def scale_rows(
+    product: Tensor, scale: Tensor, bias: Tensor | None, flattened: bool, dtype: torch.dtype, scale_dtype: torch.dtype
+) -> Tensor:
+    """``scale ⊙ product + bias``, in the scale's dtype and rounded once: the end of a deferred RMSNorm.
+
+    Args:
+        product: ``x W`` of shape ``[..., out]``, of rows that are not normalised.
+        scale: ``[..., 1]``, from :func:`row_scale`.
+        bias: ``[out]``, or None for zeros.
+        flattened: whether ``product`` is ``[rows, out]`` where ``scale`` still has the dimensions of the rows.
+        dtype: dtype of the result.
+        scale_dtype: dtype of ``scale``.
+    """
+    rows = torch.reshape(scale, [-1, 1]) if flattened else scale
+    scaled = torch.mul(product.to(scale_dtype), rows)
+    return (scaled if bias is None else torch.add(scaled, bias)).to(dtype)
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def _normalise(input: Tensor, axes: list[int], eps: float, input_dtype: torch.dtype) -> Tensor:
     """``x / sqrt(mean(x²) + ε)`` over these axes, in float32 (float64 for float64 input) and not yet rounded."""
     compute_dtype = torch.float64 if input_dtype == torch.float64 else torch.float32

@@ -36,8 +36,9 @@ reader is something else, the caller included.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ from lncompile.passes import provenance
 from lncompile.passes.axes import Axes
 from lncompile.passes.canonical import Operation, canonicalise, tensor_of
 from lncompile.passes.centering import EXACT
-from lncompile.passes.costs import NOTHING, Bytes, CostModel, one_pass
+from lncompile.passes.costs import NOTHING, Bytes, CostModel, Device, Price, one_pass
 from lncompile.passes.decisions import Blocked, Reason
 from lncompile.passes.graph_facts import GraphFacts
 from lncompile.passes.norm_calls import LAYER_NORMS, WITH_STATISTICS
@@ -66,6 +67,9 @@ _MOVES = frozenset(
     "type_as identity dropout getitem narrow slice select index_select roll flip".split()
 )
 _DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16})
+
+# Which parameters each product's result is centered by.
+CenteredFor = Mapping[fx.Node, Collection[fx.Node]]
 
 
 @dataclass(frozen=True)
@@ -119,27 +123,29 @@ class Absorption:
     Attributes:
         site: the norm.
         consumers: all that read it.
-        memory: bytes of the copies that are kept for it alone; a weight that is centered is copied anyway.
-        saved: bytes of memory traffic that a call saves.
+        price: what it saves and costs. A weight that is centered is copied anyway, and costs no memory.
     """
 
     site: NormSite
     consumers: tuple[Consumer, ...]
-    memory: Bytes
-    saved: Bytes
+    price: Price
 
     def names(self) -> tuple[str, ...]:
-        """Names of the weights that absorb it."""
+        """Names of the weights that absorb it; none of a norm without an affine."""
+        if self.site.weight is None and self.site.bias is None:
+            return ()
         names = [name for consumer in self.consumers for name in provenance.parameter_names(consumer.weight)]
         return tuple(dict.fromkeys(names))
 
-    def __str__(self) -> str:
-        return f"γ and β absorbed by {', '.join(self.names())}: {self.price()}"
+    def in_words(self) -> str:
+        """What is done and why, for the report."""
+        return f"γ and β absorbed by {', '.join(self.names())}: {self.price.in_words(device_of(self.site))}"
 
-    def price(self) -> str:
-        """What it costs and saves, in words."""
-        moved = f"{self.saved} bytes less" if self.saved.hint >= 0 else f"{NOTHING - self.saved} bytes more"
-        return f"moves {moved} a call and keeps {self.memory} bytes of weights beside those that are centered anyway"
+
+def device_of(site: NormSite) -> Device | None:
+    """The device that a norm runs on, if its bandwidth can be asked for."""
+    tensor = tensor_of(site.input)
+    return None if tensor is None else Device.of(tensor.device)
 
 
 # --- finding ---
@@ -237,6 +243,9 @@ def _consumer(
     is_convolution = operation.name == "convolution"
     if tensor is None or result is None or (not is_convolution and tensor.dim() != 2) or is_sharded(tensor):
         raise Blocked(Reason.UNSUPPORTED_WEIGHT, f"the weight of {where} is no plain matrix")
+    given = tensor_of(site.input)
+    if given is None or given.device != tensor.device:
+        raise Blocked(Reason.UNSUPPORTED_WEIGHT, f"the weight of {where} is on another device")
     if not {tensor.dtype, result.dtype} <= _DTYPES:
         raise Blocked(Reason.UNSUPPORTED_WEIGHT, f"{where} computes in a dtype too narrow for W diag(γ)")
     features = axes.rank - 1 - (tensor.dim() - 2 if is_convolution else 0)
@@ -266,27 +275,29 @@ def _require_place_for_shift(consumer: Consumer, facts: GraphFacts, where: str) 
 
 def plan_absorptions(
     mode: bool | str,
-    placement: Placement,
-    variables: Mapping[VariableKey, Variable],
+    folded: Sequence[NormSite],
+    centered: CenteredFor,
     facts: GraphFacts,
     costs: CostModel,
+    deferred: Collection[fx.Node] = (),
 ) -> tuple[tuple[Absorption, ...], dict[fx.Node, str]]:
     """Decide for every folded norm whether its affine is absorbed.
 
     Args:
         mode: ``lnfold.absorb_affine``.
-        placement: which norms fold, and which weights are centered for that.
-        variables: the streams it was made from.
+        folded: the norms that fold.
+        centered: which parameters are centered for that, see :func:`parameters_centered_for`.
         facts: the facts of the graph.
         costs: what is weighed; in training nothing is absorbed.
+        deferred: norms whose absorption is decided already, because their scale is deferred.
 
     Returns:
         The absorptions, and for every folded norm, by its node, what became of its affine, in words.
     """
     absorptions: list[Absorption] = []
     words: dict[fx.Node, str] = {}
-    for site in placement.folded if mode is not False else ():
-        if site.handwritten is None and site.weight is None and site.bias is None:
+    for site in folded if mode is not False else ():
+        if site.node in deferred or (site.handwritten is None and site.weight is None and site.bias is None):
             continue
         if costs.training:
             words[site.node] = "γ and β stay: they are trained"
@@ -296,55 +307,60 @@ def plan_absorptions(
         except Blocked as blocked:
             words[site.node] = f"γ and β stay: {blocked.sentence}"
             continue
-        absorption = _priced(site, consumers, placement, variables)
-        rounded = _rounded_once_more(absorption, placement, variables)
+        absorption = price_absorption(site, consumers, centered)
+        rounded = _rounded_once_more(absorption, centered)
         if rounded is not None:
             words[site.node] = f"γ and β stay: {rounded} would be rounded to bfloat16 once more"
-        elif mode is True or (absorption.memory.hint <= 0 < absorption.saved.hint):
+        elif mode is True or absorption.price.wins:
             absorptions.append(absorption)
-            words[site.node] = str(absorption)
+            words[site.node] = absorption.in_words()
         else:
-            words[site.node] = f"γ and β stay: absorbing them {absorption.price()}"
+            words[site.node] = f"γ and β stay: absorbing them {absorption.price.in_words(device_of(site))}"
     return tuple(absorptions), words
 
 
-def _rounded_once_more(
-    absorption: Absorption, placement: Placement, variables: Mapping[VariableKey, Variable]
-) -> str | None:
+def parameters_centered_for(placement: Placement, variables: Mapping[VariableKey, Variable]) -> CenteredFor:
+    """Return the parameters that each product's result is centered by, by the product's node."""
+    centered: dict[fx.Node, set[fx.Node]] = defaultdict(set)
+    for key in placement.streams:
+        source = variables[key].composed_source
+        if source is None:
+            centered[key[0]].update(variables[key].operands)
+        else:
+            centered[source.product.node].update(source.parameters())
+    return centered
+
+
+def _rounded_once_more(absorption: Absorption, centered: CenteredFor) -> str | None:
     """Name of a weight in bfloat16 that is not rounded anyway, for its centering; None if there is none."""
     for consumer in absorption.consumers if absorption.site.weight is not None else ():
         tensor = tensor_of(consumer.weight)
         narrow = tensor is not None and tensor.dtype == torch.bfloat16
-        if narrow and not _is_centered_for(consumer, consumer.weight, placement, variables):
+        if narrow and consumer.weight not in centered.get(consumer.operation.node, ()):
             return " · ".join(provenance.parameter_names(consumer.weight))
     return None
 
 
-def _priced(
-    site: NormSite,
-    consumers: tuple[Consumer, ...],
-    placement: Placement,
-    variables: Mapping[VariableKey, Variable],
-) -> Absorption:
+def price_absorption(site: NormSite, consumers: tuple[Consumer, ...], centered: CenteredFor) -> Absorption:
+    """Return the absorption of a norm's affine by these consumers, priced but not decided."""
     saved, memory = NOTHING, NOTHING
     for parameter in (site.weight, site.bias):
         tensor = None if parameter is None else tensor_of(parameter)
         saved += NOTHING if tensor is None else one_pass(tensor)
-    for weight in dict.fromkeys(consumer.weight for consumer in consumers):
+    absorbing = [consumer.weight for consumer in consumers if site.weight is not None]
+    for weight in dict.fromkeys(absorbing):
         tensor = tensor_of(weight)
         assert tensor is not None  # its shape was read when the consumer was found
         readers = [consumer for consumer in consumers if consumer.weight is weight]
-        if not _is_copied_anyway(weight, readers, placement, variables):
+        if not _is_copied_anyway(weight, readers, centered):
             memory += one_pass(tensor)
-    if site.bias is not None:
-        for consumer in consumers:
-            bias = consumer.bias
-            row = _row_of_outputs(consumer)
-            if bias is None:
-                saved -= row  # it is read where none was
-            if bias is None or not _is_copied_anyway(bias, [consumer], placement, variables):
-                memory += row
-    return Absorption(site, consumers, memory, saved)
+    for consumer in consumers if site.bias is not None else ():
+        row = _row_of_outputs(consumer)
+        if consumer.bias is None:
+            saved -= row  # it is read where none was
+        if consumer.bias is None or not _is_copied_anyway(consumer.bias, [consumer], centered):
+            memory += row
+    return Absorption(site, consumers, Price(saved, memory))
 
 
 def _row_of_outputs(consumer: Consumer) -> Bytes:
@@ -354,33 +370,10 @@ def _row_of_outputs(consumer: Consumer) -> Bytes:
     return one_pass(weight.new_empty([weight.shape[1 - consumer.layout.dimension]]))
 
 
-def _is_copied_anyway(
-    parameter: fx.Node,
-    readers: Sequence[Consumer],
-    placement: Placement,
-    variables: Mapping[VariableKey, Variable],
-) -> bool:
+def _is_copied_anyway(parameter: fx.Node, readers: Sequence[Consumer], centered: CenteredFor) -> bool:
     """Whether a parameter is centered for its readers, and nobody else reads the copy."""
-    return set(parameter.users) == {reader.operation.node for reader in readers} and all(
-        _is_centered_for(reader, parameter, placement, variables) for reader in readers
-    )
-
-
-def _is_centered_for(
-    reader: Consumer, parameter: fx.Node, placement: Placement, variables: Mapping[VariableKey, Variable]
-) -> bool:
-    """Whether a product's result is a stream that is centered by centering this parameter of it."""
-    node = reader.operation.node
-    composed = [
-        variable.composed_source
-        for variable in variables.values()
-        if variable.composed_source is not None
-        and variable.composed_source.product.node is node
-        and variable.key in placement.streams
-    ]
-    if any(parameter in source.parameters() for source in composed):
-        return True
-    return any(parameter in variables[key].operands for key in placement.streams if key[0] is node)
+    nodes = {reader.operation.node for reader in readers}
+    return set(parameter.users) == nodes and all(parameter in centered.get(node, ()) for node in nodes)
 
 
 # --- carrying it out ---
@@ -428,10 +421,23 @@ def shift_bias(bias: Tensor | None, weight: Tensor, shift: Tensor, dimension: in
     """
     product = torch.matmul(torch.movedim(weight.to(EXACT), dimension, -1), shift.to(EXACT))
     row = torch.sum(torch.flatten(torch.unsqueeze(product, -1), 1), 1)
-    return (row if bias is None else torch.add(row, bias.to(EXACT))).to(dtype)
+    return (row if bias is None else torch.add(bias.to(EXACT), row)).to(dtype)
 
 
-def absorb(graph: fx.Graph, absorptions: Sequence[Absorption], rounded: Sequence[fx.Node]) -> list[fx.Node]:
+@dataclass(frozen=True)
+class Absorbed:
+    """What an absorption put into the graph.
+
+    Attributes:
+        parameters: nodes of parameters that absorbed something, to be materialised.
+        products: the product that took the place of another one, by that.
+    """
+
+    parameters: list[fx.Node] = field(default_factory=list)
+    products: dict[fx.Node, fx.Node] = field(default_factory=dict)
+
+
+def absorb(graph: fx.Graph, absorptions: Sequence[Absorption], rounded: Sequence[fx.Node]) -> Absorbed:
     """Carry absorptions out.
 
     Args:
@@ -439,23 +445,22 @@ def absorb(graph: fx.Graph, absorptions: Sequence[Absorption], rounded: Sequence
         absorptions: what to do.
         rounded: nodes of centered parameters, computed in float64 and rounded at their end. What is absorbed into one
             of them starts from what it was before it was rounded. One that nobody reads any more is erased.
-
-    Returns:
-        The nodes of the parameters that absorbed something, to be materialised.
     """
+    done = Absorbed()
     if not absorptions:
-        return []
+        return done
     exact = {node: node.args[0] for node in rounded if node.target == "to" and isinstance(node.args[0], fx.Node)}
     made: dict[tuple[fx.Node | None, ...], fx.Node] = {}
     for absorption in absorptions:
         site = absorption.site
         for consumer in absorption.consumers:
-            _absorb_into(graph, consumer, site.weight, site.bias, exact, made)
+            _absorb_into(graph, consumer, site.weight, site.bias, exact, made, done.products)
         site.current().replace({("weight", None): None, ("bias", None): None})
     for node in exact:
         if not node.users and node not in made.values():
             graph.erase_node(node)
-    return list(made.values())
+    done.parameters.extend(made.values())
+    return done
 
 
 def _absorb_into(
@@ -465,6 +470,7 @@ def _absorb_into(
     shift: fx.Node | None,
     exact: Mapping[fx.Node, fx.Node],
     made: dict[tuple[fx.Node | None, ...], fx.Node],
+    products: dict[fx.Node, fx.Node],
 ) -> None:
     node, layout = consumer.operation.node, consumer.layout
     operation = canonicalise(node)
@@ -502,6 +508,7 @@ def _absorb_into(
             product.meta.update({k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")})
             node.replace_all_uses_with(product)
             graph.erase_node(node)
+            products[node] = product
 
 
 def _product_with_bias(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

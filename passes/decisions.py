@@ -88,12 +88,14 @@ class Site:
         name: module path, ``"transformer.h.0.ln_1"``; the graph's own name for a call outside any LayerNorm module.
         location: ``"file.py:line"`` of the call in the model's source, or ``""``.
         folded: whether its centering was moved out of it.
-        lowering: ``"rms_norm"`` or ``"layer_norm"``.
+        lowering: ``"rms_norm"``, ``"rms_norm_deferred"`` (its scale follows the products that read it) or
+            ``"layer_norm"``.
         reason: None for a folded site, else why not.
         detail: the reason in words, naming the blocking operation and where it stands; for a folded site how.
         centered_by: names of the parameters that absorb the centering, nearest first.
         affine_absorbed_by: names of the weights that absorb its γ and β; empty where the norm applies them itself.
         affine: what became of γ and β of a folded site, and why, in words; "" where nothing was asked.
+        deferral: why its scale is deferred, or not, likewise.
     """
 
     name: str
@@ -105,6 +107,7 @@ class Site:
     centered_by: tuple[str, ...]
     affine_absorbed_by: tuple[str, ...] = ()
     affine: str = ""
+    deferral: str = ""
 
     @property
     def remedy(self) -> str | None:

@@ -34,6 +34,8 @@ class GraphFacts:
         written: why a node's storage is written to so that the order of reads matters, by node.
         assigned: the nodes that write into a tensor, by the tensor, where they can be read as a part of its making.
         writers: the tensor that each of them writes into.
+        storages: storage of each node that has one, the same for all its names.
+        writes: position of every write into each storage, plain updates included.
     """
 
     def __init__(self, graph: fx.Graph, example_inputs: Sequence[Any], training: bool = False) -> None:
@@ -47,8 +49,15 @@ class GraphFacts:
         self.written: dict[fx.Node, str] = {}
         self.assigned: dict[fx.Node, list[fx.Node]] = {}
         self.writers: dict[fx.Node, fx.Node] = {}
+        self.storages = self._storages(graph)
+        self.writes: dict[object, list[int]] = defaultdict(list)
         self._find_writes(graph)
         self._find_parameters(graph)
+
+    def is_written_after(self, node: fx.Node, moment: fx.Node) -> bool:
+        """Whether the storage of a node is written to behind another node of the graph."""
+        written = self.writes.get(self.storages.get(node, node), ())
+        return any(position > self.position[moment] for position in written)
 
     # --- writes ---
 
@@ -77,7 +86,7 @@ class GraphFacts:
         return identity
 
     def _find_writes(self, graph: fx.Graph) -> None:
-        storages = self._storages(graph)
+        storages = self.storages
         aliases: dict[object, list[fx.Node]] = defaultdict(list)
         for node, storage in storages.items():
             aliases[storage].append(node)
@@ -85,6 +94,7 @@ class GraphFacts:
         for node in graph.nodes:
             for target in written_arguments(node):
                 storage = storages.get(target)
+                self.writes[target if storage is None else storage].append(self.position[node])
                 group = [target] if storage is None else aliases[storage]
                 if not self._is_plain_update(node, target, group):
                     writes[target if storage is None else storage].append((node, target))

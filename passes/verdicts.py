@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import fx
 
@@ -33,21 +33,34 @@ def left_alone(sites: Sequence[NormSite], reason: Reason, detail: str) -> tuple[
     return tuple(Site(s.name, s.location, False, "layer_norm", reason, detail, ()) for s in sites)
 
 
-def say_affine(
-    verdicts: Sequence[Site], sites: Sequence[NormSite], absorptions: Sequence[Absorption], words: Mapping[fx.Node, str]
+def say_lowering(
+    verdicts: Sequence[Site],
+    sites: Sequence[NormSite],
+    absorptions: Sequence[Absorption],
+    deferred: Collection[fx.Node],
+    affine: Mapping[fx.Node, str],
+    deferral: Mapping[fx.Node, str],
 ) -> tuple[Site, ...]:
-    """Add what became of γ and β to the verdicts.
+    """Add to the verdicts what became of γ and β, and of the scale.
 
     Args:
         verdicts: one for each site.
         sites: the sites.
         absorptions: whose affine is absorbed.
-        words: what became of it and why, by the norm's node.
+        deferred: whose scale is deferred, by their nodes.
+        affine: what became of γ and β and why, by the norm's node.
+        deferral: what became of the scale and why, likewise.
     """
     names = {absorption.site.node: absorption.names() for absorption in absorptions}
     return tuple(
-        dataclasses.replace(v, affine_absorbed_by=names.get(s.node, ()), affine=words.get(s.node, ""))
-        for v, s in zip(verdicts, sites, strict=True)
+        dataclasses.replace(
+            verdict,
+            lowering="rms_norm_deferred" if site.node in deferred else verdict.lowering,
+            affine_absorbed_by=names.get(site.node, ()),
+            affine=affine.get(site.node, ""),
+            deferral=deferral.get(site.node, ""),
+        )
+        for verdict, site in zip(verdicts, sites, strict=True)
     )
 
 

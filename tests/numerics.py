@@ -107,6 +107,7 @@ def measure(
     stresses: Sequence[str] = tuple(STRESSES),
     draws: int = 8,
     eager: bool = False,
+    options: dict[str, Any] | None = None,
 ) -> dict[str, list[Errors]]:
     """Return the errors of every output for every stress.
 
@@ -116,10 +117,11 @@ def measure(
         stresses: which weights.
         draws: how many sets of random weights.
         eager: whether the yardstick is eager and not Inductor.
+        options: lnfold's.
     """
     model, inputs = architecture.model(dtype), architecture.inputs(dtype)
     stock = model if eager else torch.compile(model)
-    folded = torch.compile(model, backend="lnfold")
+    folded = torch.compile(model, backend="lnfold", options=options)
     found: dict[str, list[Errors]] = {}
     for stress in stresses:
         pairs: dict[str, list[tuple[float, float]]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from lncompile.passes.decisions import RuntimeCentering, WeightRewrite
 from lncompile.passes.materialize import Expression, Materializer, Stored
 from lncompile.passes.ownership import Ownership, Reader
 from lncompile.passes.provenance import parameter_name, parameter_names
+from lncompile.passes.sharding import local_bytes
 from lncompile.passes.uses import Use, uses_of
 from lncompile.passes.verdicts import describe_centerings
 from lncompile.report import FoldReport
@@ -80,7 +82,19 @@ def plan(graph_module: fx.GraphModule, example_inputs: Sequence[Any], options: O
     transformed = None if analysis.placement is None else transform(analysis, options)
     uses = uses_in(graph_module, transformed)
     stored = _materializer(graph_module, transformed, options, uses).plan(example_inputs)
+    if transformed is not None:
+        placeholders = [node for node in transformed.graph_module.graph.nodes if node.op == "placeholder"]
+        stored = tuple(
+            _with_bytes_of_copy(kept, node)
+            for kept, node in zip(stored, placeholders[len(placeholders) - len(stored) :], strict=True)
+        )
     return make_report(graph_module, analysis, transformed, stored, time.perf_counter() - started)
+
+
+def _with_bytes_of_copy(stored: Stored, placeholder: fx.Node) -> Stored:
+    value = tensor_of(placeholder)
+    assert value is not None  # what was emitted carries its value
+    return dataclasses.replace(stored, bytes=local_bytes(value)) if stored.storage == "copy" else stored
 
 
 def uses_in(graph_module: fx.GraphModule, transformed: Transformed | None) -> dict[int, Use]:

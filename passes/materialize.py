@@ -299,7 +299,7 @@ class Materializer:
     def plan(self, arguments: Sequence[Any]) -> tuple[Stored, ...]:
         """Say how the values would be kept for these arguments, without computing or writing any.
 
-        The bytes of a copy are those of its first parameter.
+        The bytes of copies are left out: nothing is computed that has any.
         """
         survey = Survey()
         planned = []
@@ -313,7 +313,7 @@ class Materializer:
             elif obstacle is None:
                 planned.append(Stored("inplace", in_place.bytes_kept(first, expression.centered_along or ())))
             else:
-                planned.append(Stored("copy", local_bytes(first), obstacle))
+                planned.append(Stored("copy", 0, obstacle))
         return tuple(planned)
 
     def _in_parameter(self, index: int, arguments: Sequence[Any], survey: Survey) -> Stored:

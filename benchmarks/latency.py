@@ -125,6 +125,7 @@ def run(
         recipes: tuple[Recipe, ...] = RECIPES + (PEERS if workload.peers and with_peers else ())
         if not budget.fits(workload, len(recipes), settings.seconds):
             result["not_measured"][workload.name] = f"it does not fit into {minutes:g} minutes"
+            write(result)
             continue
         console.print(f"{number}/{len(workloads)}  {workload.name}", style="bold")
         try:

@@ -114,8 +114,8 @@ class FoldReport:
             if weight.detail:
                 details.setdefault(weight.detail, []).append(weight.name)
         for detail, names in details.items():
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            yield Text(f"a copy, not in place: {', '.join(names[:3])}{more}: {detail}")
+            others = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            yield Text(f"a copy, not in place: {', '.join(names[:3])}{others}: {detail}")
         for centering in self.centerings:
             yield Text(f"centered at run time after {centering.after} ({centering.location}): {centering.detail}")
 

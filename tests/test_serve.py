@@ -479,7 +479,7 @@ def test_report_in_a_browser(served: Served, tmp_path: Path) -> None:
         picture = tmp_path / "report.png"
         in_chromium(f"--screenshot={picture}", "--window-size=1200,1250", f"{running.url}/ab?refresh=0")
     assert f'<p id="verdict">{verdict}</p>' in page
-    assert "<h2>Faster</h2>" in page
+    assert "<h2>lnfold is faster</h2>" in page
     for expected in ("embed 1 × 16", "in service", f"{verdict.speedup.estimate:.3f}×", "none of them differently"):
         assert expected in page
     assert picture.read_bytes().startswith(b"\x89PNG")

@@ -13,6 +13,7 @@ from torch import Tensor
 from lncompile.abtest.arms import compiled_arms
 from serving.models import Served
 
+_GenerationConfig: Any = transformers.GenerationConfig
 EMBED, GENERATE = "embed", "generate"
 Compiled = Mapping[str, Callable[..., Any]]
 #: Compiles a function for each arm, by the arm's name.
@@ -57,7 +58,7 @@ class ModelArm:
         with torch.no_grad():
             if task == EMBED:
                 return mean_over_tokens(self._base(input_ids=tokens, attention_mask=mask).last_hidden_state, mask)
-            settings = transformers.GenerationConfig(
+            settings = _GenerationConfig(
                 max_new_tokens=new_tokens,
                 do_sample=False,
                 num_beams=1,

@@ -40,7 +40,8 @@ class Tokenizer(Protocol):
 class ByteTokenizer:
     """The bytes of UTF-8 as tokens, and one that ends a text: needs no files."""
 
-    padding = end = _END
+    padding: int = _END
+    end: int | None = _END
 
     def encode(self, text: str) -> list[int]:
         """The bytes of a text."""
@@ -92,7 +93,7 @@ class Served:
     @property
     def generates(self) -> bool:
         """Whether it continues texts."""
-        return isinstance(self.model, transformers.GenerationMixin) and self.model.can_generate()
+        return bool(self.model.can_generate())
 
 
 def load(name: str = BYTES_GPT2) -> Served:

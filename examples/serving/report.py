@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import threading
 import time
 from datetime import UTC, datetime
@@ -17,8 +18,8 @@ from serving.service import Service
 #: Drawing takes a good part of a second of a core that the model could use.
 _REDRAW_SECONDS = 5.0
 _TITLES = {
-    "faster": "Faster",
-    "slower": "Slower",
+    "faster": "{candidate} is faster",
+    "slower": "{candidate} is slower",
     "equivalent": "No difference that matters",
     "undecided": "Undecided so far",
 }
@@ -48,7 +49,7 @@ class Report:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        environment.filters.update(ms=_milliseconds, speedup=_speedup, place=_place)
+        environment.filters.update(ms=_milliseconds, speedup=_speedup)
         self._template = environment.get_template("ab.html")
         self._lock = threading.Lock()
         self._plot, self._drawn = "", float("-inf")
@@ -65,6 +66,7 @@ class Report:
             ab=state,
             verdict=verdict,
             title=_title(verdict),
+            scale=_scale(verdict["speedup"]),
             mood=_mood(verdict),
             service=self._service,
             plot=self._picture(),
@@ -88,7 +90,7 @@ def _title(verdict: dict[str, Any]) -> str:
         return f"{' and '.join(verdict['failed'])} failed"
     if verdict["outputs_agree"] is False:
         return "Outputs differ"
-    return _TITLES[verdict["outcome"]]
+    return _TITLES[verdict["outcome"]].format(**verdict)
 
 
 def _mood(verdict: dict[str, Any]) -> str:
@@ -98,7 +100,9 @@ def _mood(verdict: dict[str, Any]) -> str:
 
 
 def _milliseconds(seconds: float | None) -> str:
-    return "–" if seconds is None else f"{1e3 * seconds:,.3g}" if seconds < 1 else f"{1e3 * seconds:,.0f}"
+    if seconds is None:
+        return "–"
+    return f"{1e3 * seconds:#.3g}".rstrip(".") if seconds < 1 else f"{1e3 * seconds:,.0f}"
 
 
 def _speedup(interval: dict[str, float | None]) -> str:
@@ -109,9 +113,11 @@ def _speedup(interval: dict[str, float | None]) -> str:
     return f"{interval['estimate']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]"
 
 
-def _place(ratio: float) -> float:
-    """Where a speed-up stands on the scale from a half to twice as fast, in percent."""
-    low, high = 0.5, 2.0
-    ratio = min(max(ratio, low), high)
-    # Symmetric around 1: half as fast is as far from it as twice as fast.
-    return 50.0 + 50.0 * (ratio - 1 if ratio >= 1 else 1 - 1 / ratio)
+def _scale(speedup: dict[str, float | None]) -> dict[str, float] | None:
+    """Where the interval stands on a logarithmic scale around 1 that shows it well, in percent of its width."""
+    low, estimate, high = (speedup[name] for name in ("low", "estimate", "high"))
+    if low is None or estimate is None or high is None:
+        return None
+    reach = 1.3 * max(abs(math.log(low)), abs(math.log(high)), math.log(1.02))
+    places = {name: 50 + 50 * math.log(value) / reach for name, value in (("low", low), ("high", high))}
+    return {**places, "estimate": 50 + 50 * math.log(estimate) / reach, "end": math.exp(reach)}

@@ -111,7 +111,7 @@ class Service:
         (answer,) = await self.batcher.submit([Item(kind, tokens, new_tokens, user)])
         answer = answer[:new_tokens]
         end = self.served.tokenizer.end
-        if end in answer:
+        if end is not None and end in answer:
             answer = answer[: answer.index(end)]
         return self.served.tokenizer.decode([int(token) for token in answer]), len(tokens), len(answer)
 

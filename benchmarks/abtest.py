@@ -105,7 +105,7 @@ def main() -> int:
     result = {
         "machine": describe_machine(),
         "commit": commit,
-        "measured_at": recording.now(),
+        "measured": recording.now(),
         "alpha": ALPHA,
         "requests": REQUESTS,
         "rows": rows,

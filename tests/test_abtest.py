@@ -103,11 +103,12 @@ def test_a_key_keeps_its_arm_in_every_process() -> None:
     for user in reversed(users):
         second(user, ab_key=user)
     assert set(again.calls) == set(new.calls)
-    elsewhere = Recorder()
-    other_seed = lncompile.ABTest(arms=arms(Recorder(), elsewhere), ratio=0.3, seed=1)
-    for user in users:
-        other_seed(user, ab_key=user)
-    assert set(elsewhere.calls) != set(new.calls)
+    for different in ({"seed": 1}, {"name": "another"}):
+        elsewhere = Recorder()
+        another = lncompile.ABTest(arms=arms(Recorder(), elsewhere), ratio=0.3, **different)  # type: ignore[arg-type]
+        for user in users:
+            another(user, ab_key=user)
+        assert set(elsewhere.calls) != set(new.calls)
 
 
 def test_keys_of_different_types_are_different_and_unstable_ones_refused() -> None:
@@ -780,11 +781,14 @@ def test_several_tests_in_one_registry() -> None:
     from lncompile.abtest.metrics import ABTestCollector
 
     registry = CollectorRegistry(auto_describe=True)
-    for name in ("one", "two"):
-        registry.register(ABTestCollector(lncompile.ABTest(arms=arms(), name=name)))
+    one, two = (lncompile.ABTest(arms=arms(), name=name) for name in ("one", "two"))
+    registry.register(ABTestCollector(one, two))
     text = generate_latest(registry).decode()
     assert 'lncompile_ab_requests_total{arm="old",test="one"} 0.0' in text
     assert 'lncompile_ab_requests_total{arm="old",test="two"} 0.0' in text
+    assert text.count("# TYPE lncompile_ab_requests_total") == 1
+    with pytest.raises(ValueError, match="different names, not 'one', 'one'"):
+        ABTestCollector(one, one)
 
 
 def test_plot(time: SimulatedTime, tmp_path: Any) -> None:
@@ -921,7 +925,24 @@ def test_each_arm_has_its_own_recompile_limit(block: Block) -> None:
         assert sum(counter.frame_count for counter in counters) == expected
 
 
-def test_a_function_in_both_arms() -> None:
-    ab = lncompile.ABTest(lambda value: value.exp() - 1, fullgraph=True)
-    for _ in range(6):
-        torch.testing.assert_close(ab(ONE), ONE.exp() - 1)
+def test_both_arms_are_compiled_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def record(function: Any, **arguments: Any) -> Any:
+        calls.append(arguments)
+        return function
+
+    monkeypatch.setattr(torch, "compile", record)
+    lncompile.ABTest(double, options={"lnfold.assist": False, "max_autotune": True}, dynamic=True, fullgraph=True)
+    alike = {"dynamic": True, "fullgraph": True}
+    assert calls == [
+        {"backend": "inductor", "options": {"max_autotune": True}, **alike},
+        {"backend": "lnfold", "options": {"lnfold.assist": False, "max_autotune": True}, **alike},
+    ]
+    calls.clear()
+    lncompile.ABTest(double, mode="reduce-overhead")
+    assert [(call["backend"], call["mode"]) for call in calls] == [
+        ("inductor", "reduce-overhead"),
+        ("lnfold", "reduce-overhead"),
+    ]
+    assert not any("options" in call for call in calls)

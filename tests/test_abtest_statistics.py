@@ -114,7 +114,8 @@ def test_a_factor_on_one_arm_is_found_exactly() -> None:
     assert_allclose(same_error, error, rtol=1e-9)
 
 
-def test_without_outliers_the_difference_is_that_of_means() -> None:
+def test_without_outliers_the_difference_is_that_of_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "CLIP", 100.0)
     random = numpy.random.default_rng(2)
     log_seconds, candidate = random.uniform(0, 1, (50, 16)), batches(2)[1]
     difference, error = statistics.batch_difference(log_seconds, candidate)

@@ -21,7 +21,7 @@ def share_of(key: Key, salt: str) -> float:
     if not isinstance(key, (str, int, bytes)):
         raise TypeError(f"ab_key takes a str, an int or bytes, not {type(key).__name__}: pass str(key)")
     data = key if isinstance(key, bytes) else f"{type(key).__name__}:{key}".encode()
-    digest = hashlib.blake2b(data, digest_size=8, key=salt.encode()[:64]).digest()
+    digest = hashlib.blake2b(data, digest_size=8, key=hashlib.blake2b(salt.encode()).digest()).digest()
     # 53 bits, what a float in [0, 1) can hold.
     return float((int.from_bytes(digest, "big") >> 11) / 2**53)
 
@@ -34,9 +34,9 @@ class Assignment:
         seed: of the coin, and of the hash that makes keys sticky.
     """
 
-    def __init__(self, ratio: float, seed: int) -> None:
+    def __init__(self, ratio: float, seed: str) -> None:
         self.ratio = ratio
-        self._salt = str(seed)
+        self._salt = seed
         self._coin = random.Random(seed)
 
     def is_candidate(self, key: Key | None) -> bool:

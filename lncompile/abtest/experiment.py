@@ -51,14 +51,16 @@ class ABTest:
     requests of like shapes that the other arm answers. :meth:`verdict` may be asked at any time, as often as wanted:
     the interval it gives is wrong at *any* look in at most ``alpha`` of all tests. What is measured is the time of the
     call itself (CUDA events on a GPU, a monotonic clock elsewhere), warm-up and calls during a compilation kept out.
-    Memory is constant. Any number of threads and asyncio tasks may call.
+    The verdict is on usual latencies; what happens in the tails is in the quantiles of :meth:`to_dict` and
+    :meth:`plot`. Memory is constant. Any number of threads and asyncio tasks may call.
 
     An arm that raises where the other does not is taken out of service; its request is answered by the other arm, with
     the same inputs (what it had already written into them stays written). Where both raise, the request is at fault and
     its caller gets the exception. An arm that returns a generator is timed, and watched, until it returns it.
 
     Args:
-        model: a module or function to compile, not compiled yet; or None with ``arms``.
+        model: a module or function to compile, not compiled yet. With ``arms`` it is what they run, or None: shadow
+            mode sees by its buffers that it must not run twice, and its parameters tell the device.
         arms: two callables by name, the first the baseline, the second the candidate. Default: ``model`` compiled by
             stock Inductor (``"inductor"``) and by lnfold (``"lnfold"``), sharing weights.
         mode: for ``torch.compile``, both arms.
@@ -77,7 +79,7 @@ class ABTest:
         buckets: how many kinds of requests are told apart. What comes after is served, and not in the verdict.
         alpha: how often a test may be wrong.
         minimum_effect: the relative difference in latency below which it does not matter.
-        seed: of all coins, and of the hash of ``ab_key``: replicas with one seed send a key to the same arm.
+        seed: of all coins, and of the hash of ``ab_key``: replicas with one name and seed send a key to the same arm.
         device: where the work happens; default: where the model's parameters or the first tensor of a request are.
         max_failures: how often an arm may raise where the other one does not before it is taken out of service.
         workers: threads for :meth:`acall`. With one, requests wait for each other and do not disturb each other's time.
@@ -95,6 +97,10 @@ class ABTest:
         >>> with torch.no_grad():
         ...     outputs = ab(inputs)
         >>> print(ab.verdict())
+
+        One function in both arms shows what the set-up itself can tell apart: nothing, it is to be hoped.
+
+        >>> check = lncompile.ABTest(arms={"a": compiled, "b": compiled})
     """
 
     def __init__(
@@ -141,7 +147,7 @@ class ABTest:
         self._tolerances = {**TOLERANCES, **(tolerances or {})}
         self._bucket_function = bucket
         self._device = None if device is None else torch.device(device)
-        self._assignment = Assignment(ratio, seed)
+        self._assignment = Assignment(ratio, f"{name}:{seed}")
         self._measurements = Measurements(self._names(), ratio, warmup, buckets, alpha)
         self._comparisons = Comparisons()
         self._settled: Arm | None = None
@@ -258,7 +264,7 @@ class ABTest:
             raise
         except Exception as second:
             error.add_note(f"The other arm, {other.name}, raised too: {type(second).__name__}: {second}")
-            raise error from second
+            raise error from None
         with self._lock:
             other.requests += 1
             self._failed(arm, error)

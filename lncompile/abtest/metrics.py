@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from lncompile.abtest.extras import require
+from lncompile.abtest.results import Outcome
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -17,98 +18,68 @@ LIMITS = [0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.
 
 
 class ABTestCollector:
-    """What prometheus_client asks for a test's metrics; register it with a registry of your own, or use ``ab.metrics``.
+    """What prometheus_client asks for the metrics of tests; ``ab.metrics`` is a registry with one.
+
+    Args:
+        tests: all that go into one registry, told apart by their names: a family of metrics appears in it once.
+
+    Raises:
+        ValueError: for two tests of one name.
+        ImportError: without prometheus_client.
 
     Example:
-        >>> prometheus_client.REGISTRY.register(ABTestCollector(ab))
+        >>> prometheus_client.REGISTRY.register(ABTestCollector(encoder_test, decoder_test))
     """
 
-    def __init__(self, test: ABTest) -> None:
+    def __init__(self, *tests: ABTest) -> None:
         self._core = require("prometheus_client.core", "metrics", "ABTest.metrics")
-        self._test = test
-
-    def describe(self) -> list[Any]:
-        """No families beforehand: several tests may be in one registry, told apart by their labels."""
-        return []
+        names = [test.name for test in tests]
+        if len(set(names)) < len(names):
+            raise ValueError(f"tests in one registry need different names, not {', '.join(map(repr, names))}")
+        self._tests = tests
 
     def collect(self) -> Iterator[Any]:
         """Yield the families, with their values now."""
-        state = self._test.to_dict()
-        arms, verdict = state["arms"], state["verdict"]
+        counter, gauge = self._core.CounterMetricFamily, self._core.GaugeMetricFamily
         each = ["test", "arm"]
-
-        def counter(name: str, text: str, values: list[tuple[list[str], float]], labels: list[str]) -> Any:
-            family = self._core.CounterMetricFamily(name, text, labels=labels)
-            for label, value in values:
-                family.add_metric([state["name"], *label], value)
-            return family
-
-        def gauge(name: str, text: str, values: list[tuple[list[str], float | None]], labels: list[str]) -> Any:
-            family = self._core.GaugeMetricFamily(name, text, labels=labels)
-            for label, value in values:
-                family.add_metric([state["name"], *label], float("nan") if value is None else value)
-            return family
-
-        yield counter(
-            "lncompile_ab_requests", "Requests answered", [([arm["name"]], arm["requests"]) for arm in arms], each
+        requests = counter("lncompile_ab_requests", "Requests answered", labels=each)
+        failures = counter(
+            "lncompile_ab_failures", "Requests at which the arm raised and the other arm did not", labels=each
         )
-        yield counter(
-            "lncompile_ab_failures",
-            "Requests at which the arm raised and the other arm did not",
-            [([arm["name"]], arm["failures"]) for arm in arms],
-            each,
-        )
-        yield gauge(
-            "lncompile_ab_in_service",
-            "1 while the arm answers requests",
-            [([arm["name"]], float(arm["in_service"])) for arm in arms],
-            each,
-        )
+        in_service = gauge("lncompile_ab_in_service", "1 while the arm answers requests", labels=each)
         latency = self._core.HistogramMetricFamily(
             "lncompile_ab_latency_seconds", "Time of requests assigned at random, after warm-up", labels=each
         )
-        for name, sketch in self._test.latencies().items():
-            counts = zip(LIMITS, sketch.at_most(LIMITS), strict=True)
-            buckets = [*((str(limit), count) for limit, count in counts), ("+Inf", sketch.count)]
-            latency.add_metric([state["name"], name], buckets, sketch.total)
-        yield latency
-        yield gauge(
+        speedup = gauge(
             "lncompile_ab_speedup",
             "Latency of the baseline over that of the candidate; low and high are its anytime-valid interval",
-            [([bound], verdict["speedup"][bound]) for bound in ("estimate", "low", "high")],
-            ["test", "bound"],
+            labels=["test", "bound"],
         )
-        yield gauge(
-            "lncompile_ab_p_value",
-            "Anytime-valid p-value against equal latencies",
-            [([], verdict["p_value"])],
-            ["test"],
-        )
-        outcomes = ("faster", "slower", "equivalent", "undecided")
-        yield gauge(
-            "lncompile_ab_outcome",
-            "1 for what is known of the candidate",
-            [([outcome], float(outcome == verdict["outcome"])) for outcome in outcomes],
-            ["test", "outcome"],
-        )
-        yield gauge(
-            "lncompile_ab_regression",
-            "1 if the candidate should not be used",
-            [([], float(verdict["regression"]))],
-            ["test"],
-        )
-        comparisons = state["comparisons"]
-        results = {
-            "agree": comparisons["compared"] - comparisons["differing"],
-            "differ": comparisons["differing"],
-            "skipped": comparisons["skipped"],
-        }
-        yield counter(
-            "lncompile_ab_comparisons",
-            "Requests answered by both arms",
-            [([result], number) for result, number in results.items()],
-            ["test", "result"],
-        )
+        p_value = gauge("lncompile_ab_p_value", "Anytime-valid p-value against equal latencies", labels=["test"])
+        outcome = gauge("lncompile_ab_outcome", "1 for what is known of the candidate", labels=["test", "outcome"])
+        regression = gauge("lncompile_ab_regression", "1 if the candidate should not be used", labels=["test"])
+        comparisons = counter("lncompile_ab_comparisons", "Requests answered by both arms", labels=["test", "result"])
+        for test in self._tests:
+            state, name = test.to_dict(), test.name
+            verdict, compared = state["verdict"], state["comparisons"]
+            for arm in state["arms"]:
+                requests.add_metric([name, arm["name"]], arm["requests"])
+                failures.add_metric([name, arm["name"]], arm["failures"])
+                in_service.add_metric([name, arm["name"]], float(arm["in_service"]))
+            for arm_name, sketch in test.latencies().items():
+                counts = zip(LIMITS, sketch.at_most(LIMITS), strict=True)
+                buckets = [*((str(limit), count) for limit, count in counts), ("+Inf", sketch.count)]
+                latency.add_metric([name, arm_name], buckets, sketch.total)
+            for bound, value in verdict["speedup"].items():
+                speedup.add_metric([name, bound], float("nan") if value is None else value)
+            p_value.add_metric([name], verdict["p_value"])
+            for possible in Outcome:
+                outcome.add_metric([name, possible.value], float(possible.value == verdict["outcome"]))
+            regression.add_metric([name], float(verdict["regression"]))
+            comparisons.add_metric([name, "agree"], compared["compared"] - compared["differing"])
+            comparisons.add_metric([name, "differ"], compared["differing"])
+            comparisons.add_metric([name, "skipped"], compared["skipped"])
+        yield from (requests, failures, in_service, latency, speedup, p_value, outcome, regression, comparisons)
 
 
 def registry_of(test: ABTest) -> CollectorRegistry:

@@ -28,8 +28,8 @@ class Verdict:
         outcome: what is known of the latency.
         baseline: name of the arm compared with.
         candidate: name of the arm in question.
-        speedup: the baseline's latency over the candidate's, geometric mean over requests: above 1 the candidate is
-            faster. The interval holds at every look.
+        speedup: the baseline's latency over the candidate's, geometric mean over requests with outliers drawn in: above
+            1 the candidate is faster. The interval holds at every look.
         requests: how many requests are in it.
         elsewhere: how many are not, though assigned at random and after warm-up: those of shapes beyond the number of
             buckets, and of batches that are not full yet.

@@ -48,7 +48,7 @@ TARGET_BATCHES = 100
 #: How many batches say how large differences are to be expected, before the first look.
 FIRST_BATCHES = 4
 #: A latency further than this many standard deviations from its arm's median counts as if it were just there.
-CLIP = 5.0
+CLIP = 3.0
 #: No speed-up beyond this, either way, is considered.
 LARGEST_EFFECT = math.log(100.0)
 
@@ -87,9 +87,9 @@ def batch_size(ratio: float) -> int:
 def batch_difference(log_seconds: Floats, candidate: NDArray[numpy.bool_]) -> tuple[Floats, Floats]:
     """What a batch says of the candidate's speed-up.
 
-    Latencies far out (a collected garbage, a burst on another core) are drawn in to 5 standard deviations from their
-    arm's median, the deviation estimated from both arms' median absolute deviations. A batch in which an arm has fewer
-    than two requests says nothing (NaN).
+    Latencies far out (a garbage collection, a burst on another core) are drawn in to 3 standard deviations from their
+    arm's median, the deviation estimated from the median absolute deviation of both arms: what is compared are usual
+    latencies, and not tails. A batch in which an arm has fewer than two requests says nothing (NaN).
 
     Args:
         log_seconds: logarithms of latencies, ``[..., requests]``.

@@ -551,17 +551,31 @@ def test_models_that_cannot_be_served(config: str, words: str, tmp_path: Path) -
         models.load(str(tmp_path))
 
 
-def test_lnfold_folds_the_served_model(served: Served, without_inductor: None) -> None:
-    """The candidate is lnfold, for both tasks, and answers as eager does."""
-    bases: list[Any] = []
+def test_lnfold_answers_both_tasks_and_compiles_nothing_after_warm_up(without_inductor: None) -> None:
+    served = small_gpt2(layers=1, width=32)
+    compiled: list[Callable[..., Any]] = []
 
     def compile(function: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
-        bases.append(compiled_arms(function, None, None, {"dynamic": True})["lnfold"])
-        return {"inductor": function, "lnfold": bases[-1]}
+        compiled.append(compiled_arms(function, None, None, {"dynamic": True})["lnfold"])
+        return {"inductor": function, "lnfold": compiled[-1]}
 
-    arm = model_arms(served, compile)["lnfold"]
-    tokens = torch.tensor([served.tokenizer.encode("one text"), served.tokenizer.encode("another ")])
-    mask = torch.ones_like(tokens)
-    expected = torch.stack([embedding(served, "one text"), embedding(served, "another ")])
-    torch.testing.assert_close(arm("embed", tokens, mask, 0), expected, atol=2e-5, rtol=1e-4)
-    assert [report.folded for report in lncompile.reports(bases[0])] == [5]
+    service = Service(served, model_arms(served, compile))
+    service.warm_up()
+    reports = [report for function in compiled for report in lncompile.reports(function)]
+    # Embeddings, prompts, and the tokens after them; each for one text and for several.
+    assert [report.folded for report in reports] == [3] * 6
+    service.ab.take_out("inductor")
+
+    async def ask() -> None:
+        service.start()
+        for texts in (["a" * 16], ["ab", "abc" * 15], ["x" * 64, "y"] * 4):
+            answers = await service.embed(texts)
+            expected = torch.stack([embedding(served, text) for text in texts])
+            torch.testing.assert_close(torch.tensor(answers[0]), expected, atol=2e-5, rtol=1e-4)
+        for prompts in (["a" * 16], ["ab", "b"], ["b" * 100, "c" * 70, "d" * 64]):
+            texts = await asyncio.gather(*(service.generate(prompt, 5) for prompt in prompts))
+            assert [text for text, *_ in texts] == [continuation(served, prompt, 5) for prompt in prompts]
+        await service.close()
+
+    asyncio.run(ask())
+    assert [report for function in compiled for report in lncompile.reports(function)] == reports

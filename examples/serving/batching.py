@@ -21,13 +21,13 @@ class Kind(NamedTuple):
         task: what is wanted.
         length: what they are padded to, in tokens.
         new_tokens: how many are generated, rounded up.
-        candidate: whether their users go to the candidate; None where nobody asked for the same arm each time.
+        arm: the one their users are assigned to; None where nobody asked for the same arm each time.
     """
 
     task: str
     length: int
     new_tokens: int = 0
-    candidate: bool | None = None
+    arm: str | None = None
 
 
 @dataclass(eq=False)

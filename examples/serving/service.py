@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import lncompile
-from lncompile.abtest.assignment import Assignment
 from serving.arms import EMBED, GENERATE, pad
 from serving.batching import Batcher, Item, Kind
 from serving.models import Served
@@ -62,8 +61,6 @@ class Service:
         self.broken: str | None = None
         self._closing = False
         self._running: asyncio.Task[None] | None = None
-        # The test's own rule, so that a batch holds users of one arm.
-        self._assignment = Assignment(ratio, seed)
         self._longest = min(self.settings.max_tokens, served.positions or self.settings.max_tokens)
 
     # --- requests ---
@@ -138,9 +135,11 @@ class Service:
 
     def _kind(self, task: str, length: int, new_tokens: int, user: str | None) -> Kind:
         room = self._longest - _rounded(new_tokens, self.settings.max_new_tokens) if new_tokens else self._longest
-        padded = max(length, min(_rounded(length, self._longest, _SHORTEST), room))
-        candidate = None if user is None else self._assignment.is_candidate(user)
-        return Kind(task, padded, _rounded(new_tokens, self._longest - padded) if new_tokens else 0, candidate)
+        # generate() hands the model other arguments for a batch without any padding, which would be compiled once more.
+        least = length + 1 if task == GENERATE else length
+        padded = max(length, min(_rounded(least, self._longest, _SHORTEST), room))
+        arm = None if user is None else self.ab.assigned_to(user)
+        return Kind(task, padded, _rounded(new_tokens, self._longest - padded) if new_tokens else 0, arm)
 
     # --- batches ---
 
@@ -160,7 +159,7 @@ class Service:
 
     def warm_up(self) -> None:
         """Let each arm compile what it needs, outside of the test: it takes no requests before."""
-        tokens = [self.served.tokenizer.encode("Once upon a time")[:_SHORTEST]]
+        tokens = [self.served.tokenizer.encode("Once upon a time")[: _SHORTEST // 2]]
         tasks = [(EMBED, 0), *([(GENERATE, 2)] if self.served.generates else [])]
         for name, arm in self.ab.arms.items():
             try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import collections
+import contextlib
 import itertools
 import random
 import sys
@@ -40,11 +41,9 @@ async def wait_until_ready(client: httpx.AsyncClient, seconds: float) -> None:
     """
     async with asyncio.timeout(seconds):
         while True:
-            try:
+            with contextlib.suppress(httpx.TransportError):  # it does not listen yet
                 if (await client.get("/health/ready")).status_code == 200:
                     return
-            except httpx.TransportError:
-                pass  # it does not listen yet
             await asyncio.sleep(1)
 
 

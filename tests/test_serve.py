@@ -357,7 +357,7 @@ def test_a_client_that_leaves_in_the_middle_of_its_batch(running: Running) -> No
 
 
 def test_a_full_queue(served: Served) -> None:
-    with Running(served, Settings(max_queue=3, max_batch=2)) as running:
+    with Running(served, Settings(max_queue=3, max_batch=2, max_texts=3)) as running:
         running.hold()
         begun = [running.begin("x")]
         running.wait_until(running.busy)
@@ -518,6 +518,8 @@ def test_serve_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "holds no config.json" in capsys.readouterr().err
     assert serve.main(["--max-batch", "0"]) == 2
     assert "max_batch is at least 1" in capsys.readouterr().err
+    assert serve.main(["--max-queue", "10"]) == 2
+    assert "max_texts is at most max_queue, 10, not 64" in capsys.readouterr().err
     assert serve.main(["--ratio", "2"]) == 2
     assert "ratio is between 0.01 and 0.99" in capsys.readouterr().err
 
@@ -534,6 +536,26 @@ def test_a_folder_with_a_config_is_served_over_bytes(tmp_path: Path) -> None:
         torch.testing.assert_close(torch.tensor(got[0]), embedding(served, "ab"), atol=1e-5, rtol=1e-4)
         answer = running.post("/generate", json={"prompt": "a"})
         assert (answer.status_code, "does not generate" in answer.json()["error"]) == (422, True)
+
+
+def test_a_model_with_a_tokenizer_of_its_own(tmp_path: Path) -> None:
+    import tokenizers
+    import transformers
+
+    words = {"[end]": 0, "once": 1, "upon": 2, "a": 3, "time": 4, "?": 5}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="?"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="[end]").save_pretrained(tmp_path)
+    config = transformers.GPT2Config(6, 64, 32, 2, 2, bos_token_id=0, eos_token_id=0)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    served = models.load(str(tmp_path))
+    assert served.tokenizer.encode("once upon a time") == [1, 2, 3, 4]
+    with Running(served) as running:
+        answer = running.post("/generate", json={"prompt": "once upon", "max_new_tokens": 7}).json()
+        assert answer["text"] == continuation(served, "once upon", 7)
+        assert answer["prompt_tokens"] == 2
+        (got,) = running.post("/embed", json={"texts": ["a time"]}).json()["embeddings"]
+        torch.testing.assert_close(torch.tensor(got), embedding(served, "a time"), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

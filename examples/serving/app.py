@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 
 from serving.metrics import Metrics
 from serving.middleware import BodyLimit, Counted
-from serving.report import Report
+from serving.report import HEADERS, Report
 from serving.service import Service
 from serving.settings import Refused
 
@@ -103,7 +103,7 @@ def create_app(service: Service) -> FastAPI:
     @app.get("/ab")
     def page(refresh: int = 10) -> HTMLResponse:
         """The test, for people. ``?refresh=0`` keeps the page as it is."""
-        return HTMLResponse(report.html(refresh), headers=report.HEADERS)
+        return HTMLResponse(report.html(refresh), headers=HEADERS)
 
     @app.get("/ab.json")
     def state() -> dict[str, Any]:

@@ -37,7 +37,7 @@ class Metrics:
         queue.set_function(lambda: len(service.batcher))
         ready = Gauge("serve_ready", "1 once warm-up is over", registry=self._registry)
         ready.set_function(lambda: float(service.ready))
-        service.batch_sizes = lambda task, size: self._batches.labels(task).observe(size)
+        service.on_batch = lambda task, size: self._batches.labels(task).observe(size)
         self._registry.register(ABTestCollector(service.ab))
 
     def answered(self, endpoint: str, status: int, seconds: float) -> None:

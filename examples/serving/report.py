@@ -15,6 +15,11 @@ import jinja2
 
 from serving.service import Service
 
+#: For the response. The page is whole in itself, and the browser holds it to that.
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data:",
+    "Cache-Control": "no-store",
+}
 #: Drawing takes a good part of a second of a core that the model could use.
 _REDRAW_SECONDS = 5.0
 _TITLES = {
@@ -30,15 +35,7 @@ class Report:
 
     Args:
         service: whose test it is.
-
-    Attributes:
-        HEADERS: for the response. The page is whole in itself, and the browser holds it to that.
     """
-
-    HEADERS = {  # noqa: RUF012
-        "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data:",
-        "Cache-Control": "no-store",
-    }
 
     def __init__(self, service: Service) -> None:
         self._service = service

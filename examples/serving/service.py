@@ -31,6 +31,7 @@ class Service:
     Attributes:
         ab: the test.
         batcher: the queue.
+        on_batch: called with task and number of texts before each batch.
         ready: whether warm-up is over.
         broken: why it never will be, or None.
     """
@@ -56,7 +57,7 @@ class Service:
             name=type(served.model).__name__,
         )
         self.batcher = Batcher(self._answer, self.settings)
-        self.batch_sizes: Callable[[str, int], None] = lambda task, size: None
+        self.on_batch: Callable[[str, int], None] = lambda task, size: None
         self.ready = False
         self.broken: str | None = None
         self._closing = False
@@ -145,14 +146,15 @@ class Service:
 
     async def _answer(self, items: Sequence[Item]) -> list[Any]:
         kind = items[0].kind
-        self.batch_sizes(kind.task, len(items))
+        self.on_batch(kind.task, len(items))
         left = kind.task == GENERATE
         tokens, mask = pad([item.tokens for item in items], kind.length, self.served.tokenizer.padding, left)
         device = self.served.model.device
         steps = max(item.new_tokens for item in items)
         # All users of a batch belong to one arm, so any of them stands for all.
         answer = await self.ab.acall(kind.task, tokens.to(device), mask.to(device), steps, ab_key=items[0].user)
-        rows: list[Any] = answer.tolist()
+        # Not here: it waits for a GPU to finish.
+        rows: list[Any] = await asyncio.to_thread(answer.tolist)
         return rows
 
     # --- life ---

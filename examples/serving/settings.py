@@ -32,6 +32,8 @@ class Settings:
             least = 0 if name == "max_wait" else 1
             if value < least:
                 raise ValueError(f"{name} is at least {least}, not {value}")
+        if self.max_texts > self.max_queue:
+            raise ValueError(f"max_texts is at most max_queue, {self.max_queue}, not {self.max_texts}")
 
 
 class Refused(Exception):

@@ -546,7 +546,9 @@ def test_a_model_with_a_tokenizer_of_its_own(tmp_path: Path) -> None:
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="?"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="[end]").save_pretrained(tmp_path)
-    config = transformers.GPT2Config(6, 64, 32, 2, 2, bos_token_id=0, eos_token_id=0)
+    config = transformers.GPT2Config(
+        vocab_size=6, n_positions=64, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+    )
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
     served = models.load(str(tmp_path))
     assert served.tokenizer.encode("once upon a time") == [1, 2, 3, 4]

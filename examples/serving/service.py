@@ -161,17 +161,18 @@ class Service:
 
     def warm_up(self) -> None:
         """Let each arm compile what it needs, outside of the test: it takes no requests before."""
-        tokens = [self.served.tokenizer.encode("Once upon a time")[: _SHORTEST // 2]]
+        tokenizer, device = self.served.tokenizer, self.served.model.device
+        tokens = tokenizer.encode("Once upon a time")[: _SHORTEST // 2] or [tokenizer.padding]
         tasks = [(EMBED, 0), *([(GENERATE, 2)] if self.served.generates else [])]
+        short, longer = (min(length, self._longest) for length in (_SHORTEST, 2 * _SHORTEST))
         for name, arm in self.ab.arms.items():
             try:
                 for task, new_tokens in tasks:
                     # One text, several, and another length: Dynamo compiles sizes of 1 apart from others.
-                    for texts, length in ((1, _SHORTEST), (2, _SHORTEST), (3, 2 * _SHORTEST)):
+                    for texts, length in ((1, short), (2, short), (3, longer)):
                         if self._closing:
                             return
-                        tensors = pad(tokens * texts, length, self.served.tokenizer.padding, task == GENERATE)
-                        device = self.served.model.device
+                        tensors = pad([tokens] * texts, length, tokenizer.padding, task == GENERATE)
                         log.info("warm-up of %s: %s, %d × %d tokens", name, task, texts, length)
                         arm(task, *(tensor.to(device) for tensor in tensors), new_tokens)
             except Exception as error:
@@ -202,7 +203,7 @@ class Service:
         await asyncio.to_thread(self.ab.close)
 
 
-def _rounded(size: int, limit: int, least: int = 1) -> int:
+def _rounded(size: int, limit: int = 1 << 30, least: int = 1) -> int:
     """The next power of two, between a least and a largest size."""
     return min(max(least, 1 << (size - 1).bit_length()), limit)
 
@@ -211,5 +212,5 @@ def _bucket(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
     """A batch's kind, as the report shows it."""
     task, tokens, _, new_tokens = args
     rows, length = tokens.shape
-    size = f"{_rounded(rows, 1 << 30)} × {length}"
-    return f"{task} {size} + {new_tokens}" if task == GENERATE else f"{task} {size}"
+    words = f"{task} {_rounded(rows)} × {length}"
+    return f"{words} + {_rounded(new_tokens)}" if task == GENERATE else words

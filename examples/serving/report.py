@@ -58,6 +58,7 @@ class Report:
             refresh: seconds after which the browser asks again, 0 for never.
         """
         state = self._service.ab.to_dict()
+        state["buckets"].sort(key=lambda bucket: -sum(arm["requests"] for arm in bucket["seconds"].values()))
         verdict = state["verdict"]
         return self._template.render(
             ab=state,

@@ -5,19 +5,23 @@ TORCH ?= 2.13.0
 VENV ?= .venv
 MODEL ?= gpt2
 FUZZ ?= --graphs 2000
+SERVE ?=
 
 python := $(VENV)/bin/python
 pip := $(python) -m pip --disable-pip-version-check install --quiet
 stamp := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-torch fuzz lint bench bench-cpu bench-gpu clean
+.PHONY: help demo serve test test-all test-torch fuzz lint bench bench-cpu bench-gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(stamp)-demo ## fold report, exactness and latency of GPT-2 small (MODEL=hub-id-or-folder for another)
 	$(python) -m lncompile.demo --model "$(MODEL)"
+
+serve: $(stamp)-serve ## a server of a model that A/B tests stock torch.compile against lnfold (SERVE="--model ... --port 8000")
+	$(python) examples/serve.py $(SERVE)
 
 # A process for every core, and one thread in each: the models are tiny. Tests of one group share what they compile.
 pytest := OMP_NUM_THREADS=1 $(python) -m pytest -n auto --dist loadgroup
@@ -56,7 +60,7 @@ bench-gpu: $(stamp)-test ## the same on an NVIDIA GPU (8 minutes; BENCH="--only 
 
 clean: ## remove environments, caches and build output
 	rm -rf .venv .venv-torch-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find lncompile passes lowering tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find lncompile passes lowering tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp for each set of extras, so that nothing is installed twice. The torch stamp carries the version: asking for
 # another TORCH in the same environment installs it.
@@ -71,6 +75,10 @@ $(stamp)-torch-$(TORCH):
 
 $(stamp)-demo: $(stamp)-torch-$(TORCH) pyproject.toml
 	$(pip) "torch==$(TORCH)" -e ".[demo]"
+	touch $@
+
+$(stamp)-serve: $(stamp)-torch-$(TORCH) pyproject.toml
+	$(pip) "torch==$(TORCH)" -e ".[serve]"
 	touch $@
 
 $(stamp)-test: $(stamp)-torch-$(TORCH) pyproject.toml

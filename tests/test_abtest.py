@@ -111,6 +111,17 @@ def test_a_key_keeps_its_arm_in_every_process() -> None:
         assert set(elsewhere.calls) != set(new.calls)
 
 
+def test_who_batches_requests_can_ask_where_a_key_goes() -> None:
+    recorders: dict[str, list[str]] = {"old": [], "new": []}
+    ab = lncompile.ABTest(arms={name: calls.append for name, calls in recorders.items()}, ratio=0.3, seed=5)
+    for number in range(50):
+        user = f"user {number}"
+        arm = ab.assigned_to(user)
+        ab(user, ab_key=user)
+        assert recorders[arm][-1] == user
+    assert min(map(len, recorders.values())) > 5
+
+
 def test_keys_of_different_types_are_different_and_unstable_ones_refused() -> None:
     from lncompile.abtest.assignment import share_of
 

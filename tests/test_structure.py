@@ -62,14 +62,14 @@ def test_private_torch_names_stand_in_two_modules(path: Path) -> None:
     assert not private
 
 
-@pytest.mark.parametrize("path", modules("lncompile", "passes", "lowering"), ids=str)
+@pytest.mark.parametrize("path", modules("lncompile", "passes", "lowering", "examples"), ids=str)
 def test_modules_can_be_read_in_a_sitting(path: Path) -> None:
     text = path.read_text()
     assert len(text.splitlines()) <= 600
     assert ast.get_docstring(ast.parse(text)), "every module says what it is for"
 
 
-@pytest.mark.parametrize("path", modules("lncompile", "passes", "lowering"), ids=str)
+@pytest.mark.parametrize("path", modules("lncompile", "passes", "lowering", "examples"), ids=str)
 def test_no_silent_except(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ExceptHandler):

@@ -208,6 +208,14 @@ class ABTest:
         if executor is not None:
             executor.shutdown()
 
+    def assigned_to(self, key: Key) -> str:
+        """The arm that requests with this ``ab_key`` are assigned to: for who batches requests, one arm's together.
+
+        Raises:
+            TypeError: for a key that is no ``str``, ``int`` or ``bytes``.
+        """
+        return self._arms[self._assignment.is_candidate(key)].name
+
     def _bucket_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
         try:
             return str(self._bucket_function(args, kwargs))

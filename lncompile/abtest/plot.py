@@ -54,6 +54,11 @@ def _latencies(axes: Axes, latencies: Mapping[str, LatencySketch]) -> None:
         axes.plot(milliseconds, shares, color=colour, label=label)
     if any(sketch.count for sketch in latencies.values()):
         axes.set_xscale("log")
+        # Ticks at 1, 2 and 5, in plain numbers: a narrow range has few powers of ten.
+        ticks: Any = axes.xaxis.get_major_locator()
+        ticks.set_params(subs=(1, 2, 5))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
         axes.legend(loc="lower right", fontsize="small")
     else:
         _nothing_yet(axes)

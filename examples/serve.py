@@ -1,0 +1,95 @@
+"""A server of a transformers model, half of whose requests are answered by stock Inductor and half by lnfold.
+
+    python examples/serve.py                                    # a small random GPT-2 over bytes, no network
+    python examples/serve.py --model my/folder --shadow 0.05    # yours, each twentieth batch answered by both
+
+POST /embed and /generate; GET /ab for the test as a page, /ab.json, /metrics, /health, and /docs for the endpoints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+import uvicorn
+
+from lncompile.models import ModelError
+from serving.app import create_app
+from serving.arms import model_arms
+from serving.models import BYTES_GPT2, load
+from serving.service import Service
+from serving.settings import Settings
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    default = Settings()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def add(name: str, value: object, text: str) -> None:
+        parser.add_argument(name, type=type(value), default=value, help=f"{text} (default: {value})")
+
+    add("--model", BYTES_GPT2, "a hub id, or a folder as save_pretrained writes it")
+    add("--host", "127.0.0.1", "address to listen at")
+    add("--port", 8000, "port to listen at, 0 for any that is free")
+    add("--device", "cpu", "where the model runs")
+    add("--ratio", 0.5, "lnfold's share of batches")
+    add("--shadow", 0.0, "share of batches that both answer, to compare outputs")
+    add("--seed", 0, "of the coins; servers with one seed send an X-User to the same arm")
+    add("--max-batch", default.max_batch, "texts in one call of the model")
+    add("--max-wait-ms", 1e3 * default.max_wait, "how long a batch waits for more texts, in milliseconds")
+    add("--max-queue", default.max_queue, "texts that may wait; more are answered by 503")
+    add("--max-texts", default.max_texts, "texts in one request")
+    add("--max-tokens", default.max_tokens, "tokens of a text, or of a prompt with its continuation")
+    add("--max-new-tokens", default.max_new_tokens, "tokens generated for a prompt")
+    return parser.parse_args(arguments)
+
+
+def build(options: argparse.Namespace) -> Service:
+    """Load the model and put the service around it. Nothing is compiled yet.
+
+    Raises:
+        ModelError: for a model that cannot be served.
+        ValueError: for settings that make no server.
+    """
+    served = load(options.model)
+    served.model.to(options.device)
+    settings = Settings(
+        max_batch=options.max_batch,
+        max_wait=options.max_wait_ms / 1e3,
+        max_queue=options.max_queue,
+        max_texts=options.max_texts,
+        max_tokens=options.max_tokens,
+        max_new_tokens=options.max_new_tokens,
+    )
+    test = {"ratio": options.ratio, "shadow": options.shadow, "seed": options.seed}
+    return Service(served, model_arms(served), settings, **test)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve until SIGINT or SIGTERM; requests that were begun are finished."""
+    options = parse(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("lncompile").setLevel(logging.WARNING)  # its report of every fold, at every compilation
+    logging.getLogger("lncompile.serve").setLevel(logging.INFO)
+    try:
+        service = build(options)
+    except (ModelError, ValueError) as error:
+        print(f"serve: {error}", file=sys.stderr)
+        return 2
+    logging.getLogger("lncompile.serve").info("serving %s; GET /ab shows the test", service.served.description)
+    uvicorn.run(
+        create_app(service),
+        host=options.host,
+        port=options.port,
+        access_log=False,
+        timeout_graceful_shutdown=60,
+        log_config=None,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

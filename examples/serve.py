@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import uvicorn
 
-from lncompile.models import ModelError
+from lncompile.factories import ModelError
 from serving.app import create_app
 from serving.arms import model_arms
 from serving.models import BYTES_GPT2, load

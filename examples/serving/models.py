@@ -11,7 +11,8 @@ import torch
 import transformers
 from torch import nn
 
-from lncompile.models import ModelError, load_model, randomise
+from lncompile.factories import ModelError
+from lncompile.models import load_model, randomise
 
 #: What a server without a model serves: a small random GPT-2 that reads bytes, made without a network.
 BYTES_GPT2 = "bytes-gpt2"

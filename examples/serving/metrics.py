@@ -47,4 +47,5 @@ class Metrics:
 
     def text(self) -> bytes:
         """All of it, in Prometheus' text format."""
-        return generate_latest(self._registry)
+        text: bytes = generate_latest(self._registry)
+        return text

@@ -25,7 +25,7 @@ from lncompile.passes.materialize import Materializer
 from lncompile.passes.ownership import Reader
 from lncompile.passes.sites import find_sites
 from lncompile.passes.verdicts import left_alone
-from lncompile.pipeline import prepare
+from lncompile.pipeline import prepare, prepare_frozen
 from lncompile.report import FoldReport
 from lncompile.versions import warn_if_untested
 
@@ -86,7 +86,8 @@ def lnfold(
     example_inputs = list(example_inputs)
     arguments = {"mode": mode, "options": dict(options or {})}
     try:
-        prepared = prepare(graph_module, example_inputs, ours)
+        freezes = torch_private.freezes_weights(inductor_config)
+        prepared = (prepare_frozen if freezes else prepare)(graph_module, example_inputs, ours)
     except Exception as error:
         if not safety_net:
             raise
@@ -97,7 +98,7 @@ def lnfold(
         compiled = torch_private.inductor_compile(graph_module, example_inputs, inductor_config)
         if not report.sites and ours.weights != "inplace":
             return compiled
-        return _remember(compiled, example_inputs, report, arguments, reader=prepared.reader)
+        return _remember(compiled, [*example_inputs, *prepared.weights], report, arguments, reader=prepared.reader)
     try:
         inputs = [*example_inputs, *prepared.values]
         static = torch_private.static_fake_tensors(prepared.values)
@@ -110,7 +111,8 @@ def lnfold(
         if not safety_net:
             raise
         return _untouched(graph_module, example_inputs, inductor_config, arguments, error)
-    return _remember(compiled, example_inputs, report, arguments, prepared.materializer, prepared.reader)
+    known = [*example_inputs, *prepared.weights]
+    return _remember(compiled, known, report, arguments, prepared.materializer, prepared.reader)
 
 
 def _reset() -> None:

@@ -51,7 +51,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> FoldReport:
 
         return run
 
-    with torch_private.many_recompiles():
+    with torch_private.many_recompiles(), torch_private.without_freezing():
         captured: Callable[..., Any] = torch.compile(torch_private.original_callable(model), backend=capture)
         captured(*args, **kwargs)
     return merge(reports.values())

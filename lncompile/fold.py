@@ -80,7 +80,7 @@ def fold(model: nn.Module, *args: Any, options: Mapping[str, Any] | None = None,
         captured.append((graph_module, list(example_inputs)))
         return graph_module.forward
 
-    with torch.no_grad(), torch_private.many_recompiles():
+    with torch.no_grad(), torch_private.many_recompiles(), torch_private.without_freezing():
         signature = Signature(args, kwargs, model(*args, **kwargs))
 
         def call(*tensors: Tensor) -> list[Tensor]:

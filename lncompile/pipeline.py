@@ -16,6 +16,7 @@ from lncompile.options import Options
 from lncompile.passes import in_place
 from lncompile.passes.canonical import tensor_of
 from lncompile.passes.decisions import RuntimeCentering, WeightRewrite
+from lncompile.passes.frozen_weights import lift_weights
 from lncompile.passes.materialize import Expression, Materializer, Stored
 from lncompile.passes.ownership import Ownership, Reader
 from lncompile.passes.provenance import parameter_name, parameter_names
@@ -32,17 +33,19 @@ class Prepared:
 
     Attributes:
         graph_module: the rewritten graph; None where the graph goes to Inductor as it came.
-        materializer: supplies the values of its extra inputs.
+        materializer: supplies the values of its extra inputs; None where it has none.
         values: an example of them, none of which is one of the graph's other inputs.
         report: what was decided.
         reader: what is known of how the compiled graph reads its parameters, to be kept as long as it lives.
+        weights: the tensors that are constants of the graph.
     """
 
     graph_module: fx.GraphModule | None
-    materializer: Materializer
+    materializer: Materializer | None
     values: tuple[Tensor, ...]
     report: FoldReport
     reader: Reader
+    weights: tuple[Tensor, ...] = ()
 
 
 def prepare(graph_module: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Prepared:
@@ -73,6 +76,23 @@ def prepare(graph_module: fx.GraphModule, example_inputs: Sequence[Any], options
         report,
         Reader(read),
     )
+
+
+def prepare_frozen(graph_module: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Prepared:
+    """Do what :func:`prepare` does where Inductor makes constants of weights, and of the centered ones as well.
+
+    They are copies, and nobody looks again whether a weight has changed: as with stock Inductor, a model that was
+    frozen keeps the values it had, and Dynamo compiles anew where a weight is another object.
+    """
+    lifted = lift_weights(graph_module)
+    if not lifted.tensors:
+        return prepare(graph_module, example_inputs, options)
+    options = dataclasses.replace(options, weights="copy", check=False)
+    weights = tuple(lifted.tensors.values())
+    prepared = prepare(lifted.graph_module, [*example_inputs, *weights], options)
+    if prepared.graph_module is not None:
+        lifted.put_back(prepared.graph_module, prepared.values)
+    return dataclasses.replace(prepared, materializer=None, values=(), weights=weights)
 
 
 def plan(graph_module: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> FoldReport:

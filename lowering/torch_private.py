@@ -125,6 +125,23 @@ def source_name(placeholder: fx.Node) -> str | None:
     return str(name() if callable(name) else name)
 
 
+def take_source_of_attribute(placeholder: fx.Node, graph_module: fx.GraphModule, name: str) -> None:
+    """Give a placeholder the source that Dynamo noted for an attribute of its graph module (None where it did not)."""
+    placeholder._dynamo_source = getattr(graph_module, "_param_name_to_source", {}).get(name)
+
+
+def give_source_to_attribute(graph_module: fx.GraphModule, name: str, placeholder: fx.Node) -> None:
+    """The other way round; an attribute whose value Dynamo knows nothing of gets a source without a place.
+
+    AOTAutograd wants a source of its own for every parameter and buffer of a graph module.
+    """
+    from torch._dynamo.source import ConstantSource
+
+    source = getattr(placeholder, "_dynamo_source", None) or ConstantSource(name)
+    sources: Any = {**getattr(graph_module, "_param_name_to_source", {}), name: source}
+    graph_module._param_name_to_source = sources
+
+
 def is_gathered_for_the_call(placeholder: fx.Node) -> bool:
     """Whether a placeholder is a parameter of a module under FSDP, which fills it anew before each call.
 
@@ -168,6 +185,20 @@ def inductor_option_names() -> list[str]:
     from torch._inductor import config
 
     return list(config.get_config_copy())
+
+
+def freezes_weights(config_patches: dict[str, Any]) -> bool:
+    """Whether Inductor makes constants of the weights that Dynamo hands over as attributes of the graph."""
+    from torch._inductor import config
+
+    return bool(config_patches.get("freezing", config.freezing)) and not torch.is_grad_enabled()
+
+
+def without_freezing() -> Any:
+    """Context in which Dynamo hands weights over as inputs, whatever Inductor's ``freezing`` says."""
+    from torch._inductor import config
+
+    return config.patch(freezing=False)
 
 
 def inductor_reset(config_patches: dict[str, Any]) -> None:

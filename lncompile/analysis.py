@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from torch import fx, nn
 
+from lncompile.lowering import torch_private
 from lncompile.options import Options
 from lncompile.passes.affine import Absorption, parameters_centered_for, plan_absorptions
 from lncompile.passes.budget import Budgeted, limit_in_bytes, place_within
@@ -57,13 +60,19 @@ class Analysis:
     deferrals: tuple[Deferral, ...] = ()
 
 
-def analyse(graph_module: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Analysis:
+def analyse(
+    graph_module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    inductor: Mapping[str, Any] = MappingProxyType({}),
+) -> Analysis:
     """Decide for every LayerNorm site of a graph.
 
     Args:
         graph_module: the graph as Dynamo hands it to a backend, parameters as placeholders. Not changed.
         example_inputs: the value of each placeholder, real Parameters among them.
         options: our options.
+        inductor: what differs from Inductor's own configuration.
 
     Returns:
         The decisions, on a copy of the graph.
@@ -72,7 +81,7 @@ def analyse(graph_module: fx.GraphModule, example_inputs: Sequence[Any], options
     verdicts: dict[str, list[Site]] = {**closed_norms(graph_module.graph), **norms_in_subgraphs(graph_module)}
     first: Analysis | None = None
     while True:
-        analysis = _analyse_expanded(graph_module, example_inputs, options, opaque)
+        analysis = _analyse_expanded(graph_module, example_inputs, options, inductor, opaque)
         first = first or analysis
         analysis = _with_budget_of(first, analysis)
         needed = {_layer(site) for site in (analysis.placement.folded if analysis.placement else ())} & opaque
@@ -127,7 +136,11 @@ def _in_order(analysis: Analysis, closed: dict[str, list[Site]]) -> Analysis:
 
 
 def _analyse_expanded(
-    graph_module: fx.GraphModule, example_inputs: Sequence[Any], options: Options, opaque: set[str]
+    graph_module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    inductor: Mapping[str, Any],
+    opaque: set[str],
 ) -> Analysis:
     copy = copy_graph_module(graph_module)
     expand_opaque_layers(copy.graph, opaque)
@@ -155,10 +168,12 @@ def _analyse_expanded(
         budgeted = place_within(limit, sites, variables, options.assist, costs, facts.trained)
         placement = budgeted.placement
     folded, centered = placement.folded, parameters_centered_for(placement, variables)
-    deferrals, scales = plan_deferrals(options.defer, options.absorb_affine, folded, centered, facts, costs)
-    deferred = {deferral.site.node: deferral.absorption for deferral in deferrals}
-    # "Copied anyway" holds where every centered weight is a copy, and none is short of memory.
+    # What keeps copies of further weights is done by itself only where centered ones are copies, none short of memory.
     are_copies = options.weights == "copy" and options.memory_budget is None
+    defer = options.defer if are_copies or options.defer != "auto" else "off"
+    generated = functools.partial(torch_private.generates_products, inductor)
+    deferrals, scales = plan_deferrals(defer, options.absorb_affine, folded, centered, facts, costs, generated)
+    deferred = {deferral.site.node: deferral.absorption for deferral in deferrals}
     mode = options.absorb_affine if are_copies or options.absorb_affine != "auto" else False
     absorptions, affine = plan_absorptions(mode, folded, centered, facts, costs, deferred)
     absorptions = (*absorptions, *deferred.values())

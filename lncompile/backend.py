@@ -87,7 +87,7 @@ def lnfold(
     arguments = {"mode": mode, "options": dict(options or {})}
     try:
         freezes = torch_private.freezes_weights(inductor_config)
-        prepared = (prepare_frozen if freezes else prepare)(graph_module, example_inputs, ours)
+        prepared = (prepare_frozen if freezes else prepare)(graph_module, example_inputs, ours, inductor_config)
     except Exception as error:
         if not safety_net:
             raise

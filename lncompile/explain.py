@@ -11,7 +11,7 @@ from torch import fx
 
 from lncompile.backend import compiled_graphs
 from lncompile.lowering import torch_private
-from lncompile.options import Options, parse_options
+from lncompile.options import parse_options
 from lncompile.passes.in_place import restore_for_good
 from lncompile.passes.materialize import forget_all
 from lncompile.pipeline import plan
@@ -36,14 +36,14 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> FoldReport:
         >>> with torch.no_grad():
         ...     print(lncompile.explain(model, input_ids))
     """
-    options = Options()
+    options, inductor = parse_options(None, None)
     settings = settings_of(model)
     if settings is not None:
-        options, _ = parse_options(settings.get("mode"), settings.get("options"))
+        options, inductor = parse_options(settings.get("mode"), settings.get("options"))
     reports: dict[int, FoldReport] = {}
 
     def capture(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        report = plan(graph_module, example_inputs, options)
+        report = plan(graph_module, example_inputs, options, inductor)
 
         def run(*arguments: Any) -> Any:
             reports[id(report)] = report

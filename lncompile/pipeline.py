@@ -7,6 +7,7 @@ import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, fx
@@ -48,7 +49,12 @@ class Prepared:
     weights: tuple[Tensor, ...] = ()
 
 
-def prepare(graph_module: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Prepared:
+def prepare(
+    graph_module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    inductor: Mapping[str, Any] = MappingProxyType({}),
+) -> Prepared:
     """Decide, rewrite, and center the weights.
 
     Args:
@@ -56,9 +62,10 @@ def prepare(graph_module: fx.GraphModule, example_inputs: Sequence[Any], options
         example_inputs: the value of each placeholder. Of the parameters among them those are overwritten that options
             and ``ownership`` allow.
         options: our options.
+        inductor: what differs from Inductor's own configuration.
     """
     started = time.perf_counter()
-    analysis = analyse(graph_module, example_inputs, options)
+    analysis = analyse(graph_module, example_inputs, options, inductor)
     untouched = analysis.placement is None and (options.nonfoldable == "inductor" or not analysis.sites)
     transformed = None if untouched else transform(analysis, options)
     uses = uses_in(graph_module, transformed)
@@ -78,7 +85,12 @@ def prepare(graph_module: fx.GraphModule, example_inputs: Sequence[Any], options
     )
 
 
-def prepare_frozen(graph_module: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Prepared:
+def prepare_frozen(
+    graph_module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    inductor: Mapping[str, Any] = MappingProxyType({}),
+) -> Prepared:
     """Do what :func:`prepare` does where Inductor makes constants of weights, and of the centered ones as well.
 
     They are copies, and nobody looks again whether a weight has changed: as with stock Inductor, a model that was
@@ -86,19 +98,24 @@ def prepare_frozen(graph_module: fx.GraphModule, example_inputs: Sequence[Any], 
     """
     lifted = lift_weights(graph_module)
     if not lifted.tensors:
-        return prepare(graph_module, example_inputs, options)
+        return prepare(graph_module, example_inputs, options, inductor)
     options = dataclasses.replace(options, weights="copy", check=False)
     weights = tuple(lifted.tensors.values())
-    prepared = prepare(lifted.graph_module, [*example_inputs, *weights], options)
+    prepared = prepare(lifted.graph_module, [*example_inputs, *weights], options, inductor)
     if prepared.graph_module is not None:
         lifted.put_back(prepared.graph_module, prepared.values)
     return dataclasses.replace(prepared, materializer=None, values=(), weights=weights)
 
 
-def plan(graph_module: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> FoldReport:
+def plan(
+    graph_module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    inductor: Mapping[str, Any] = MappingProxyType({}),
+) -> FoldReport:
     """Say what :func:`prepare` would do, without a look at weights that would not be asked for, and without a write."""
     started = time.perf_counter()
-    analysis = analyse(graph_module, example_inputs, options)
+    analysis = analyse(graph_module, example_inputs, options, inductor)
     transformed = None if analysis.placement is None else transform(analysis, options)
     uses = uses_in(graph_module, transformed)
     stored = _materializer(graph_module, transformed, options, uses).plan(example_inputs)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -187,11 +187,28 @@ def inductor_option_names() -> list[str]:
     return list(config.get_config_copy())
 
 
-def freezes_weights(config_patches: dict[str, Any]) -> bool:
+def freezes_weights(config_patches: Mapping[str, Any]) -> bool:
     """Whether Inductor makes constants of the weights that Dynamo hands over as attributes of the graph."""
     from torch._inductor import config
 
     return bool(config_patches.get("freezing", config.freezing)) and not torch.is_grad_enabled()
+
+
+def generates_products(config_patches: Mapping[str, Any], device: torch.device) -> bool:
+    """Whether Inductor generates the kernels of matrix products itself, each with the pointwise operations behind it.
+
+    That is max-autotune with its own templates alone to choose from. Where ATen's kernels compete with them a
+    measurement decides, product by product, and what stands behind one that loses gets a kernel of its own.
+    """
+    from torch._inductor import config
+
+    def setting(name: str) -> Any:
+        return config_patches.get(name, getattr(config, name))
+
+    templates = {"cuda": {"TRITON"}, "cpu": {"CPP"}}.get(device.type)
+    chosen = {backend.strip() for backend in setting("max_autotune_gemm_backends").upper().split(",")}
+    tunes = setting("max_autotune") or setting("max_autotune_gemm")
+    return bool(tunes and setting("epilogue_fusion") and chosen == templates)
 
 
 def without_freezing() -> Any:

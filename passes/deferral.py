@@ -16,23 +16,25 @@ After::
     up = gelu(s ⊙ mm(stream, W) + b)                       # in the kernel of the gelu
 
 The stream is in memory anyway, for the residual connection; the normalised tensor is not written any more. What it
-costs is a place to multiply: where something pointwise follows the product there is one, where the product feeds
-another product or attention a kernel would be added. Folding is what makes this safe: with a mean left in the stream
-the product would carry it, and subtracting it again cancels digits.
+costs is a place to multiply: where something pointwise follows the product there is one, and where Inductor generates
+the product itself (max-autotune with its templates alone); where an extern product feeds another one or attention a
+kernel would be added. Folding is what makes this safe: with a mean left in the stream the product would carry it, and
+subtracting it again cancels digits.
 
 **Legal** where all that reads the norm are linear layers with rows in the norm's order, γ and β can be absorbed, and
 no dtype is float16, which may overflow before it is scaled: ``x W`` is as large as the stream, not as a normalised row.
 In bfloat16 the rounding of ``W diag(γ)`` takes the place of that of the norm's output.
 
 **By itself** (``"auto"``) only where it wins by the cost model (:class:`Price`): every reader's result goes into
-pointwise operations alone, one of which is no mere addition (Inductor may take that into the product); the stream has
-other readers; and the write that is saved is larger than the copies of weights that are kept. ``"on"`` asks neither for
-other readers nor for the weights: it defers wherever no kernel is added.
+pointwise operations alone, one of which is no mere addition (Inductor may take that into the product), or is read whole
+where Inductor generates the product; the stream has other readers; and the write that is saved is larger than the
+copies of weights that are kept. ``"on"`` asks neither for other readers nor for the weights: it defers wherever no
+kernel is added.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,7 +55,8 @@ from lncompile.passes.sites import NormSite
 # Between norm and product: what leaves rows where they are.
 _KEEP_ROWS = frozenset("view reshape view_as flatten unflatten squeeze unsqueeze cast identity dropout".split())
 # Between product and pointwise operations: what Inductor reads through.
-_VIEWS = _KEEP_ROWS | frozenset("permute transpose t to getitem narrow slice select split chunk unbind".split())
+_CUTS = frozenset("getitem narrow slice select split chunk unbind".split())
+_VIEWS = _KEEP_ROWS | _CUTS | frozenset("permute transpose t to".split())
 # By the names of torch's functions and methods. A pointwise operation on the result of a product makes a kernel, if it
 # is no addition: Inductor may turn that one into the bias of the product.
 _ADDITIONS = frozenset("add add_ iadd sub sub_ isub __add__ __radd__ __sub__".split())
@@ -85,6 +88,7 @@ def plan_deferrals(
     centered: CenteredFor,
     facts: GraphFacts,
     costs: CostModel,
+    generates_products: Callable[[torch.device], bool] = lambda device: False,
 ) -> tuple[tuple[Deferral, ...], dict[fx.Node, str]]:
     """Decide for every folded norm whether its scale is deferred.
 
@@ -95,6 +99,7 @@ def plan_deferrals(
         centered: which parameters are centered for that.
         facts: the facts of the graph.
         costs: what is weighed; in training nothing is deferred.
+        generates_products: whether the kernels of products on a device carry what stands behind them.
 
     Returns:
         The deferrals, and for every folded norm, by its node, why or why not, in words.
@@ -108,11 +113,15 @@ def plan_deferrals(
             words[site.node] = f"scaled in place: {blocked.sentence}"
             continue
         absorption = price_absorption(site, consumers, centered)
-        adding = [consumer for consumer in consumers if not _has_a_kernel_behind(consumer.operation.node)]
+        tensor = tensor_of(site.input)
+        assert tensor is not None  # its dtype was read when the site was found to be deferrable
+        carries = generates_products(tensor.device)
+        products = [consumer.operation.node for consumer in consumers]
+        adding = [node for node in products if not (_has_a_kernel_behind(node) or (carries and not _is_cut(node)))]
         price = absorption.price + Price(_traffic(site, consumers), NOTHING, -len(adding))
         said = price.in_words(device_of(site))
         if adding:
-            said += f" (behind {', '.join(provenance.describe(consumer.operation.node) for consumer in adding)})"
+            said += f" (behind {', '.join(provenance.describe(node) for node in adding)})"
         if price.wins or (mode == "on" and not adding):
             deferrals.append(Deferral(site, absorption, price))
             words[site.node] = f"scaled behind the products: {said}"
@@ -181,6 +190,23 @@ def _has_a_kernel_behind(product: fx.Node) -> bool:
             else:
                 return False
     return makes_a_kernel
+
+
+def _is_cut(product: fx.Node) -> bool:
+    """Whether parts of a product's result are read one by one (queries, keys and values of a joint projection).
+
+    What a product stored may be read in parts; of what is computed from it Inductor stores each part. With a sum in
+    between, of a bias by hand, it does so anyway.
+    """
+    pending = [product]
+    while pending:
+        for user in pending.pop().users:
+            operation = canonicalise(user)
+            if operation is not None and operation.name in _CUTS:
+                return True
+            if operation is not None and operation.name in _VIEWS:
+                pending.append(user)
+    return False
 
 
 def _traffic(site: NormSite, consumers: Sequence[Consumer]) -> Bytes:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import lncompile
+from lncompile.lowering import torch_private
 from lncompile.lowering.inspection import GeneratedCode
-from lncompile.lowering.triton_without_gpu import H200, triton_for_sm90
+from lncompile.lowering.triton_without_gpu import H200, retargeted_to_gpu, triton_for_sm90
 from lncompile.options import OptionError, Options, parse_options
 from lncompile.passes import deferral
 from lncompile.passes.costs import NOTHING, Bytes, Device, Price
@@ -327,3 +328,39 @@ def test_through_inductor() -> None:
     compiled = torch.compile(model, backend="lnfold", options=ON)
     assert relative_error(compiled(IDS), model(IDS)) <= 1e-12
     assert lowerings(compiled) == ["rms_norm_deferred", "rms_norm"]
+
+
+# --- where Inductor generates the products ---
+
+# Triton's templates alone to choose from, and the first of them taken: there is nothing to time here.
+TEMPLATES = {"max_autotune": True, "max_autotune_gemm_backends": "TRITON", "deterministic": True}
+
+
+def test_what_is_generated() -> None:
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert torch_private.generates_products(TEMPLATES, gpu)
+    assert torch_private.generates_products({"max_autotune_gemm": True, "max_autotune_gemm_backends": "cpp"}, cpu)
+    others = ({"max_autotune": False}, {"max_autotune_gemm_backends": "ATEN,TRITON"}, {"epilogue_fusion": False})
+    assert not any(torch_private.generates_products({**TEMPLATES, **other}, gpu) for other in others)
+    assert not torch_private.generates_products(TEMPLATES, cpu)
+    assert not torch_private.generates_products({"max_autotune": True}, gpu), "a measurement decides"
+
+
+@pytest.mark.parametrize(("name", "deferred"), [("gpt2", 2), ("vit", 4), ("falcon_7b", 2)])
+def test_generated_products_carry_the_scale(name: str, deferred: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In front of attention too, unless a joint projection is cut, in no kernel more: it scales what it stores."""
+    pytest.importorskip("triton", reason="needs Triton to generate CUDA kernels: pip install triton")
+    # The passes see the CPU, which the graph is traced on.
+    monkeypatch.setattr(torch_private, "generates_products", lambda config, device: "TRITON" in str(config))
+    model, inputs = BY_NAME[name].model(torch.bfloat16), enlarged(BY_NAME[name])
+    in_place = triton_for_sm90(model, backend="lnfold", options=TEMPLATES, **inputs)
+    with retargeted_to_gpu() as recorder:
+        compiled = torch.compile(model, backend="lnfold", options={**TEMPLATES, **ON}, fullgraph=True, dynamic=False)
+        compiled(**inputs)
+        assert lowerings(compiled).count("rms_norm_deferred") == deferred
+    ours = recorder.code
+    assert counts(ours) == counts(in_place)
+    reductions = [sum(k.reductions * k.launches for k in code.kernels) for code in (ours, in_place)]
+    assert reductions[0] == reductions[1]
+    scaled = [kernel for kernel in ours.kernels if "tl.dot" in kernel.source and "rsqrt" in kernel.source]
+    assert sum(kernel.launches for kernel in scaled) >= deferred

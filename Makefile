@@ -50,6 +50,7 @@ bench: bench-cpu ## everything that is measured on a CPU: bench-cpu, and the oth
 	$(python) benchmarks/warm_start.py
 	OMP_NUM_THREADS=1 $(python) benchmarks/numerics.py
 	$(python) benchmarks/nonfoldable.py
+	$(python) benchmarks/deferral.py
 	$(python) benchmarks/norm_kernels.py
 
 bench-cpu: $(stamp)-test ## latency of models on the CPU: stock, lnfold, without norms, eager (10 minutes)

@@ -39,7 +39,8 @@ class Options:
             ``True``: wherever it can be done, at a copy of each such weight; ``False``: nowhere.
         defer: whether the scale of a folded norm moves behind the products that read it, so that the normalised tensor
             is never written. ``"auto"``: where no kernel is added and a call saves more traffic than the absorbing
-            weights hold; ``"on"``: wherever no kernel is added; ``"off"``: nowhere.
+            weights hold, not on a CPU, and only where weights are copied anyway (see ``absorb_affine``); ``"on"``:
+            wherever no kernel is added; ``"off"``: nowhere.
     """
 
     weights: str = "copy"
@@ -49,7 +50,7 @@ class Options:
     memory_budget: int | float | None = None
     check: bool = True
     absorb_affine: bool | str = "auto"
-    defer: str = "off"
+    defer: str = "auto"
 
 
 # What each option takes, or, for one that takes more than can be listed, in words.

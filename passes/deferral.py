@@ -28,8 +28,8 @@ In bfloat16 the rounding of ``W diag(γ)`` takes the place of that of the norm's
 **By itself** (``"auto"``) only where it wins by the cost model (:class:`Price`): every reader's result goes into
 pointwise operations alone, one of which is no mere addition (Inductor may take that into the product), or is read whole
 where Inductor generates the product; the stream has other readers; and the write that is saved is larger than the
-copies of weights that are kept. ``"on"`` asks neither for other readers nor for the weights: it defers wherever no
-kernel is added.
+copies of weights that are kept. Never so on a CPU (:func:`gains_on`). ``"on"`` asks neither for other readers nor for
+the weights nor for the device: it defers wherever no kernel is added.
 """
 
 from __future__ import annotations
@@ -107,14 +107,16 @@ def plan_deferrals(
     deferrals: list[Deferral] = []
     words: dict[fx.Node, str] = {}
     for site in folded if mode != "off" else ():
+        tensor = tensor_of(site.input)
+        assert tensor is not None  # what find_sites requires of a site
+        if mode == "auto" and not gains_on(tensor.device):
+            continue
         try:
             consumers = _deferrable(site, absorb_affine, facts, costs)
         except Blocked as blocked:
             words[site.node] = f"scaled in place: {blocked.sentence}"
             continue
         absorption = price_absorption(site, consumers, centered)
-        tensor = tensor_of(site.input)
-        assert tensor is not None  # its dtype was read when the site was found to be deferrable
         carries = generates_products(tensor.device)
         products = [consumer.operation.node for consumer in consumers]
         adding = [node for node in products if not (_has_a_kernel_behind(node) or (carries and not _is_cut(node)))]
@@ -128,6 +130,15 @@ def plan_deferrals(
         else:
             words[site.node] = f"scaled in place: behind the products it {said}"
     return tuple(deferrals), words
+
+
+def gains_on(device: torch.device) -> bool:
+    """Whether less memory traffic is less time on a device.
+
+    On a CPU it is more: kernels are bound by arithmetic, and a product takes its bias along, unless it is scaled first
+    (0.98 times as fast, ``benchmarks/results/deferral-cpu.json``).
+    """
+    return device.type != "cpu"
 
 
 def _deferrable(site: NormSite, absorb_affine: bool | str, facts: GraphFacts, costs: CostModel) -> tuple[Consumer, ...]:

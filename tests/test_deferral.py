@@ -23,7 +23,7 @@ from lncompile.transform import transform
 from lncompile.verify import floating_outputs, relative_error
 
 D, OUT, TOKENS = 8, 12, 6
-ON = {"lnfold.defer": "on"}
+ON, OFF = {"lnfold.defer": "on"}, {"lnfold.defer": "off"}
 IDS = torch.arange(2 * TOKENS).reshape(2, TOKENS) % 11
 
 
@@ -174,7 +174,7 @@ def test_dynamic_rows(without_inductor: None) -> None:
 
 def test_the_options() -> None:
     captured = capture(block(DEFERRED["linear and gelu"][0]), IDS)
-    assert not captured.analyse(Options()).deferrals
+    assert not captured.analyse(Options(defer="off")).deferrals
     assert len(captured.analyse(Options(defer="on")).deferrals) == 1
     without_affine = captured.analyse(Options(defer="on", absorb_affine=False))
     assert not without_affine.deferrals
@@ -193,7 +193,30 @@ def test_the_options() -> None:
 # --- the cost model ---
 
 
-def test_by_itself_it_defers_where_one_call_saves_more_than_is_kept() -> None:
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it does by itself where it gains; the passes see the CPU, which a graph is traced on."""
+    monkeypatch.setattr(deferral, "gains_on", lambda device: True)
+
+
+def test_by_itself_nothing_on_a_cpu() -> None:
+    assert deferral.gains_on(torch.device("cuda"))
+    ids = torch.arange(40).reshape(1, 40) % 11
+    analysis = capture(block(DEFERRED["linear and gelu"][0]), ids).analyse(Options())
+    assert not analysis.deferrals
+    assert analysis.verdicts[0].deferral == ""
+
+
+def test_by_itself_only_where_weights_are_copied(as_on_a_gpu: None) -> None:
+    ids = torch.arange(40).reshape(1, 40) % 11
+    captured = capture(block(DEFERRED["linear and gelu"][0]), ids)
+    assert len(captured.analyse(Options()).deferrals) == 1
+    assert not captured.analyse(Options(weights="inplace")).deferrals
+    assert not captured.analyse(Options(memory_budget=1.0)).deferrals
+    assert len(captured.analyse(Options(weights="inplace", defer="on")).deferrals) == 1
+
+
+def test_by_itself_it_defers_where_one_call_saves_more_than_is_kept(as_on_a_gpu: None) -> None:
     model = block(DEFERRED["linear and gelu"][0])
     kept = 8 * (D * OUT + OUT)
     for rows, expected in ((4, False), (40, True)):
@@ -208,7 +231,7 @@ def test_by_itself_it_defers_where_one_call_saves_more_than_is_kept() -> None:
         assert words.startswith("scaled behind the products" if expected else "scaled in place")
 
 
-def test_by_itself_it_never_adds_a_kernel() -> None:
+def test_by_itself_it_never_adds_a_kernel(as_on_a_gpu: None) -> None:
     ids = torch.arange(4096).reshape(64, 64) % 11
     for name, (body, kernels) in DEFERRED.items():
         if "flattened" not in name and "two norms" not in name:
@@ -216,7 +239,7 @@ def test_by_itself_it_never_adds_a_kernel() -> None:
             assert len(analysis.deferrals) == (not kernels), name
 
 
-def test_a_stream_that_nobody_else_reads_is_not_written_for_it() -> None:
+def test_a_stream_that_nobody_else_reads_is_not_written_for_it(as_on_a_gpu: None) -> None:
     class Chain(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -231,7 +254,7 @@ def test_a_stream_that_nobody_else_reads_is_not_written_for_it() -> None:
     assert "bytes more a call" in analysis.verdicts[0].deferral
 
 
-def test_without_an_affine_nothing_is_kept() -> None:
+def test_without_an_affine_nothing_is_kept(as_on_a_gpu: None) -> None:
     analysis = capture(block(DEFERRED["no affine"][0]), IDS).analyse(Options(defer="auto"))
     (price,) = [deferral.price for deferral in analysis.deferrals]
     assert price == Price(Bytes(8 * (12 * D - 24), 8 * (12 * D - 24)))
@@ -307,15 +330,15 @@ BY_ITSELF = {"gpt2": 2, "vit": 2, "opt": 2, "falcon_rw": 2, "falcon_7b": 0, "ber
 
 
 @pytest.mark.parametrize("name", BY_ITSELF)
-def test_what_it_defers_by_itself(name: str) -> None:
+def test_what_it_defers_by_itself(name: str, as_on_a_gpu: None) -> None:
     assert explained(name, **AUTO).count("rms_norm_deferred") == BY_ITSELF[name]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "vit"])
-def test_generated_code_has_no_kernel_more(name: str) -> None:
+def test_generated_code_has_no_kernel_more(name: str, as_on_a_gpu: None) -> None:
     pytest.importorskip("triton", reason="needs Triton to generate CUDA kernels: pip install triton")
     model, inputs = BY_NAME[name].model(torch.bfloat16), enlarged(BY_NAME[name])
-    in_place = triton_for_sm90(model, backend="lnfold", **inputs)
+    in_place = triton_for_sm90(model, backend="lnfold", options=OFF, **inputs)
     ours = triton_for_sm90(model, backend="lnfold", options=AUTO, **inputs)
     assert counts(ours) == counts(in_place)
     assert sum(k.reductions for k in ours.kernels) == sum(k.reductions for k in in_place.kernels)
@@ -353,7 +376,7 @@ def test_generated_products_carry_the_scale(name: str, deferred: int, monkeypatc
     # The passes see the CPU, which the graph is traced on.
     monkeypatch.setattr(torch_private, "generates_products", lambda config, device: "TRITON" in str(config))
     model, inputs = BY_NAME[name].model(torch.bfloat16), enlarged(BY_NAME[name])
-    in_place = triton_for_sm90(model, backend="lnfold", options=TEMPLATES, **inputs)
+    in_place = triton_for_sm90(model, backend="lnfold", options={**TEMPLATES, **OFF}, **inputs)
     with retargeted_to_gpu() as recorder:
         compiled = torch.compile(model, backend="lnfold", options={**TEMPLATES, **ON}, fullgraph=True, dynamic=False)
         compiled(**inputs)

@@ -26,7 +26,7 @@ from typing import Any
 import recording
 import torch
 from rich.console import Console
-from suite.candidates import PEERS, RECIPES, Recipe
+from suite.candidates import FOR_ONE_ROW, PEERS, RECIPES, Recipe
 from suite.measurement import Settings, measure_workload, warm_up_compilers
 from suite.presentation import draw, print_tables, summarise_run
 from suite.workloads import SUITES, Workload
@@ -123,6 +123,8 @@ def run(
     budget = Budget(minutes)
     for number, workload in enumerate(workloads, 1):
         recipes: tuple[Recipe, ...] = RECIPES + (PEERS if workload.peers and with_peers else ())
+        if workload.task == "decode" and workload.batch == 1 and settings.device != "cpu":
+            recipes += FOR_ONE_ROW
         if not budget.fits(workload, len(recipes), settings.seconds):
             result["not_measured"][workload.name] = f"it does not fit into {minutes:g} minutes"
             write(result)

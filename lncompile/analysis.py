@@ -21,6 +21,7 @@ from lncompile.passes.decisions import PartKind, Reason, Site, Stream, StreamPar
 from lncompile.passes.deferral import Deferral, plan_deferrals
 from lncompile.passes.expand import EXPANDED_FROM, closed_norms, expand_opaque_layers, find_opaque_layers
 from lncompile.passes.graph_facts import GraphFacts, trained_parameter, turns_gradients_on
+from lncompile.passes.matrix_vector import MatrixVectors, plan_matrix_vectors
 from lncompile.passes.placement import Placement, place
 from lncompile.passes.sites import NormSite, find_sites
 from lncompile.passes.stream_map import map_streams
@@ -45,6 +46,7 @@ class Analysis:
         streams: the streams as people draw them.
         absorptions: norms whose γ and β go into the linear layers that read them.
         deferrals: norms whose scale goes behind these layers.
+        matrix_vectors: products of one row that become sums, and norms that go into them.
     """
 
     graph_module: fx.GraphModule
@@ -58,6 +60,7 @@ class Analysis:
     streams: tuple[Stream, ...] = ()
     absorptions: tuple[Absorption, ...] = ()
     deferrals: tuple[Deferral, ...] = ()
+    matrix_vectors: MatrixVectors = field(default_factory=MatrixVectors)
 
 
 def analyse(
@@ -171,18 +174,20 @@ def _analyse_expanded(
     # What keeps copies of further weights is done by itself only where centered ones are copies, none short of memory.
     are_copies = options.weights == "copy" and options.memory_budget is None
     defer = options.defer if are_copies or options.defer != "auto" else "off"
+    one_row, inside = plan_matrix_vectors(options.matrix_vector, are_copies, copy.graph, folded, facts, costs)
+    rest = tuple(site for site in folded if site.node not in inside)
     generated = functools.partial(torch_private.generates_products, inductor)
-    deferrals, scales = plan_deferrals(defer, options.absorb_affine, folded, centered, facts, costs, generated)
+    deferrals, scales = plan_deferrals(defer, options.absorb_affine, rest, centered, facts, costs, generated)
     deferred = {deferral.site.node: deferral.absorption for deferral in deferrals}
     mode = options.absorb_affine if are_copies or options.absorb_affine != "auto" else False
-    absorptions, affine = plan_absorptions(mode, folded, centered, facts, costs, deferred)
+    absorptions, affine = plan_absorptions(mode, rest, centered, facts, costs, deferred)
     absorptions = (*absorptions, *deferred.values())
     affine.update((node, absorption.in_words()) for node, absorption in deferred.items() if absorption.names())
     verdicts = judge(sites, placement, variables, costs, budgeted.left if budgeted else None)
     return Analysis(
         copy,
         sites,
-        say_lowering(verdicts, sites, absorptions, deferred, affine, scales),
+        say_lowering(verdicts, sites, absorptions, {*deferred, *inside}, affine, {**scales, **inside}),
         variables,
         placement if placement.folded else None,
         costs,
@@ -190,4 +195,5 @@ def _analyse_expanded(
         budgeted,
         absorptions=absorptions,
         deferrals=deferrals,
+        matrix_vectors=one_row,
     )

@@ -41,6 +41,10 @@ class Options:
             is never written. ``"auto"``: where no kernel is added and a call saves more traffic than the absorbing
             weights hold, not on a CPU, and only where weights are copied anyway (see ``absorb_affine``); ``"on"``:
             wherever no kernel is added; ``"off"``: nowhere.
+        matrix_vector: what becomes of products of one row (decoding at batch 1). ``"off"``: what stock torch.compile
+            makes of them; ``"on"``: sums that Inductor generates, with the norm in front of them and what follows them
+            in one kernel, see :mod:`lncompile.passes.matrix_vector`. Turns on Inductor's ``coordinate_descent_tuning``,
+            unless the options say something else.
     """
 
     weights: str = "copy"
@@ -51,6 +55,7 @@ class Options:
     check: bool = True
     absorb_affine: bool | str = "auto"
     defer: str = "auto"
+    matrix_vector: str = "off"
 
 
 # What each option takes, or, for one that takes more than can be listed, in words.
@@ -63,6 +68,7 @@ _VALUES: dict[str, tuple[Any, ...] | str] = {
     "check": (True, False),
     "absorb_affine": ("auto", True, False),
     "defer": ("auto", "on", "off"),
+    "matrix_vector": ("off", "on"),
 }
 
 
@@ -103,6 +109,8 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> tuple[
             raise OptionError(
                 f"unknown option '{key}'{_suggest(key)}: neither an Inductor option nor one of lnfold's ({_ours()})"
             )
+    if ours.get("matrix_vector") == "on":
+        inductors.setdefault("coordinate_descent_tuning", True)
     try:
         return Options(**ours), torch_private.inductor_config(mode, inductors)
     except RuntimeError as error:

@@ -14,7 +14,8 @@ from lncompile.passes.affine import absorb
 from lncompile.passes.canonical import tensor_of
 from lncompile.passes.deferral import defer
 from lncompile.passes.handwritten import fold_handwritten_norm
-from lncompile.passes.materialize import Expression, hoist
+from lncompile.passes.materialize import Expression, closure, hoist
+from lncompile.passes.matrix_vector import copy_transposed, write_as_sums
 from lncompile.passes.norm_calls import WITH_STATISTICS
 from lncompile.passes.rewrite import rewrite
 from lncompile.passes.sites import NormSite
@@ -45,7 +46,9 @@ def transform(analysis: Analysis, options: Options) -> Transformed:
     graph_module = analysis.graph_module
     graph = graph_module.graph
     folded = set() if analysis.placement is None else {site.node for site in analysis.placement.folded}
-    deferred = {deferral.site.node for deferral in analysis.deferrals}
+    one_row = analysis.matrix_vectors
+    # They are no calls of a norm any more.
+    deferred = {deferral.site.node for deferral in analysis.deferrals} | one_row.norms
     calls = [site for site in analysis.sites if site.handwritten is None and site.node not in deferred]
     expressions: Sequence[Expression] = ()
     in_graph: Sequence[fx.Node] = ()
@@ -62,8 +65,13 @@ def transform(analysis: Analysis, options: Options) -> Transformed:
         # read together the copies of single parts have no reader.
         present = set(graph.nodes)
         weights = (*rewritten.weights, *absorbed.parameters)
-        expressions, _ = hoist(graph, [weight for weight in weights if weight in present and weight.users])
+        turned = copy_transposed(graph, one_row)
+        # A centered weight that only its transposed copy reads is a step of that expression.
+        inner = {node for copy in turned for node in closure(copy)} - set(turned)
+        roots = [w for w in weights if w in present and any(user not in inner for user in w.users)]
+        expressions, _ = hoist(graph, [*roots, *turned])
         defer(graph, analysis.deferrals, absorbed.products)
+        write_as_sums(graph, one_row, absorbed.products)
         # One at a time: lowering a norm exchanges the input of a norm of that norm.
         lower_to_rms_norm(graph, (_call(site) for site in calls if site.node in folded))
     if options.nonfoldable == "eager":

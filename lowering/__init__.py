@@ -2,6 +2,7 @@
 
 from lncompile.lowering import torch_private
 from lncompile.lowering.emit import emit
+from lncompile.lowering.matrix_vector import matrix_vector, normed_matrix_vector, stored, transposed_copy
 from lncompile.lowering.norms import NormCall, lower_to_aten, lower_to_rms_norm
 from lncompile.lowering.persistent import FOLDED_STATISTIC, persistent_norms
 from lncompile.lowering.rms_norm import grouped_rms_norm, rms_norm, row_scale, scale_rows
@@ -13,9 +14,13 @@ __all__ = [
     "grouped_rms_norm",
     "lower_to_aten",
     "lower_to_rms_norm",
+    "matrix_vector",
+    "normed_matrix_vector",
     "persistent_norms",
     "rms_norm",
     "row_scale",
     "scale_rows",
+    "stored",
     "torch_private",
+    "transposed_copy",
 ]

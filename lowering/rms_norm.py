@@ -69,7 +69,7 @@ def row_scale(input: Tensor, eps: float, input_dtype: torch.dtype) -> Tensor:
     Returns:
         ``[..., 1]`` in float32, in float64 for float64 input.
     """
-    value = input.to(_compute_dtype(input_dtype))
+    value = input.to(compute_dtype_of(input_dtype))
     return torch.rsqrt(torch.add(torch.mean(torch.mul(value, value), [-1], True), eps))
 
 
@@ -91,13 +91,14 @@ def scale_rows(
     return (scaled if bias is None else torch.add(scaled, bias)).to(dtype)
 
 
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+def compute_dtype_of(dtype: torch.dtype) -> torch.dtype:
+    """What norms of a dtype are computed in: float32, as ATen does; float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _normalise(input: Tensor, axes: list[int], eps: float, input_dtype: torch.dtype) -> Tensor:
     """``x / sqrt(mean(x²) + ε)`` over these axes, in float32 (float64 for float64 input) and not yet rounded."""
-    compute_dtype = torch.float64 if input_dtype == torch.float64 else torch.float32
+    compute_dtype = compute_dtype_of(input_dtype)
     value = input if input_dtype == compute_dtype else input.to(compute_dtype)
     mean_square = torch.mean(torch.mul(value, value), axes, True)
     return torch.mul(value, torch.rsqrt(torch.add(mean_square, eps)))

@@ -73,7 +73,7 @@ CenteredFor = Mapping[fx.Node, Collection[fx.Node]]
 
 
 @dataclass(frozen=True)
-class _Layout:
+class Layout:
     """Where an operation has its operands: activation, weight and bias by name, and the weight's features-in."""
 
     input: str
@@ -82,11 +82,11 @@ class _Layout:
     bias: str | None
 
 
-_LAYOUTS = {
-    "linear": _Layout("input", "weight", 1, "bias"),
-    "addmm": _Layout("mat1", "mat2", 0, "input"),
-    "matmul": _Layout("input", "other", 0, None),
-    "convolution": _Layout("input", "weight", 1, "bias"),
+LAYOUTS = {
+    "linear": Layout("input", "weight", 1, "bias"),
+    "addmm": Layout("mat1", "mat2", 0, "input"),
+    "matmul": Layout("input", "other", 0, None),
+    "convolution": Layout("input", "weight", 1, "bias"),
 }
 
 
@@ -101,7 +101,7 @@ class Consumer:
     """
 
     operation: Operation
-    layout: _Layout
+    layout: Layout
     path: tuple[fx.Node, ...]
 
     @property
@@ -176,7 +176,7 @@ def find_consumers(site: NormSite, facts: GraphFacts) -> tuple[Consumer, ...]:
             if operation.name == "metadata":
                 continue
             places = {key for key, operand in operation.operands() if operand is node}
-            if operation.name in _LAYOUTS:
+            if operation.name in LAYOUTS:
                 consumers.append(_consumer(operation, places, axes, path, site, facts))
             elif operation.name in _MOVES:
                 moved = _moved(operation, places, axes)
@@ -233,7 +233,7 @@ def _features(axes: Axes) -> int | None:
 def _consumer(
     operation: Operation, places: set[Any], axes: Axes, path: tuple[fx.Node, ...], site: NormSite, facts: GraphFacts
 ) -> Consumer:
-    layout = _LAYOUTS[operation.name]
+    layout = LAYOUTS[operation.name]
     consumer = Consumer(operation, layout, path)
     where = provenance.describe(operation.node)
     weight = operation[layout.weight]

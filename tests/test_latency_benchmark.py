@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import latency
 from suite import measurement, peers, workloads
-from suite.candidates import BASELINE, CANDIDATE, EAGER, LIMIT, PEERS, RECIPES, Recipe
+from suite.candidates import BASELINE, CANDIDATE, EAGER, FOR_ONE_ROW, LIMIT, PEERS, RECIPES, Recipe
 from suite.decoding import decode_step
 from suite.measurement import Settings, WrongAnswer, measure_workload
 from suite.no_norm import no_norm, with_small_weights
@@ -223,6 +223,20 @@ def test_peers_compute_the_model() -> None:
     for peer in (folded, by_hand):
         torch.testing.assert_close(peer(**inputs).logits, expected, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(model(**inputs).logits, expected, rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_products_as_sums_compute_a_step_of_decoding() -> None:
+    workload = tiny("gpt2 decode 1x128")
+    model = workload.build("cpu").double()
+    (recipe,) = FOR_ONE_ROW
+    answers = []
+    for run in (model, recipe.make(model, "max-autotune")):
+        arguments, _ = decode_step(workload, model, "cpu")
+        answers.append(run(**arguments).logits)
+    torch.testing.assert_close(answers[1], answers[0], rtol=1e-10, atol=1e-10)
+    (report,) = [report for report in lncompile.reports(run) if report.total]
+    assert {site.lowering for site in report.sites} == {"rms_norm_deferred"}
 
 
 @pytest.mark.usefixtures("without_inductor")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lncompile.options import arms
 from suite import peers
 from suite.no_norm import no_norm, with_small_weights
 
@@ -48,6 +49,17 @@ RECIPES = (
         "the same graph with every norm replaced by the identity, on weights that keep its stream bounded",
         lambda model, mode: torch.compile(with_small_weights(model), backend=no_norm(mode)),
         predicts=False,
+    ),
+)
+
+#: For steps of decoding on a GPU: what is not on by itself, to see whether it should be.
+FOR_ONE_ROW = (
+    Recipe(
+        "lnfold, products as sums",
+        "lnfold with lnfold.matrix_vector='on'",
+        lambda model, mode: torch.compile(
+            model, backend="lnfold", **arms(mode, {"lnfold.matrix_vector": "on"})["lnfold"]
+        ),
     ),
 )
 

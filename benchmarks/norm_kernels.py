@@ -13,15 +13,18 @@ text: loads and stores written, and passes over a row.
 
     python benchmarks/norm_kernels.py [--widths 64 ... --rows 1 ... --dtypes bfloat16 ...] [--time]
 
-``--time`` needs an NVIDIA GPU: it also times the three kernels, interleaved. Prints a table and writes
-``benchmarks/results/norm_kernels.json``.
+Prints a table and writes ``benchmarks/results/norm_kernels.json``. ``--time`` also times the three kernels on an NVIDIA
+GPU, interleaved; without one it times the C++ kernels on the CPU, counts nothing, and writes
+``benchmarks/results/norm_kernels-cpu.json``.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib.metadata
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -44,6 +47,8 @@ WIDTHS = (64, 768, 1024, 1280, 2048, 4096, 5120, 8192, 16384)
 ROWS = (8192, 1, 65536)
 DTYPES = ("bfloat16", "float16", "float32")
 CPU_WIDTHS = (64, 768, 1024, 4096, 16384)
+#: Times on a CPU: up to where a row no longer fits into its nearest cache, with as many rows as fit into the next one.
+TIMED_WIDTHS, TIMED_ELEMENTS = (64, 256, 768, 1024, 2048, 4096, 8192, 16384), 1 << 19
 KINDS = ("layer_norm", "rms_norm", "lnfold")
 
 
@@ -214,19 +219,88 @@ def timed(rows: int, width: int, dtype: str) -> dict[str, Any]:
     }
 
 
+def timed_on_cpu(rows: int, width: int, dtype: str, returned: bool, seconds: float) -> dict[str, Any]:
+    """Microseconds of the three kinds on this machine's CPU, interleaved, in as many threads as torch uses.
+
+    Args:
+        rows: of the input.
+        width: of the input.
+        dtype: of input, γ and β.
+        returned: whether the sum is a result of the graph, which Inductor writes in a loop of its own. In a model
+            it is written in the norm's own loop, or added anew wherever it is read.
+        seconds: how long to measure.
+    """
+    inputs = [value.normal_() for value in arguments(rows, width, dtype)]
+    calls: dict[str, Callable[[], Any]] = {}
+    for kind in KINDS:
+        with_sum, backend = compiled_by(kind)
+        function = with_sum if returned else functools.partial(_first, with_sum)
+        torch.compiler.reset()
+        calls[kind] = functools.partial(torch.compile(function, backend=backend, dynamic=False), *inputs)
+        calls[kind]()
+    timings = measure(calls, seconds=seconds)
+    return {
+        "dtype": dtype,
+        "rows": rows,
+        "width": width,
+        "sum_is_returned": returned,
+        "rounds": len(timings.seconds[KINDS[0]]),
+        "load_average_after": describe_machine()["load_average"],
+        **{f"{kind}_us": timings.median(kind) * 1e6 for kind in KINDS},
+        **{f"lnfold_over_{kind}": vars(timings.speedup("lnfold", kind)) for kind in KINDS[:2]},
+    }
+
+
+def _first(function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> Tensor:
+    return function(*inputs)[0]
+
+
+def time_on_cpu(widths: Sequence[int], dtypes: Sequence[str], threads: int, seconds: float) -> int:
+    """Time the C++ kernels, print a table, and write the result."""
+    torch.set_num_threads(threads)
+    machine, measured = describe_machine("cpu"), recording.commit()
+    headers = [*(f"{kind} µs" for kind in KINDS), *(f"lnfold over {kind}" for kind in KINDS[:2])]
+    table = Table("dtype", "rows", "width", "sum", *headers)
+    cells: list[dict[str, Any]] = []
+    with torch.no_grad():
+        for dtype, returned in itertools.product(dtypes, (False, True)):
+            for width in widths:
+                cell = timed_on_cpu(max(1, TIMED_ELEMENTS // width), width, dtype, returned, seconds)
+                cells.append(cell)
+                ratios = [cell[f"lnfold_over_{kind}"] for kind in KINDS[:2]]
+                table.add_row(
+                    dtype,
+                    str(cell["rows"]),
+                    str(width),
+                    "returned" if returned else "-",
+                    *(f"{cell[f'{kind}_us']:.0f}" for kind in KINDS),
+                    *(f"{ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]" for ratio in ratios),
+                )
+    result = {"commit": measured, "measured_at": recording.now(), "machine": machine, "cells": cells}
+    path = recording.write("norm_kernels-cpu", result)
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    print(f"wrote {path}")
+    return 0
+
+
 # --- Command ---------------------------------------------------------------------------------------------------------
 
 
 def main() -> int:
     """Run the benchmark as a command."""
     parser = argparse.ArgumentParser(description="The norm's kernel, counted in its code.")
-    parser.add_argument("--widths", type=int, nargs="+", default=list(WIDTHS), help="default: from 64 to 16384")
+    parser.add_argument("--widths", type=int, nargs="+", help="default: from 64 to 16384")
     parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS), help="default: from 1 to 65536")
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
-    parser.add_argument("--time", action="store_true", help="also time the kernels (needs an NVIDIA GPU)")
+    parser.add_argument(
+        "--time", action="store_true", help="time the kernels too; without a GPU the CPU's, and no more"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU, with --time (default: 1)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each size on the CPU (default: 1)")
     chosen = parser.parse_args()
     if chosen.time and not torch.cuda.is_available():
-        parser.error("--time needs an NVIDIA GPU, and torch sees none; without it everything else is counted")
+        return time_on_cpu(chosen.widths or TIMED_WIDTHS, chosen.dtypes, chosen.threads, chosen.seconds)
+    chosen.widths = chosen.widths or list(WIDTHS)
     machine, measured = describe_machine("cuda" if chosen.time else "cpu"), recording.commit()
     table = Table("dtype", "rows", "width", *KINDS, "registers", "more than LN", title="instructions a row, per warp")
     result: dict[str, Any] = {

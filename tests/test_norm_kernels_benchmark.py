@@ -1,0 +1,47 @@
+"""The benchmark of the norm's kernels: it times what it says, interleaved, and no timing decides anything here."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import norm_kernels
+import recording
+
+
+def test_kinds_compute_one_thing(without_inductor: None) -> None:
+    """On rows of zero mean; the folded norm's are."""
+    inputs = [value.normal_() for value in norm_kernels.arguments(4, 64, "float32")]
+    inputs[:2] = [value - value.mean(-1, keepdim=True) for value in inputs[:2]]
+    expected = norm_kernels.add_layer_norm(*inputs)
+    for kind in norm_kernels.KINDS:
+        function, backend = norm_kernels.compiled_by(kind)
+        torch._dynamo.reset()
+        for actual, wanted in zip(torch.compile(function, backend=backend)(*inputs), expected, strict=True):
+            torch.testing.assert_close(actual, wanted)
+
+
+def test_times_on_a_cpu_are_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, without_inductor: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(recording, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", "x --time --widths 64 --dtypes float32 --seconds 0.01".split())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    threads = torch.get_num_threads()
+    try:
+        assert norm_kernels.main() == 0
+    finally:
+        torch.set_num_threads(threads)
+    result = json.loads((tmp_path / "norm_kernels-cpu.json").read_text())
+    assert [cell["sum_is_returned"] for cell in result["cells"]] == [False, True]
+    for cell in result["cells"]:
+        assert (cell["width"], cell["rows"] * cell["width"]) == (64, norm_kernels.TIMED_ELEMENTS)
+        assert all(cell[f"{kind}_us"] > 0 for kind in norm_kernels.KINDS)
+        assert cell["rounds"] >= 15
+    assert "lnfold over layer_norm" in capsys.readouterr().out

@@ -25,6 +25,7 @@ import contextlib
 import functools
 import importlib.metadata
 import itertools
+import operator
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -48,7 +49,7 @@ ROWS = (8192, 1, 65536)
 DTYPES = ("bfloat16", "float16", "float32")
 CPU_WIDTHS = (64, 768, 1024, 4096, 16384)
 #: Times on a CPU: up to where a row no longer fits into its nearest cache, with as many rows as fit into the next one.
-TIMED_WIDTHS, TIMED_ELEMENTS = (64, 256, 768, 1024, 2048, 4096, 8192, 16384), 1 << 19
+TIMED_WIDTHS, TIMED_ELEMENTS, TERMS = (64, 256, 768, 1024, 2048, 4096, 8192, 16384), 1 << 19, (2, 5)
 KINDS = ("layer_norm", "rms_norm", "lnfold")
 
 
@@ -219,31 +220,31 @@ def timed(rows: int, width: int, dtype: str) -> dict[str, Any]:
     }
 
 
-def timed_on_cpu(rows: int, width: int, dtype: str, returned: bool, seconds: float) -> dict[str, Any]:
+def timed_on_cpu(rows: int, width: int, dtype: str, terms: int, seconds: float) -> dict[str, Any]:
     """Microseconds of the three kinds on this machine's CPU, interleaved, in as many threads as torch uses.
 
     Args:
         rows: of the input.
         width: of the input.
         dtype: of input, γ and β.
-        returned: whether the sum is a result of the graph, which Inductor writes in a loop of its own. In a model
-            it is written in the norm's own loop, or added anew wherever it is read.
+        terms: of the stream. Of few terms it is added anew wherever it is read; of more than four it is written first,
+            in a loop of its own.
         seconds: how long to measure.
     """
-    inputs = [value.normal_() for value in arguments(rows, width, dtype)]
+    *_, weight, bias = arguments(rows, width, dtype)
+    stream = [torch.randn(rows, width, dtype=weight.dtype) for _ in range(terms)]
     calls: dict[str, Callable[[], Any]] = {}
     for kind in KINDS:
-        with_sum, backend = compiled_by(kind)
-        function = with_sum if returned else functools.partial(_first, with_sum)
+        function, backend = functools.partial(_norm_of_sum, kind == "layer_norm"), compiled_by(kind)[1]
         torch.compiler.reset()
-        calls[kind] = functools.partial(torch.compile(function, backend=backend, dynamic=False), *inputs)
+        calls[kind] = functools.partial(torch.compile(function, backend=backend, dynamic=False), weight, bias, *stream)
         calls[kind]()
     timings = measure(calls, seconds=seconds)
     return {
         "dtype": dtype,
         "rows": rows,
         "width": width,
-        "sum_is_returned": returned,
+        "terms": terms,
         "rounds": len(timings.seconds[KINDS[0]]),
         "load_average_after": describe_machine()["load_average"],
         **{f"{kind}_us": timings.median(kind) * 1e6 for kind in KINDS},
@@ -251,8 +252,9 @@ def timed_on_cpu(rows: int, width: int, dtype: str, returned: bool, seconds: flo
     }
 
 
-def _first(function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> Tensor:
-    return function(*inputs)[0]
+def _norm_of_sum(is_layer_norm: bool, weight: Tensor, bias: Tensor, *terms: Tensor) -> Tensor:
+    norm = functional.layer_norm if is_layer_norm else rms_norm
+    return norm(functools.reduce(operator.add, terms), (weight.shape[0],), weight, bias)
 
 
 def time_on_cpu(widths: Sequence[int], dtypes: Sequence[str], threads: int, seconds: float) -> int:
@@ -260,19 +262,19 @@ def time_on_cpu(widths: Sequence[int], dtypes: Sequence[str], threads: int, seco
     torch.set_num_threads(threads)
     machine, measured = describe_machine("cpu"), recording.commit()
     headers = [*(f"{kind} µs" for kind in KINDS), *(f"lnfold over {kind}" for kind in KINDS[:2])]
-    table = Table("dtype", "rows", "width", "sum", *headers)
+    table = Table("dtype", "rows", "width", "terms", *headers)
     cells: list[dict[str, Any]] = []
     with torch.no_grad():
-        for dtype, returned in itertools.product(dtypes, (False, True)):
+        for dtype, terms in itertools.product(dtypes, TERMS):
             for width in widths:
-                cell = timed_on_cpu(max(1, TIMED_ELEMENTS // width), width, dtype, returned, seconds)
+                cell = timed_on_cpu(max(1, TIMED_ELEMENTS // width), width, dtype, terms, seconds)
                 cells.append(cell)
                 ratios = [cell[f"lnfold_over_{kind}"] for kind in KINDS[:2]]
                 table.add_row(
                     dtype,
                     str(cell["rows"]),
                     str(width),
-                    "returned" if returned else "-",
+                    str(terms),
                     *(f"{cell[f'{kind}_us']:.0f}" for kind in KINDS),
                     *(f"{ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]" for ratio in ratios),
                 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 
 # Before torch is imported: code cached by an earlier run, of other sources, must not answer for this one.
 os.environ["LNCOMPILE_SAFETY_NET"] = "0"
@@ -18,6 +19,15 @@ import torch  # noqa: E402
 from graphs import run_as_it_is  # noqa: E402
 
 from lncompile.lowering import torch_private  # noqa: E402
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Say so where pytest-xdist does not send the tests of one group to one process: they would compile it in each."""
+    if config.getoption("loadgroup", False):
+        grouped = [item for item in items if item.get_closest_marker("xdist_group")]
+        if any("@" not in item.nodeid.rpartition("]")[2] for item in grouped):
+            warnings.warn(pytest.PytestWarning("this pytest-xdist groups no tests under this pytest"), stacklevel=1)
 
 
 @pytest.fixture(autouse=True)

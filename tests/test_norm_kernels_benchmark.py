@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from lncompile.lowering.inspection import GeneratedCode
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -27,6 +30,16 @@ def test_kinds_compute_one_thing(without_inductor: None) -> None:
             torch.testing.assert_close(actual, wanted)
 
 
+@pytest.mark.parametrize(("terms", "written"), [(2, False), (5, True)])
+def test_the_sum_is_written_where_it_says(terms: int, written: bool) -> None:
+    *_, weight, bias = norm_kernels.arguments(4, 64, "float32")
+    function = functools.partial(norm_kernels._norm_of_sum, False)
+    with norm_kernels.generated_only() as wrappers:
+        torch.compile(function, dynamic=False)(weight, bias, *(torch.randn(4, 64) for _ in range(terms)))
+    (kernel,) = GeneratedCode.from_wrappers(wrappers).kernels
+    assert kernel.source.count(".store(") == kernel.source.count("int64_t x0=") == 1 + written
+
+
 def test_times_on_a_cpu_are_written(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, without_inductor: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -39,7 +52,7 @@ def test_times_on_a_cpu_are_written(
     finally:
         torch.set_num_threads(threads)
     result = json.loads((tmp_path / "norm_kernels-cpu.json").read_text())
-    assert [cell["sum_is_returned"] for cell in result["cells"]] == [False, True]
+    assert [cell["terms"] for cell in result["cells"]] == [2, 5]
     for cell in result["cells"]:
         assert (cell["width"], cell["rows"] * cell["width"]) == (64, norm_kernels.TIMED_ELEMENTS)
         assert all(cell[f"{kind}_us"] > 0 for kind in norm_kernels.KINDS)

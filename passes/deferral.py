@@ -28,7 +28,7 @@ In bfloat16 the rounding of ``W diag(γ)`` takes the place of that of the norm's
 **By itself** (``"auto"``) only where it wins by the cost model (:class:`Price`): every reader's result goes into
 pointwise operations alone, one of which is no mere addition (Inductor may take that into the product), or is read whole
 where Inductor generates the product; the stream has other readers; and the write that is saved is larger than the
-copies of weights that are kept. Never so on a CPU (:func:`gains_on`). ``"on"`` asks neither for other readers nor for
+copies of weights that are kept. On a CPU only in bfloat16 (:func:`gains_on`). ``"on"`` asks neither for other readers nor for
 the weights nor for the device: it defers wherever no kernel is added.
 """
 
@@ -109,7 +109,7 @@ def plan_deferrals(
     for site in folded if mode != "off" else ():
         tensor = tensor_of(site.input)
         assert tensor is not None  # what find_sites requires of a site
-        if mode == "auto" and not gains_on(tensor.device):
+        if mode == "auto" and not gains_on(tensor.device, tensor.dtype):
             continue
         try:
             consumers = _deferrable(site, absorb_affine, facts, costs)
@@ -132,13 +132,13 @@ def plan_deferrals(
     return tuple(deferrals), words
 
 
-def gains_on(device: torch.device) -> bool:
+def gains_on(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether less memory traffic is less time on a device.
 
-    On a CPU it is more: kernels are bound by arithmetic, and a product takes its bias along, unless it is scaled first
-    (0.98 times as fast, ``benchmarks/results/deferral-cpu.json``).
+    On a CPU it is in bfloat16 (1.02 times as fast, ``benchmarks/results/deferral-cpu.json``). In float32 it is more
+    (0.98): there a product takes its bias along, unless it is scaled first.
     """
-    return device.type != "cpu"
+    return device.type != "cpu" or dtype == torch.bfloat16
 
 
 def _deferrable(site: NormSite, absorb_affine: bool | str, facts: GraphFacts, costs: CostModel) -> tuple[Consumer, ...]:

@@ -196,15 +196,17 @@ def test_the_options() -> None:
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it does by itself where it gains; the passes see the CPU, which a graph is traced on."""
-    monkeypatch.setattr(deferral, "gains_on", lambda device: True)
+    monkeypatch.setattr(deferral, "gains_on", lambda device, dtype: True)
 
 
-def test_by_itself_nothing_on_a_cpu() -> None:
-    assert deferral.gains_on(torch.device("cuda"))
+def test_by_itself_on_a_cpu_in_bfloat16_alone() -> None:
+    """That is where it was measured to gain."""
+    assert deferral.gains_on(torch.device("cuda"), torch.float32)
     ids = torch.arange(40).reshape(1, 40) % 11
-    analysis = capture(block(DEFERRED["linear and gelu"][0]), ids).analyse(Options())
-    assert not analysis.deferrals
-    assert analysis.verdicts[0].deferral == ""
+    for dtype, expected in ((torch.bfloat16, 1), (torch.float32, 0)):
+        analysis = capture(block(DEFERRED["linear and gelu"][0]).to(dtype), ids).analyse(Options())
+        assert len(analysis.deferrals) == expected
+        assert bool(analysis.verdicts[0].deferral) == bool(expected)
 
 
 def test_by_itself_only_where_weights_are_copied(as_on_a_gpu: None) -> None:

@@ -39,8 +39,8 @@ class Options:
             ``True``: wherever it can be done, at a copy of each such weight; ``False``: nowhere.
         defer: whether the scale of a folded norm moves behind the products that read it, so that the normalised tensor
             is never written. ``"auto"``: where no kernel is added and a call saves more traffic than the absorbing
-            weights hold, on a CPU only in bfloat16, and only where weights are copied anyway (see ``absorb_affine``); ``"on"``:
-            wherever no kernel is added; ``"off"``: nowhere.
+            weights hold, on a CPU only in bfloat16, and only where weights are copied anyway (see ``absorb_affine``);
+            ``"on"``: wherever no kernel is added; ``"off"``: nowhere.
         matrix_vector: what becomes of products of one row (decoding at batch 1). ``"off"``: what stock torch.compile
             makes of them; ``"on"``: sums that Inductor generates, with the norm in front of them and what follows them
             in one kernel, see :mod:`lncompile.passes.matrix_vector`. Turns on Inductor's ``coordinate_descent_tuning``,

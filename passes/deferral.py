@@ -28,8 +28,8 @@ In bfloat16 the rounding of ``W diag(γ)`` takes the place of that of the norm's
 **By itself** (``"auto"``) only where it wins by the cost model (:class:`Price`): every reader's result goes into
 pointwise operations alone, one of which is no mere addition (Inductor may take that into the product), or is read whole
 where Inductor generates the product; the stream has other readers; and the write that is saved is larger than the
-copies of weights that are kept. On a CPU only in bfloat16 (:func:`gains_on`). ``"on"`` asks neither for other readers nor for
-the weights nor for the device: it defers wherever no kernel is added.
+copies of weights that are kept. On a CPU only in bfloat16 (:func:`gains_on`). ``"on"`` asks neither for other readers
+nor for the weights nor for the device: it defers wherever no kernel is added.
 """
 
 from __future__ import annotations

@@ -174,7 +174,10 @@ def _analyse_expanded(
     # What keeps copies of further weights is done by itself only where centered ones are copies, none short of memory.
     are_copies = options.weights == "copy" and options.memory_budget is None
     defer = options.defer if are_copies or options.defer != "auto" else "off"
-    one_row, inside = plan_matrix_vectors(options.matrix_vector, are_copies, copy.graph, folded, facts, costs)
+    sums = functools.partial(torch_private.writes_products_as_sums, inductor)
+    one_row, inside = plan_matrix_vectors(
+        options.matrix_vector, are_copies, copy.graph, folded, centered, facts, costs, sums
+    )
     rest = tuple(site for site in folded if site.node not in inside)
     generated = functools.partial(torch_private.generates_products, inductor)
     deferrals, scales = plan_deferrals(defer, options.absorb_affine, rest, centered, facts, costs, generated)

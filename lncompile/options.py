@@ -41,10 +41,11 @@ class Options:
             is never written. ``"auto"``: where no kernel is added and a call saves more traffic than the absorbing
             weights hold, on a CPU only in bfloat16, and only where weights are copied anyway (see ``absorb_affine``);
             ``"on"``: wherever no kernel is added; ``"off"``: nowhere.
-        matrix_vector: what becomes of products of one row (decoding at batch 1). ``"off"``: what stock torch.compile
-            makes of them; ``"on"``: sums that Inductor generates, with the norm in front of them and what follows them
-            in one kernel, see :mod:`lncompile.passes.matrix_vector`. Turns on Inductor's ``coordinate_descent_tuning``,
-            unless the options say something else.
+        matrix_vector: whether products of one row (decoding at batch 1) become sums that Inductor generates, with the
+            norm in front of them and what follows them in one kernel, see :mod:`lncompile.passes.matrix_vector`.
+            ``"auto"``: on a GPU where Inductor's ``coordinate_descent_tuning`` is on (mode ``"max-autotune"``), with
+            weights that need no copy for it; ``"on"``: wherever it can be done, with that tuning turned on unless the
+            options say something else; ``"off"``: nowhere.
     """
 
     weights: str = "copy"
@@ -55,7 +56,7 @@ class Options:
     check: bool = True
     absorb_affine: bool | str = "auto"
     defer: str = "auto"
-    matrix_vector: str = "off"
+    matrix_vector: str = "auto"
 
 
 # What each option takes, or, for one that takes more than can be listed, in words.
@@ -68,7 +69,7 @@ _VALUES: dict[str, tuple[Any, ...] | str] = {
     "check": (True, False),
     "absorb_affine": ("auto", True, False),
     "defer": ("auto", "on", "off"),
-    "matrix_vector": ("off", "on"),
+    "matrix_vector": ("auto", "on", "off"),
 }
 
 

@@ -211,6 +211,17 @@ def generates_products(config_patches: Mapping[str, Any], device: torch.device) 
     return bool(tunes and setting("epilogue_fusion") and chosen == templates)
 
 
+def writes_products_as_sums(config_patches: Mapping[str, Any], device: torch.device) -> bool:
+    """Whether Inductor itself writes products of one row that have no bias as sums (max-autotune, or by this option).
+
+    Its decomposition of `mm` does so only then, because only then the sums reach a GPU's bandwidth.
+    """
+    from torch._inductor import config
+
+    tunes = config_patches.get("coordinate_descent_tuning", config.coordinate_descent_tuning)
+    return bool(tunes) and device.type == "cuda"
+
+
 def without_freezing() -> Any:
     """Context in which Dynamo hands weights over as inputs, whatever Inductor's ``freezing`` says."""
     from torch._inductor import config

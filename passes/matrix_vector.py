@@ -26,14 +26,15 @@ it did not. A weight that is kept as ``[in, out]`` is copied the other way round
 outputs (:data:`OUTPUTS_OF_AN_UNCUT_SUM`): then it is left. A norm goes inside only where products are all that reads
 it.
 
-Not by itself (``lnfold.matrix_vector="off"``): the launches are counted in generated code, time was not measured, and
-what a generated sum reaches of a GPU's bandwidth depends on Inductor's tuning (``coordinate_descent_tuning``, which the
-option turns on).
+**By itself** (``lnfold.matrix_vector="auto"``) only on a GPU where Inductor does the same with products that have no
+bias: where it tunes its kernels by coordinate descent (max-autotune), without which sums do not reach a GPU's
+bandwidth. And only with weights that lie right, or are copied anyway because they are centered. ``"on"`` asks for
+neither, and turns that tuning on. Launches are counted in generated code; time was not measured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -48,7 +49,7 @@ from lncompile.lowering import (
     transposed_copy,
 )
 from lncompile.passes import provenance
-from lncompile.passes.affine import LAYOUTS
+from lncompile.passes.affine import LAYOUTS, CenteredFor
 from lncompile.passes.canonical import Operation, canonicalise, tensor_of
 from lncompile.passes.costs import CostModel
 from lncompile.passes.graph_facts import GraphFacts
@@ -108,8 +109,10 @@ def plan_matrix_vectors(
     may_copy: bool,
     graph: fx.Graph,
     folded: Sequence[NormSite],
+    centered: CenteredFor,
     facts: GraphFacts,
     costs: CostModel,
+    writes_products_as_sums: Callable[[torch.device], bool] = lambda device: False,
 ) -> tuple[MatrixVectors, dict[fx.Node, str]]:
     """Decide which products become sums, and which folded norms go into them.
 
@@ -118,8 +121,10 @@ def plan_matrix_vectors(
         may_copy: whether weights that are kept as ``[in, out]`` may be copied the other way round.
         graph: not changed.
         folded: the norms that fold.
+        centered: which parameters are centered for that; by itself no others are copied.
         facts: the facts of the graph.
         costs: in training nothing is done.
+        writes_products_as_sums: whether Inductor does so on a device, with products that have no bias.
 
     Returns:
         What is to be done, and for every norm that goes inside, by its node, where, in words.
@@ -127,11 +132,15 @@ def plan_matrix_vectors(
     if mode == "off" or costs.training:
         return MatrixVectors(), {}
     autocast = find_autocast(graph, list(facts.examples.values()))
-    products = {
-        product.node: product
-        for node in graph.nodes
-        if node not in autocast and (product := _one_row_product(node, may_copy, facts)) is not None
-    }
+    products: dict[fx.Node, OneRowProduct] = {}
+    for node in graph.nodes:
+        tensor = tensor_of(node)
+        if node in autocast or tensor is None or (mode == "auto" and not writes_products_as_sums(tensor.device)):
+            continue
+        copied = facts.parametric if mode == "on" else centered.get(node, ())
+        product = _one_row_product(node, copied if may_copy else (), facts)
+        if product is not None:
+            products[node] = product
     inside: dict[fx.Node, NormSite] = {}
     words: dict[fx.Node, str] = {}
     for site in folded:
@@ -146,7 +155,8 @@ def plan_matrix_vectors(
     return MatrixVectors(tuple(products.values()), inside, kept), words
 
 
-def _one_row_product(node: fx.Node, may_copy: bool, facts: GraphFacts) -> OneRowProduct | None:
+def _one_row_product(node: fx.Node, copied: Collection[fx.Node], facts: GraphFacts) -> OneRowProduct | None:
+    """The product that a node is, if it can be a sum; the weights in ``copied`` may be turned round."""
     operation, result = canonicalise(node), tensor_of(node)
     if operation is None or operation.name not in ("linear", "addmm", "matmul") or operation.in_place:
         return None
@@ -174,7 +184,7 @@ def _one_row_product(node: fx.Node, may_copy: bool, facts: GraphFacts) -> OneRow
         return None
     if _as_rows(operation) is not None:
         return OneRowProduct(node, row, None)
-    if may_copy and layout.dimension == 0 and weight in facts.parametric:
+    if layout.dimension == 0 and weight in copied and weight in facts.parametric:
         return OneRowProduct(node, row, weight)
     return None
 

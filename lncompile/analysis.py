@@ -185,6 +185,9 @@ def _analyse_expanded(
     mode = options.absorb_affine if are_copies or options.absorb_affine != "auto" else False
     absorptions, affine = plan_absorptions(mode, rest, centered, facts, costs, deferred)
     absorptions = (*absorptions, *deferred.values())
+    # One rewrite for each product.
+    absorbing = {consumer.operation.node for absorption in absorptions for consumer in absorption.consumers}
+    one_row = one_row.without(absorbing)
     affine.update((node, absorption.in_words()) for node, absorption in deferred.items() if absorption.names())
     verdicts = judge(sites, placement, variables, costs, budgeted.left if budgeted else None)
     return Analysis(

@@ -71,7 +71,7 @@ def transform(analysis: Analysis, options: Options) -> Transformed:
         roots = [w for w in weights if w in present and any(user not in inner for user in w.users)]
         expressions, _ = hoist(graph, [*roots, *turned])
         defer(graph, analysis.deferrals, absorbed.products)
-        write_as_sums(graph, one_row, absorbed.products)
+        write_as_sums(graph, one_row)
         # One at a time: lowering a norm exchanges the input of a norm of that norm.
         lower_to_rms_norm(graph, (_call(site) for site in calls if site.node in folded))
     if options.nonfoldable == "eager":

@@ -34,6 +34,7 @@ neither, and turns that tuning on. Launches are counted in generated code; time 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -102,6 +103,11 @@ class MatrixVectors:
     def norms(self) -> set[fx.Node]:
         """The norms that go inside."""
         return {site.node for site in self.inside.values()}
+
+    def without(self, others: Collection[fx.Node]) -> MatrixVectors:
+        """The same without some of the products, none of which a norm goes into."""
+        rest = tuple(product for product in self.products if product.node not in others)
+        return dataclasses.replace(self, products=rest)
 
 
 def plan_matrix_vectors(
@@ -310,20 +316,19 @@ def copy_transposed(graph: fx.Graph, plan: MatrixVectors) -> list[fx.Node]:
     return list(copies.values())
 
 
-def write_as_sums(graph: fx.Graph, plan: MatrixVectors, products: Mapping[fx.Node, fx.Node]) -> None:
+def write_as_sums(graph: fx.Graph, plan: MatrixVectors) -> None:
     """Put the sums in the place of the products, and norms into them, after parameter expressions left the graph.
 
     Args:
         graph: changed in place.
         plan: what to do.
-        products: products that took the place of others since it was made, by these.
     """
     present = set(graph.nodes)
     for node in plan.stored:
         if node in present:
             _store(graph, node)
     for product in plan.products:
-        node = products.get(product.node, product.node)
+        node = product.node
         operation, tensor = canonicalise(node), tensor_of(node)
         assert operation is not None  # rewrites only exchange operands
         assert tensor is not None  # its sizes were read
@@ -332,7 +337,7 @@ def write_as_sums(graph: fx.Graph, plan: MatrixVectors, products: Mapping[fx.Nod
         assert weight is not None  # it was, or was copied so
         bias = None if layout.bias is None else operation[layout.bias]
         sizes = tuple(tensor.shape)
-        site = plan.inside.get(product.node)
+        site = plan.inside.get(node)
         with graph.inserting_before(node):
             if site is None:
                 value = emit(graph, node.name, matrix_vector, row, weight, bias, sizes, tensor.dtype)

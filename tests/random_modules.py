@@ -80,6 +80,10 @@ def write_program(below: Callable[[int], int], steps: int) -> Program:
         options["lnfold.assist"] = False
     if w.chance(4):
         options["lnfold.nonfoldable"] = "eager"
+    # Programs are too small for these to pay.
+    for name, value in (("absorb_affine", True), ("defer", "on"), ("matrix_vector", "on")):
+        if w.chance(4):
+            options[f"lnfold.{name}"] = value
     dynamic = w.chance(5)
     if w.chance(8):
         options["lnfold.memory_budget"] = w.pick((0.3, 0.1, 0.02))

@@ -38,6 +38,7 @@ class Block(nn.Module):
         self.simple = nn.LayerNorm(D, elementwise_affine=False)
         self.up, self.gate, self.down = nn.Linear(D, OUT), nn.Linear(D, OUT, bias=False), nn.Linear(OUT, D)
         self.weight, self.bias = nn.Parameter(torch.zeros(D, OUT)), nn.Parameter(torch.zeros(OUT))
+        self.point = nn.Conv1d(D, OUT, 1)
 
     def forward(self, ids: Tensor) -> Tensor:
         stream = self.table(ids)
@@ -79,6 +80,8 @@ SUMS: dict[str, tuple[Body, int, int]] = {
         lambda m, x: torch.addmm(m.bias, m.norm(x).view(1, D), m.weight, alpha=2).view(1, 1, OUT), 0, 0),
     "a bias that is no row": (
         lambda m, x: torch.addmm(m.bias.view(1, OUT), m.norm(x).view(1, D), m.weight).view(1, 1, OUT), 0, 0),
+    "a convolution reads the norm as well": (
+        lambda m, x: (lambda y: m.up(y) + m.point(y.transpose(1, 2)).transpose(1, 2))(m.norm(x)), 1, 0),
     "no matrix": (lambda m, x: m.norm(x) @ m.weight.expand(1, D, OUT), 0, 0),
 }  # fmt: skip
 
@@ -102,6 +105,20 @@ def test_what_becomes_a_sum(name: str, without_inductor: None) -> None:
     for parameter in (model.norm.weight, model.norm.bias, model.weight, model.up.weight, model.down.weight):
         parameter.mul_(1.5)
     assert relative_error(compiled(ONE), model(ONE)) <= 1e-12, "weights that change are noticed"
+
+
+def test_products_that_absorb_are_left(without_inductor: None) -> None:
+    """One of two readers is no product, so that the norm stays outside, and its γ and β may go into both."""
+    body = SUMS["a convolution reads the norm as well"][0]
+    for options, sums in (({"lnfold.absorb_affine": False}, 2), ({"lnfold.absorb_affine": True}, 1), ({}, 2)):
+        torch._dynamo.reset()
+        model = block(body)
+        given = {**ON, "lnfold.defer": "off", **options}
+        ours, _ = parse_options(None, given)
+        assert len(capture(model, ONE).analyse(ours).matrix_vectors.products) == sums
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="lnfold", options=given)
+        assert relative_error(compiled(ONE), model(ONE)) <= 1e-12
 
 
 def test_only_one_row_and_only_if_asked(without_inductor: None) -> None:

@@ -179,7 +179,10 @@ def find_consumers(site: NormSite, facts: GraphFacts) -> tuple[Consumer, ...]:
             if operation.name in LAYOUTS:
                 consumers.append(_consumer(operation, places, axes, path, site, facts))
             elif operation.name in _MOVES:
-                moved = _moved(operation, places, axes)
+                moved = move_features(operation, node, axes)
+                tensor = tensor_of(user)
+                if moved is not None and (tensor is None or tensor.dtype not in _DTYPES):
+                    raise Blocked(Reason.VISIBLE, _reads(user))
                 if moved is not None:
                     pending.append((user, moved, path))
             else:
@@ -206,24 +209,36 @@ def _require_plain_call(site: NormSite, facts: GraphFacts) -> None:
             raise Blocked(Reason.UNSUPPORTED_WEIGHT, "its γ or β is no plain frozen parameter")
 
 
-def _moved(operation: Operation, places: set[Any], axes: Axes) -> Axes | None:
-    """The features after an operation that moves them; None for one that only asks for the shape."""
+def move_features(operation: Operation, given: fx.Node, axes: Axes) -> Axes | None:
+    """Follow the features of a norm's output through an operation that only moves elements.
+
+    Args:
+        operation: that reads it.
+        given: the norm's output, or what it was moved to.
+        axes: the features in there.
+
+    Returns:
+        The features in the result; None if the operation asks for the shape alone.
+
+    Raises:
+        Blocked: the operation does something else, or the features are no dimension of the result.
+    """
     problem = Blocked(Reason.VISIBLE, _reads(operation.node))
+    places = {key for key, operand in operation.operands() if operand is given}
     for reading in RULES[operation.name](operation):
         if places <= reading.metadata:
             return None
         if places != {("input", None)} or ("input", None) not in reading.carriers or reading.selective:
             continue
         moved = reading.carriers["input", None].forward(axes)
-        tensor = tensor_of(operation.node)
         # In several dimensions the features may have changed their order, which Axes does not tell.
-        if moved is None or tensor is None or tensor.dtype not in _DTYPES or _features(moved) is None:
+        if moved is None or features_of(moved) is None:
             raise problem
         return moved
     raise problem
 
 
-def _features(axes: Axes) -> int | None:
+def features_of(axes: Axes) -> int | None:
     """The one dimension that is exactly the features, or None."""
     if not axes.whole or len(axes.normalised_dimensions) != 1:
         return None
@@ -249,7 +264,7 @@ def _consumer(
     if not {tensor.dtype, result.dtype} <= _DTYPES:
         raise Blocked(Reason.UNSUPPORTED_WEIGHT, f"{where} computes in a dtype too narrow for W diag(γ)")
     features = axes.rank - 1 - (tensor.dim() - 2 if is_convolution else 0)
-    if _features(axes) != features or (is_convolution and operation["groups"] != 1):
+    if features_of(axes) != features or (is_convolution and operation["groups"] != 1):
         raise Blocked(Reason.DIFFERENT_AXES, f"{where} does not sum over exactly the normalised axis")
     if site.bias is not None:
         _require_place_for_shift(consumer, facts, where)

@@ -37,6 +37,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -50,9 +51,10 @@ from lncompile.lowering import (
     transposed_copy,
 )
 from lncompile.passes import provenance
-from lncompile.passes.affine import LAYOUTS, CenteredFor
+from lncompile.passes.affine import LAYOUTS, CenteredFor, features_of, move_features
 from lncompile.passes.canonical import Operation, canonicalise, tensor_of
 from lncompile.passes.costs import CostModel
+from lncompile.passes.decisions import Blocked
 from lncompile.passes.graph_facts import GraphFacts
 from lncompile.passes.norm_calls import LAYER_NORMS, WITH_STATISTICS
 from lncompile.passes.operands import WRITTEN, shape
@@ -64,7 +66,7 @@ LONGEST_UNCUT_SUM = 8192
 OUTPUTS_OF_AN_UNCUT_SUM = 512
 
 _DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
-# Of one row they leave the elements in their order, if they leave all of them.
+# Between a norm and a product: what leaves a row as it is, if the features stay whole and in their order.
 _KEEP_THE_ROW = frozenset(
     "view reshape view_as flatten unflatten squeeze unsqueeze getitem slice select narrow identity dropout".split()
 )
@@ -230,47 +232,46 @@ def _products_that_read(site: NormSite, products: Collection[fx.Node], facts: Gr
     if given.numel() != given.shape[-1] or facts.is_written_after(site.input, site.node):
         return ()
     readers: list[fx.Node] = []
-    pending = [site.node]
+    pending = [(site.node, site.axes)]
     while pending:
-        node = pending.pop()
+        node, axes = pending.pop()
         if node.meta.get(WRITTEN):
             return ()
         for user in node.users:
-            operation = canonicalise(user)
-            if operation is None:
+            operation, tensor = canonicalise(user), tensor_of(user)
+            if operation is None or tensor is None or tensor.dtype != given.dtype or operation.in_place:
                 return ()
             if user in products:
-                layout = LAYOUTS[operation.name]
-                if [key for key, operand in operation.operands() if operand is node] != [(layout.input, None)]:
+                layout, last = LAYOUTS[operation.name], axes.rank - 1
+                places = [key for key, operand in operation.operands() if operand is node]
+                if places != [(layout.input, None)] or features_of(axes) != last:
                     return ()
                 readers.append(user)
-            elif _keeps_the_row(operation, given.numel()):
-                pending.append(user)
+            elif operation.name in _KEEP_THE_ROW:
+                try:
+                    moved = move_features(operation, node, axes)
+                except Blocked:
+                    return ()
+                if moved is None:
+                    return ()
+                pending.append((user, moved))
             else:
                 return ()
     return tuple(readers)
 
 
-def _keeps_the_row(operation: Operation, features: int | None) -> bool:
-    tensor, given = tensor_of(operation.node), operation.arguments.get("input")
-    if operation.name not in _KEEP_THE_ROW or operation.in_place or not isinstance(given, fx.Node):
-        return False
-    rounds = tensor is None or tensor.dtype not in _DTYPES
-    return not rounds and _size(operation.node) == _size(given) == features
-
-
-def _size(node: fx.Node) -> int | None:
-    tensor = tensor_of(node)
-    return tensor.numel() if tensor is not None and _is_plain(tensor) else None
-
-
 def _origin(node: fx.Node) -> fx.Node:
-    """What a node is a view of, as far as views of one row go."""
+    """What a node is a view of, as far as views of all of a tensor go."""
     operation = canonicalise(node)
-    while operation is not None and _keeps_the_row(operation, _size(node)):
+    while operation is not None and operation.name in _KEEP_THE_ROW and _size(operation["input"]) == _size(node):
         node = operation["input"]
         operation = canonicalise(node)
     return node
+
+
+def _size(node: Any) -> int | None:
+    tensor = tensor_of(node) if isinstance(node, fx.Node) else None
+    return tensor.numel() if tensor is not None and _is_plain(tensor) else None
 
 
 def _is_whole_storage(node: fx.Node, facts: GraphFacts) -> bool:

@@ -19,7 +19,7 @@ from lncompile.transform import transform
 from lncompile.verify import floating_outputs, relative_error
 
 D, OUT, TOKENS = 12, 10, 7
-ALWAYS = {"lnfold.absorb_affine": True}
+ALWAYS = {"lnfold.absorb_affine": True, "lnfold.defer": "off"}
 
 
 class Program(nn.Module):

@@ -80,6 +80,12 @@ SUMS: dict[str, tuple[Body, int, int]] = {
         lambda m, x: torch.addmm(m.bias, m.norm(x).view(1, D), m.weight, alpha=2).view(1, 1, OUT), 0, 0),
     "a bias that is no row": (
         lambda m, x: torch.addmm(m.bias.view(1, OUT), m.norm(x).view(1, D), m.weight).view(1, 1, OUT), 0, 0),
+    "the last row by a number": (lambda m, x: m.up(m.norm(x)[:, -1]).view(1, 1, OUT), 1, 1),
+    "features turned round": (lambda m, x: m.up(m.norm(x)[..., torch.arange(D - 1, -1, -1)]), 1, 0),
+    "features in another order": (lambda m, x: m.up(m.norm(x).view(4, 4).t().reshape(1, 1, D)), 1, 0),
+    "bits read as another type": (
+        lambda m, x: m.up(m.norm(x).view(torch.int64).view(torch.float64).view(1, 1, D)), 1, 0),
+    "dropout in evaluation": (lambda m, x: m.up(functional.dropout(m.norm(x), 0.5, training=False)), 1, 1),
     "a convolution reads the norm as well": (
         lambda m, x: (lambda y: m.up(y) + m.point(y.transpose(1, 2)).transpose(1, 2))(m.norm(x)), 1, 0),
     "no matrix": (lambda m, x: m.norm(x) @ m.weight.expand(1, D, OUT), 0, 0),
@@ -105,6 +111,16 @@ def test_what_becomes_a_sum(name: str, without_inductor: None) -> None:
     for parameter in (model.norm.weight, model.norm.bias, model.weight, model.up.weight, model.down.weight):
         parameter.mul_(1.5)
     assert relative_error(compiled(ONE), model(ONE)) <= 1e-12, "weights that change are noticed"
+
+
+def test_a_dropout_that_drops_stays(without_inductor: None) -> None:
+    model = block(lambda m, x: m.up(functional.dropout(m.norm(x), 0.5, training=True)))
+    compiled = torch.compile(model, backend="lnfold", options=ON)
+    answers = []
+    for run in (model, compiled):
+        torch.manual_seed(1)
+        answers.append(run(ONE))
+    assert relative_error(answers[1], answers[0]) <= 1e-12
 
 
 def test_products_that_absorb_are_left(without_inductor: None) -> None:

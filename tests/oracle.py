@@ -46,6 +46,7 @@ from lncompile.passes.expand import expand_opaque_layers, find_opaque_layers
 from lncompile.passes.sites import NormSite, find_sites
 
 EXACT, ROUNDED = 1e-8, 1e-4
+_MASKED = 1e30
 _MOST_GROUPS = 12
 _HOPS_TO_A_SCALE = 6
 
@@ -110,14 +111,21 @@ class _Run(fx.Interpreter):
     def __init__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> None:
         super().__init__(module, garbage_collect_values=False)
         self.nodes = list(self.module.graph.nodes)
+        self.sources = {node: tuple(node.all_input_nodes) for node in self.nodes}
+        self.position = {node: index for index, node in enumerate(self.nodes)}
+        self.last_reader = {node: max(map(self.position.__getitem__, node.users), default=0) for node in self.nodes}
         self.inputs = dict(zip([n for n in self.nodes if n.op == "placeholder"], inputs, strict=True))
         self.replaced: dict[Use, Tensor] = {}
         self.env = {}
-        self.writes = False
+        self.written: set[int] = set()
         self.output = next(n for n in self.nodes if n.op == "output")
         self.returned = set(self.output.all_input_nodes)
+        self.sizes: dict[int, float | None] = {}
+        self.meeting: dict[fx.Node, bool] = {}
         self.base: dict[fx.Node, Any] = {}
-        self.full({})
+        seeded = torch.manual_seed(0).get_state()
+        self.full({}, find_writes=True)
+        self.random = not torch.equal(torch.get_rng_state(), seeded)
         self.base = dict(self.env)
         self.expected = self.results()
 
@@ -131,8 +139,8 @@ class _Run(fx.Interpreter):
         args, kwargs = self.fetch_args_kwargs_from_env(node)
         return getattr(self, node.op)(node.target, args, kwargs)
 
-    def full(self, replaced: dict[Use, Tensor]) -> None:
-        """Run everything. Inputs are copied where the graph writes into one, which the first run finds out."""
+    def full(self, replaced: dict[Use, Tensor], find_writes: bool = False) -> None:
+        """Run everything, on copies of the inputs; the first run finds out which storages the graph writes into."""
         self.replaced, self.env = replaced, {}
         torch.manual_seed(0)
         for node in self.nodes:
@@ -140,28 +148,33 @@ class _Run(fx.Interpreter):
                 given = self.inputs[node]
                 self.env[node] = given.detach().clone() if isinstance(given, Tensor) else given
             elif node is not self.output:
-                before = [(a, a._version) for n in node.all_input_nodes for a in _tensors(self.env[n])]
+                tensors = [t for n in self.sources[node] for t in _tensors(self.env[n])] if find_writes else []
+                before = [(tensor, tensor._version) for tensor in tensors]
                 self.env[node] = self._evaluate(node)
-                self.writes = self.writes or any(tensor._version != version for tensor, version in before)
+                self.written.update(_storage(tensor) for tensor, version in before if tensor._version != version)
 
     def results(self) -> list[Tensor]:
         """What the caller sees: the outputs, and inputs that are no parameters (written-to caches)."""
         seen = [tensor for node in self.output.all_input_nodes for tensor in _tensors(self.env[node])]
-        if self.writes:
+        if self.written:
             seen += [t for n, given in self.inputs.items() if not _is_parameter(given) for t in _tensors(self.env[n])]
         return [tensor.clone() for tensor in seen]
 
     def changes(self, use: Use, value: Tensor) -> bool:
         """Whether an output changes if one use of a parameter reads another value."""
-        if self.writes:
+        if self.written and (self.random or self._meets_a_write(use[1])):
             self.full({use: value})
             rounded = any(_is_narrow(t) for v in self.env.values() for t in _tensors(v))
-            return not all(_same(a, b, rounded) for a, b in zip(self.results(), self.expected, strict=True))
+            return not all(self._same(a, b, rounded) for a, b in zip(self.results(), self.expected, strict=True))
         self.replaced, self.env = {use: value}, dict(self.base)
         dirty: set[fx.Node] = set()
         rounded = False
-        for node in self.nodes:
-            if node is not use[1] and not any(source in dirty for source in node.all_input_nodes):
+        last = start = self.position[use[1]]
+        for index in range(start, len(self.nodes)):
+            if index > last:
+                return False
+            node = self.nodes[index]
+            if index > start and dirty.isdisjoint(self.sources[node]):
                 continue
             if node is self.output:
                 return True
@@ -170,13 +183,54 @@ class _Run(fx.Interpreter):
             except (RuntimeError, ValueError, IndexError):
                 return True  # a parameter that steers shapes
             rounded = rounded or any(_is_narrow(tensor) for tensor in _tensors(result))
-            if _same(result, self.base[node], rounded):
+            if self._same(result, self.base[node], rounded):
                 continue
             if node in self.returned:
                 return True
             dirty.add(node)
             self.env[node] = result
+            last = max(last, self.last_reader[node])
         return False
+
+    def _meets_a_write(self, reader: fx.Node) -> bool:
+        """Whether a node, or anything computed from it, reads or makes a tensor in a storage that is written to.
+
+        Then the values kept are not those that it read: they are what the storage held in the end.
+        """
+        if reader not in self.meeting:
+            self.meeting[reader] = self._find_write_behind(reader)
+        return self.meeting[reader]
+
+    def _find_write_behind(self, reader: fx.Node) -> bool:
+        behind = {reader}
+        for node in self.nodes[self.position[reader] + 1 :]:
+            if not behind.isdisjoint(self.sources[node]):
+                behind.add(node)
+        touched = {source for node in behind for source in (node, *self.sources[node]) if source is not self.output}
+        return any(_storage(t) in self.written for node in touched for t in _tensors(self.base[node]))
+
+    def _same(self, value: Any, expected: Any, rounded: bool) -> bool:
+        """Whether a value is what it was in the first run."""
+        if isinstance(expected, tuple | list):
+            pairs = zip(value, expected, strict=True) if len(value) == len(expected) else [(False, True)]
+            return all(self._same(a, b, rounded) for a, b in pairs)
+        if not isinstance(expected, Tensor):
+            return bool(value == expected)
+        if value.shape != expected.shape:
+            return False
+        if not expected.is_floating_point() and not expected.is_complex():
+            return torch.equal(value, expected)
+        return self._difference(value, expected) <= (ROUNDED if rounded else EXACT)
+
+    def _difference(self, value: Tensor, expected: Tensor) -> float:
+        """As :func:`_difference`; the size of what is expected is computed once."""
+        if id(expected) not in self.sizes:
+            self.sizes[id(expected)] = _size(expected)
+        size = self.sizes[id(expected)]
+        if size is None:
+            return _difference(value, expected)
+        difference = float((value - expected).abs().max())
+        return math.inf if math.isnan(difference) else difference / size
 
 
 def _is_parameter(value: Any) -> bool:
@@ -187,6 +241,10 @@ def _is_narrow(tensor: Tensor) -> bool:
     return tensor.dtype in (torch.float32, torch.float16, torch.bfloat16)
 
 
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
@@ -195,17 +253,11 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-def _same(value: Any, expected: Any, rounded: bool) -> bool:
-    if isinstance(expected, tuple | list):
-        return len(value) == len(expected) and all(_same(a, b, rounded) for a, b in zip(value, expected, strict=True))
-    if not isinstance(expected, Tensor):
-        return bool(value == expected)
-    if value.shape != expected.shape:
-        return False
-    if not expected.is_floating_point() and not expected.is_complex():
-        return torch.equal(value, expected)
-    difference = _difference(value, expected)
-    return difference <= (ROUNDED if rounded else EXACT)
+def _size(expected: Tensor) -> float | None:
+    """The size of a tensor's elements; None where they are not all ordinary numbers in double precision."""
+    if expected.dtype != torch.float64 or not expected.numel() or not bool((expected.abs() < _MASKED).all()):
+        return None
+    return float(expected.square().mean().sqrt()) or 1.0
 
 
 def _difference(value: Tensor, expected: Tensor) -> float:
@@ -213,7 +265,7 @@ def _difference(value: Tensor, expected: Tensor) -> float:
     if expected.is_complex():
         value, expected = torch.view_as_real(value), torch.view_as_real(expected)
     value, expected = value.double(), expected.double()
-    ordinary = expected.abs() < 1e30
+    ordinary = expected.abs() < _MASKED
     if not torch.equal(value[~ordinary].nan_to_num(), expected[~ordinary].nan_to_num()):
         return math.inf
     value, expected = value[ordinary], expected[ordinary]

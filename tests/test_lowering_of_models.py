@@ -176,7 +176,10 @@ def test_triton_of_a_block(name: str) -> None:
     block = GUARDED[name]
     model = randomise(block.build().eval()).to(torch.bfloat16)
     stock = triton_for_sm90(model, **block.inputs)
-    ours = triton_for_sm90(model, backend="lnfold", **block.inputs)
+    # Kernel by kernel it is compared where no scale moves behind a product; where one does, launches stay the same.
+    ours = triton_for_sm90(model, backend="lnfold", options={"lnfold.defer": "off"}, **block.inputs)
+    by_default = triton_for_sm90(model, backend="lnfold", **block.inputs)
+    assert (by_default.launches, by_default.extern_calls) == (stock.launches, stock.extern_calls)
     assert_no_more_than_stock(ours, stock)
     with pytest.raises(AssertionError):  # the control: stock's own code is not what is asked for
         assert_no_more_than_stock(stock, stock)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from random_instructions import add_layer_norm, handwritten_norm, layer_norm, norm_of_heads
+from random_norms import add_layer_norm, handwritten_norm, layer_norm, norm_of_heads
 from random_programs import INSTRUCTIONS, SMALLEST_VARIANCE, Writer, instruction
 
 # --- undisturbed streams --------------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ import hypothesis
 import random_layers
 import torch
 from hypothesis import strategies as st
-from random_instructions import add_layer_norm, linear
+from random_instructions import linear
+from random_norms import add_layer_norm
 from random_programs import INSTRUCTIONS, Program, Unusable, Writer
 
 __all__ = ["INSTRUCTIONS", "Program", "programs", "random_layers", "random_program", "statistics", "write_program"]

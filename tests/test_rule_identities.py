@@ -22,7 +22,8 @@ import pytest
 import torch
 from architectures import randomise
 from graphs import Captured, capture
-from test_rules import CASES, OF_SEVERAL_PROCESSES, Around, extra_inputs
+from rule_case import Around
+from test_rules import CASES, OF_SEVERAL_PROCESSES, extra_inputs
 from torch import Tensor, fx
 from torch.nn import functional
 

@@ -144,8 +144,8 @@ def run(
 
 def versions() -> dict[str, str]:
     """Return the versions of what has a part in the numbers."""
-    found = {}
-    for name in ("torch", "transformers", "triton", "liger-kernel"):
+    found = {"torch": str(torch.__version__)}
+    for name in ("transformers", "triton", "liger-kernel"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

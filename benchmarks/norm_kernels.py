@@ -5,7 +5,8 @@ counts and dtypes, compiles every launch configuration that Inductor would try, 
 
 - ``layer_norm``: what stock torch.compile makes of ``layer_norm(x + residual)``;
 - ``rms_norm``: what it makes of the folded norm by itself;
-- ``lnfold``: what the backend has it make, with rows up to 8192 wide held in registers.
+- ``lnfold``: what the backend has it make, with rows up to 8192 wide held in registers; on a CPU, with rows of more
+  than 4096 elements summed in slices.
 
 Instructions are counted a row and a warp (``instructions · warps / rows in a block``): what a scheduler has to issue,
 since none of these kernels has a loop left in it (the table says so). The C++ kernels of the CPU are counted in their
@@ -37,7 +38,14 @@ from rich.table import Table
 from torch import Tensor, fx
 from torch.nn import functional
 
-from lncompile.lowering import FOLDED_STATISTIC, persistent_norms, rms_norm, torch_private, torch_private_codegen
+from lncompile.lowering import (
+    FOLDED_STATISTIC,
+    persistent_norms,
+    rms_norm,
+    slices_of_row,
+    torch_private,
+    torch_private_codegen,
+)
 from lncompile.lowering.inspection import GeneratedCode
 from lncompile.lowering.persistent import WIDEST_ROW
 from lncompile.lowering.triton_without_gpu import H200, MachineCode, compile_kernel, triton_for_sm90
@@ -51,6 +59,8 @@ CPU_WIDTHS = (64, 768, 1024, 4096, 16384)
 #: Times on a CPU: up to where a row no longer fits into its nearest cache, with as many rows as fit into the next one.
 TIMED_WIDTHS, TIMED_ELEMENTS, TERMS = (64, 256, 768, 1024, 2048, 4096, 8192, 16384), 1 << 19, (2, 5)
 KINDS = ("layer_norm", "rms_norm", "lnfold")
+#: Inductor's ``realize_reads_threshold``.
+_MOST_TERMS_ADDED_ANEW = 4
 
 
 def add_layer_norm(value: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -228,14 +238,15 @@ def timed_on_cpu(rows: int, width: int, dtype: str, terms: int, seconds: float) 
         width: of the input.
         dtype: of input, γ and β.
         terms: of the stream. Of few terms it is added anew wherever it is read; of more than four it is written first,
-            in a loop of its own.
+            in a loop of its own, and kept for who reads it next.
         seconds: how long to measure.
     """
     *_, weight, bias = arguments(rows, width, dtype)
     stream = [torch.randn(rows, width, dtype=weight.dtype) for _ in range(terms)]
     calls: dict[str, Callable[[], Any]] = {}
     for kind in KINDS:
-        function, backend = functools.partial(_norm_of_sum, kind == "layer_norm"), compiled_by(kind)[1]
+        slices = slices_of_row(stream[0]) if kind == "lnfold" else 1
+        function, backend = functools.partial(_norm_of_sum, kind == "layer_norm", slices), compiled_by(kind)[1]
         torch.compiler.reset()
         calls[kind] = functools.partial(torch.compile(function, backend=backend, dynamic=False), weight, bias, *stream)
         calls[kind]()
@@ -252,9 +263,14 @@ def timed_on_cpu(rows: int, width: int, dtype: str, terms: int, seconds: float) 
     }
 
 
-def _norm_of_sum(is_layer_norm: bool, weight: Tensor, bias: Tensor, *terms: Tensor) -> Tensor:
-    norm = functional.layer_norm if is_layer_norm else rms_norm
-    return norm(functools.reduce(operator.add, terms), (weight.shape[0],), weight, bias)
+def _norm_of_sum(is_layer_norm: bool, slices: int, weight: Tensor, bias: Tensor, *terms: Tensor) -> tuple[Tensor, ...]:
+    total = functools.reduce(operator.add, terms)
+    if is_layer_norm:
+        output = functional.layer_norm(total, (weight.shape[0],), weight, bias)
+    else:
+        output = rms_norm(total, (weight.shape[0],), weight, bias, slices=slices)
+    # A stream that is written anyway, which the next layer reads. Returning another would have it written.
+    return (output, total) if len(terms) > _MOST_TERMS_ADDED_ANEW else (output,)
 
 
 def time_on_cpu(widths: Sequence[int], dtypes: Sequence[str], threads: int, seconds: float) -> int:

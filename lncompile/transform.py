@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from lncompile.analysis import Analysis
-from lncompile.lowering import NormCall, lower_to_aten, lower_to_rms_norm
+from lncompile.lowering import NormCall, lower_to_aten, lower_to_rms_norm, slices_of_row
 from lncompile.options import Options
 from lncompile.passes.affine import absorb
 from lncompile.passes.canonical import tensor_of
@@ -88,11 +88,13 @@ def _input(site: NormSite) -> fx.Node:
 
 def _call(site: NormSite) -> NormCall:
     operation = site.current()
-    tensor = tensor_of(site.input)
+    stream, tensor = _input(site), tensor_of(site.input)
     assert tensor is not None  # what find_sites requires of a site
+    # A stream that nobody else reads may share its memory with the result, but not with slices read before it.
+    in_slices = len(stream.users) > 1 and site.groups is None and len(site.normalized_shape) == 1
     return NormCall(
         site.node,
-        _input(site),
+        stream,
         site.normalized_shape,
         operation["weight"],
         operation["bias"],
@@ -101,4 +103,5 @@ def _call(site: NormSite) -> NormCall:
         site.output_dtype,
         returns_statistics=site.operation.name in WITH_STATISTICS,
         groups=site.groups,
+        slices=slices_of_row(tensor) if in_slices else 1,
     )

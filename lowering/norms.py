@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ class NormCall:
     """A LayerNorm call to be lowered: its node, its arguments as graph nodes and numbers, and its dtypes.
 
     With ``groups`` it normalises the channels of ``[N, C, 1, ...]`` in so many groups (``group_norm``), else the
-    trailing ``len(normalized_shape)`` axes.
+    trailing ``len(normalized_shape)`` axes, summed in ``slices`` (`slices_of_row`) where that is one axis.
     """
 
     node: fx.Node
@@ -33,6 +34,7 @@ class NormCall:
     output_dtype: torch.dtype
     returns_statistics: bool = False
     groups: int | None = None
+    slices: int = 1
 
 
 def lower_to_rms_norm(graph: fx.Graph, calls: Iterable[NormCall]) -> None:
@@ -52,13 +54,19 @@ def lower_to_rms_norm(graph: fx.Graph, calls: Iterable[NormCall]) -> None:
         calls: the calls; all of their inputs are centered.
     """
     for call in calls:
+        function: Callable[..., torch.Tensor]
+        features: tuple[int, ...] | int
+        if call.groups is None:
+            function, features = functools.partial(rms_norm, slices=call.slices), call.normalized_shape
+        else:
+            function, features = grouped_rms_norm, call.groups
         with graph.inserting_before(call.node):
             result = emit(
                 graph,
                 call.node.name,
-                rms_norm if call.groups is None else grouped_rms_norm,
+                function,
                 call.input,
-                call.normalized_shape if call.groups is None else call.groups,
+                features,
                 call.weight,
                 call.bias,
                 call.eps,

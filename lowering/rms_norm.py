@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from lncompile.lowering.target import target_of
 
 
 def rms_norm(
@@ -17,6 +20,7 @@ def rms_norm(
     *,
     input_dtype: torch.dtype | None = None,
     output_dtype: torch.dtype | None = None,
+    slices: int = 1,
 ) -> Tensor:
     """RMSNorm with bias: what LayerNorm is on an input whose mean is zero.
 
@@ -37,6 +41,7 @@ def rms_norm(
         eps: ε, added to the mean of squares.
         input_dtype: dtype of ``input``; given by callers that trace this function with FX proxies, which know no dtype.
         output_dtype: dtype of the result; by default that of ``input``.
+        slices: from :func:`slices_of_row`; more than 1 only with one axis, whose size it divides.
 
     Returns:
         A contiguous tensor of ``input``'s shape and of ``output_dtype``.
@@ -48,7 +53,7 @@ def rms_norm(
     """
     input_dtype = input_dtype or input.dtype
     axes = [-i for i in range(len(normalized_shape), 0, -1)]
-    output = _normalise(input, axes, eps, input_dtype)
+    output = _normalise(input, axes, eps, input_dtype, slices)
     if weight is not None:
         output = torch.mul(output, weight)
     if bias is not None:
@@ -58,19 +63,20 @@ def rms_norm(
     return output.to(output_dtype or input_dtype).contiguous()
 
 
-def row_scale(input: Tensor, eps: float, input_dtype: torch.dtype) -> Tensor:
+def row_scale(input: Tensor, eps: float, input_dtype: torch.dtype, slices: int = 1) -> Tensor:
     """``1 / sqrt(mean(x²) + ε)`` of each row, what a deferred RMSNorm leaves of the norm.
 
     Args:
         input: ``[..., features]``, floating point, zero mean over the last axis.
         eps: ε, added to the mean of squares.
         input_dtype: dtype of ``input``.
+        slices: from :func:`slices_of_row`.
 
     Returns:
         ``[..., 1]`` in float32, in float64 for float64 input.
     """
     value = input.to(compute_dtype_of(input_dtype))
-    return torch.rsqrt(torch.add(torch.mean(torch.mul(value, value), [-1], True), eps))
+    return torch.rsqrt(torch.add(_mean_square(value, [-1], slices), eps))
 
 
 def scale_rows(
@@ -96,12 +102,59 @@ def compute_dtype_of(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _normalise(input: Tensor, axes: list[int], eps: float, input_dtype: torch.dtype) -> Tensor:
+def slices_of_row(value: Tensor) -> int:
+    """In how many slices a norm over the last axis sums its row at once, in one loop over the elements of a slice.
+
+    On a CPU Inductor sums more than 4096 float32 elements in cascades, whose bookkeeping takes longer than the sum
+    itself. Slices of at most 4096 elements, squared and added element by element, leave one plain sum, in which no more
+    roundings follow each other than Inductor allows in any.
+
+    Args:
+        value: ``[..., features]``, the norm's input or a fake tensor of its kind.
+
+    Returns:
+        The smallest divisor of ``features`` that makes slices of at most 4096 elements and of whole vectors; 1 where
+        none up to 8 does, and where slices would not help: on other devices, in rows that are short, dynamic or
+        float64, and where gradients are taken (the gradient of a slice is a row of zeros around it).
+
+    Example:
+        >>> slices_of_row(torch.empty(2, 16384))
+        4
+    """
+    width = value.shape[-1]
+    if (
+        target_of(value.device).type != "cpu"
+        or value.requires_grad
+        or compute_dtype_of(value.dtype) != torch.float32
+        or not isinstance(width, int)
+    ):
+        return 1
+    if width <= _LONGEST_PLAIN_SUM or width % _WIDEST_VECTOR:
+        return 1
+    vectors = width // _WIDEST_VECTOR
+    return next((n for n in range(2, 9) if vectors % n == 0 and width // n <= _LONGEST_PLAIN_SUM), 1)
+
+
+#: Elements that Inductor adds without cascades (``chunk_size`` in torch/_inductor/codegen/cpp.py).
+_LONGEST_PLAIN_SUM = 4096
+#: Elements that one step of Inductor's loop takes at most: 16-bit elements in a vector of 512 bits.
+_WIDEST_VECTOR = 32
+
+
+def _mean_square(value: Tensor, axes: list[int], slices: int) -> Tensor:
+    """``mean(x²)`` over these axes, which are kept; in slices only where there is one axis."""
+    if slices == 1:
+        return torch.mean(torch.mul(value, value), axes, True)
+    row = torch.unflatten(value, -1, (slices, -1))
+    squares = [torch.mul(part, part) for part in (torch.select(row, -2, index) for index in range(slices))]
+    return torch.div(torch.mean(functools.reduce(torch.add, squares), [-1], True), slices)
+
+
+def _normalise(input: Tensor, axes: list[int], eps: float, input_dtype: torch.dtype, slices: int = 1) -> Tensor:
     """``x / sqrt(mean(x²) + ε)`` over these axes, in float32 (float64 for float64 input) and not yet rounded."""
     compute_dtype = compute_dtype_of(input_dtype)
     value = input if input_dtype == compute_dtype else input.to(compute_dtype)
-    mean_square = torch.mean(torch.mul(value, value), axes, True)
-    return torch.mul(value, torch.rsqrt(torch.add(mean_square, eps)))
+    return torch.mul(value, torch.rsqrt(torch.add(_mean_square(value, axes, slices), eps)))
 
 
 def grouped_rms_norm(

@@ -45,6 +45,24 @@ TRANSFORMER_ENCODER_LAYER_FORWARD: Any = torch._transformer_encoder_layer_fwd
 TRANSFORMER_ENCODER_LAYER: Any = torch.ops.aten._transformer_encoder_layer_fwd.default
 
 
+def call_in_closure(function: Any) -> tuple[str, tuple[Any, ...], dict[str, Any]] | None:
+    """The method that a function of Dynamo's own calls on its argument, where its other arguments are closed over.
+
+    On torch 2.11 Dynamo writes ``to_local``, ``redistribute`` and ``from_local`` of a sharded tensor so, because a mesh
+    and placements could be no arguments of a node there.
+
+    Returns:
+        The method's name and the arguments it gets behind the tensor; None for any other function.
+    """
+    name = {"prim_to_local": "to_local", "prim_redistribute": "redistribute", "prim from_local": "from_local"}.get(
+        getattr(function, "__name__", "")
+    )
+    if name is None or not function.__module__.startswith("torch._dynamo.variables."):
+        return None
+    closed = inspect.getclosurevars(function).nonlocals
+    return name, tuple(closed["args_as_value"]), dict(closed["kwargs_as_value"])
+
+
 def functional_collective(name: str) -> Any:
     """Return the operator that a functional collective becomes in a graph; None where torch has no distributed."""
     if not torch.distributed.is_available():
@@ -198,7 +216,8 @@ def generates_products(config_patches: Mapping[str, Any], device: torch.device) 
     """Whether Inductor generates the kernels of matrix products itself, each with the pointwise operations behind it.
 
     That is max-autotune with its own templates alone to choose from. Where ATen's kernels compete with them a
-    measurement decides, product by product, and what stands behind one that loses gets a kernel of its own.
+    measurement decides, product by product, and what stands behind one that loses gets a kernel of its own. Before
+    torch 2.13 a scale in front of attention gets one too, since views between them keep it out of the product.
     """
     from torch._inductor import config
 
@@ -208,7 +227,7 @@ def generates_products(config_patches: Mapping[str, Any], device: torch.device) 
     templates = {"cuda": {"TRITON"}, "cpu": {"CPP"}}.get(device.type)
     chosen = {backend.strip() for backend in setting("max_autotune_gemm_backends").upper().split(",")}
     tunes = setting("max_autotune") or setting("max_autotune_gemm")
-    return bool(tunes and setting("epilogue_fusion") and chosen == templates)
+    return bool(tunes and setting("epilogue_fusion") and chosen == templates and torch.__version__ >= "2.13")
 
 
 def writes_products_as_sums(config_patches: Mapping[str, Any], device: torch.device) -> bool:

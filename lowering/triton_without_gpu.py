@@ -6,8 +6,9 @@ zeros for outputs. Triton's own `ptxas` and `cuobjdump` do the rest.
 
 What is not as on the device:
 - what Inductor settles by timing kernels (max-autotune) is out of reach;
-- what is decided before that point saw the CPU. Scaled dot product attention stays the CPU's operator, counted as one
-  extern call as it would be on the device, but its inputs may be laid out otherwise; CUDA graphs are off;
+- what torch decides before that point saw the CPU (what lnfold chooses by device asks `target_of`). Scaled dot product
+  attention stays the CPU's operator, counted as one extern call as it would be on the device, but its inputs may be
+  laid out otherwise; CUDA graphs are off;
 - with the CPU build of torch, graphs that draw random numbers (dropout in training) fail in torch with "not linked
   with support for cuda devices".
 
@@ -36,6 +37,7 @@ from torch import Tensor, fx
 
 from lncompile.lowering import torch_private_codegen
 from lncompile.lowering.inspection import GeneratedCode, Kernel
+from lncompile.lowering.target import compiled_for
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,11 @@ def retargeted_to_gpu(properties: GpuProperties = H200) -> Iterator[Recorder]:
 
     torch.compiler.reset()
     try:
-        with torch_private_codegen.every_graph_lowered(), torch_private_codegen.replaced_inner_compile(replace):
+        with (
+            compiled_for(torch.device("cuda")),
+            torch_private_codegen.every_graph_lowered(),
+            torch_private_codegen.replaced_inner_compile(replace),
+        ):
             yield recorder
     finally:
         torch.compiler.reset()

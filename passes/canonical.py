@@ -12,7 +12,7 @@ import functools
 import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -502,6 +502,8 @@ def canonicalise(node: fx.Node) -> Operation | None:
     """
     if node.op == "call_function" and node.target is getattr:
         return _attribute(node)
+    if node.op == "call_function" and (closed := torch_private.call_in_closure(node.target)) is not None:
+        return _bind_closed(node, *closed)
     if node.op == "call_function":
         spelling = _FUNCTIONS.get(node.target) or _packets().get(node.target)
     elif node.op == "call_method":
@@ -519,6 +521,18 @@ def _attribute(node: fx.Node) -> Operation | None:
     if name in ("T", "mT") or (name in ("H", "mH") and isinstance(tensor, Tensor) and not tensor.is_complex()):
         return Operation(node, "t" if name in ("T", "H") else "mT", {"input": node.args[0]}, {"input": ("args", 0)})
     return None
+
+
+def _bind_closed(node: fx.Node, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation | None:
+    """What a closure of Dynamo's calls: its tensor is an operand, the constants in it have no place in the graph."""
+    spelling = _METHODS.get(name) or _FUNCTIONS[FROM_LOCAL]
+    operation = _bind(node, spelling)
+    try:
+        constants = spelling.signature.bind_partial(None, *args, **kwargs).arguments
+    except TypeError:
+        return None
+    constants.pop("input")
+    return None if operation is None else replace(operation, arguments={**operation.arguments, **constants})
 
 
 def _bind(node: fx.Node, spelling: _Spelling) -> Operation | None:

@@ -40,7 +40,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from lncompile.lowering import emit, row_scale, scale_rows
+from lncompile.lowering import emit, row_scale, scale_rows, slices_of_row, target_of
 from lncompile.passes import provenance
 from lncompile.passes.affine import Absorption, CenteredFor, Consumer, device_of, find_consumers, price_absorption
 from lncompile.passes.axes import same_size
@@ -109,7 +109,7 @@ def plan_deferrals(
     for site in folded if mode != "off" else ():
         tensor = tensor_of(site.input)
         assert tensor is not None  # what find_sites requires of a site
-        if mode == "auto" and not gains_on(tensor.device, tensor.dtype):
+        if mode == "auto" and not gains_on(target_of(tensor.device), tensor.dtype):
             continue
         try:
             consumers = _deferrable(site, absorb_affine, facts, costs)
@@ -117,7 +117,7 @@ def plan_deferrals(
             words[site.node] = f"scaled in place: {blocked.sentence}"
             continue
         absorption = price_absorption(site, consumers, centered)
-        carries = generates_products(tensor.device)
+        carries = generates_products(target_of(tensor.device))
         products = [consumer.operation.node for consumer in consumers]
         adding = [node for node in products if not (_has_a_kernel_behind(node) or (carries and not _is_cut(node)))]
         price = absorption.price + Price(_traffic(site, consumers), NOTHING, -len(adding))
@@ -247,7 +247,7 @@ def defer(graph: fx.Graph, deferrals: Sequence[Deferral], products: Mapping[fx.N
         tensor = tensor_of(site.input)
         assert tensor is not None  # see _traffic
         with graph.inserting_before(node):
-            scale = emit(graph, f"{node.name}_scale", row_scale, stream, site.eps, tensor.dtype)
+            scale = emit(graph, f"{node.name}_scale", row_scale, stream, site.eps, tensor.dtype, slices_of_row(tensor))
             # What a norm puts out is contiguous, and a view of it may count on that.
             rows = emit(graph, f"{node.name}_rows", _contiguous, stream)
         node.replace_all_uses_with(rows)

@@ -47,6 +47,7 @@ from lncompile.lowering import (
     matrix_vector,
     normed_matrix_vector,
     stored,
+    target_of,
     torch_private,
     transposed_copy,
 )
@@ -143,7 +144,11 @@ def plan_matrix_vectors(
     products: dict[fx.Node, OneRowProduct] = {}
     for node in graph.nodes:
         tensor = tensor_of(node)
-        if node in autocast or tensor is None or (mode == "auto" and not writes_products_as_sums(tensor.device)):
+        if (
+            node in autocast
+            or tensor is None
+            or (mode == "auto" and not writes_products_as_sums(target_of(tensor.device)))
+        ):
             continue
         copied = facts.parametric if mode == "on" else centered.get(node, ())
         product = _one_row_product(node, copied if may_copy else (), facts)

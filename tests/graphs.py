@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +21,8 @@ class Captured:
     graph_module: fx.GraphModule
     example_inputs: list[Any]
 
-    def analyse(self, options: Options | None = None) -> Analysis:
-        return analyse(self.graph_module, self.example_inputs, options or Options())
+    def analyse(self, options: Options | None = None, inductor: Mapping[str, Any] | None = None) -> Analysis:
+        return analyse(self.graph_module, self.example_inputs, options or Options(), inductor or {})
 
 
 def capture(function: Callable[..., Any], *args: Any, dynamic: bool | None = None, **kwargs: Any) -> Captured:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numerics
 import pytest
@@ -11,10 +11,12 @@ from architectures import ARCHITECTURES, Architecture, randomise
 from graphs import capture
 from torch import Tensor, nn
 from torch.nn import functional
+from torch_versions import unless_old
 
 import lncompile
 from lncompile.lowering import torch_private
 from lncompile.lowering.inspection import GeneratedCode
+from lncompile.lowering.target import compiled_for
 from lncompile.lowering.triton_without_gpu import H200, retargeted_to_gpu, triton_for_sm90
 from lncompile.options import OptionError, Options, parse_options
 from lncompile.passes import deferral
@@ -152,7 +154,7 @@ def test_a_lost_scale_is_noticed(monkeypatch: pytest.MonkeyPatch, without_induct
     model.table.weight.mul_(1e-3)
     expected = model(IDS)
     right = deferral.row_scale
-    wrongs = [lambda x, eps, dtype: torch.ones_like(right(x, eps, dtype)), lambda x, eps, dtype: right(x, 0.0, dtype)]
+    wrongs = [lambda x, eps, *rest: torch.ones_like(right(x, eps, *rest)), lambda x, eps, *rest: right(x, 0.0, *rest)]
     for wrong in wrongs:
         torch._dynamo.reset()
         with monkeypatch.context() as patched:
@@ -194,9 +196,10 @@ def test_the_options() -> None:
 
 
 @pytest.fixture
-def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it does by itself where it gains; the passes see the CPU, which a graph is traced on."""
-    monkeypatch.setattr(deferral, "gains_on", lambda device, dtype: True)
+def as_on_a_gpu() -> Iterator[None]:
+    """What it does by itself where it gains."""
+    with compiled_for(torch.device("cuda")):
+        yield
 
 
 def test_by_itself_on_a_cpu_in_bfloat16_alone() -> None:
@@ -361,6 +364,7 @@ def test_through_inductor() -> None:
 TEMPLATES = {"max_autotune": True, "max_autotune_gemm_backends": "TRITON", "deterministic": True}
 
 
+@unless_old("views keep a scale out of the product")
 def test_what_is_generated() -> None:
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     assert torch_private.generates_products(TEMPLATES, gpu)
@@ -371,12 +375,11 @@ def test_what_is_generated() -> None:
     assert not torch_private.generates_products({"max_autotune": True}, gpu), "a measurement decides"
 
 
+@unless_old("the scale gets kernels of its own, and so nothing is asked for")
 @pytest.mark.parametrize(("name", "deferred"), [("gpt2", 2), ("vit", 4), ("falcon_7b", 2)])
-def test_generated_products_carry_the_scale(name: str, deferred: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generated_products_carry_the_scale(name: str, deferred: int) -> None:
     """In front of attention too, unless a joint projection is cut, in no kernel more: it scales what it stores."""
     pytest.importorskip("triton", reason="needs Triton to generate CUDA kernels: pip install triton")
-    # The passes see the CPU, which the graph is traced on.
-    monkeypatch.setattr(torch_private, "generates_products", lambda config, device: "TRITON" in str(config))
     model, inputs = BY_NAME[name].model(torch.bfloat16), enlarged(BY_NAME[name])
     in_place = triton_for_sm90(model, backend="lnfold", options={**TEMPLATES, **OFF}, **inputs)
     with retargeted_to_gpu() as recorder:

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 import lncompile
 from lncompile.lowering import normed_matrix_vector, torch_private
+from lncompile.lowering.target import compiled_for
 from lncompile.lowering.triton_interpreter import run_in_interpreter
 from lncompile.lowering.triton_without_gpu import retargeted_to_gpu, triton_for_sm90
 from lncompile.options import Options, parse_options
@@ -203,15 +204,13 @@ def test_wrong_sums_are_noticed(monkeypatch: pytest.MonkeyPatch, without_inducto
         assert relative_error(actual, expected) > 1e-3, name
 
 
-def test_by_itself_where_inductor_does_so_and_nothing_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_by_itself_where_inductor_does_so_and_nothing_is_copied() -> None:
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     tuned = {"coordinate_descent_tuning": True}
     assert torch_private.writes_products_as_sums(tuned, gpu)
     assert torch_private.writes_products_as_sums(parse_options("max-autotune", None)[1], gpu)
     assert not torch_private.writes_products_as_sums({}, gpu)
     assert not torch_private.writes_products_as_sums(tuned, cpu)
-    # The passes see the CPU, which a graph is traced on.
-    monkeypatch.setattr(torch_private, "writes_products_as_sums", lambda config, device: True)
     # The last product's weight lies right; so does that of "linear and gelu", and nobody else copies m.weight.
     for name, options, expected in (
         ("linear and gelu", Options(), 2),
@@ -219,20 +218,22 @@ def test_by_itself_where_inductor_does_so_and_nothing_is_copied(monkeypatch: pyt
         ("addmm of [in, out]", Options(), 1),
         ("addmm of [in, out]", Options(matrix_vector="on"), 2),
     ):
-        assert len(capture(block(SUMS[name][0]), ONE).analyse(options).matrix_vectors.products) == expected
+        captured = capture(block(SUMS[name][0]), ONE)
+        assert not captured.analyse(options, tuned).matrix_vectors.products or options.matrix_vector == "on"
+        with compiled_for(gpu):
+            assert len(captured.analyse(options, tuned).matrix_vectors.products) == expected
 
 
-def test_a_weight_that_is_copied_anyway_is_copied_the_other_way_round(
-    monkeypatch: pytest.MonkeyPatch, without_inductor: None
-) -> None:
+def test_a_weight_that_is_copied_anyway_is_copied_the_other_way_round(without_inductor: None) -> None:
     """GPT-2 keeps ``[in, out]``: what writes into its stream is centered, what reads the norms is not."""
-    monkeypatch.setattr(torch_private, "writes_products_as_sums", lambda config, device: True)
     model, arguments = decoder("gpt2", torch.float64)
     expected = model(**arguments()).logits
-    compiled = torch.compile(model, backend="lnfold")
-    assert relative_error(compiled(**arguments()).logits, expected) <= 1e-12
+    tuned = {"coordinate_descent_tuning": True}
+    with compiled_for(torch.device("cuda")):
+        compiled = torch.compile(model, backend="lnfold", options=tuned)
+        assert relative_error(compiled(**arguments()).logits, expected) <= 1e-12
     (report,) = [report for report in lncompile.reports(compiled) if report.total]
-    without = torch.compile(model, backend="lnfold", options={"lnfold.matrix_vector": "off"})
+    without = torch.compile(model, backend="lnfold", options={**tuned, "lnfold.matrix_vector": "off"})
     assert report.extra_bytes == lncompile.explain(without, **arguments()).extra_bytes, "no copy beside centered ones"
     assert report.sites[-1].lowering == "rms_norm_deferred", "lm_head lies right"
     assert {site.lowering for site in report.sites[:-1]} == {"rms_norm"}

@@ -8,6 +8,7 @@ import pytest
 import torch
 from architectures import randomise
 from torch import Tensor, nn
+from torch_versions import unless_old
 
 import lncompile
 
@@ -70,7 +71,7 @@ def promoted_view_of_an_activation(m: Mixed, value: Tensor, index: Tensor) -> Te
 
 
 # How many sites fold, and how exact the result is: what is computed in single precision is rounded to it.
-CASES: list[tuple[Callable[[Mixed, Tensor, Tensor], Tensor], int, float]] = [
+CASES = [
     (computed, 1, 1e-6),
     (computed_and_cast, 1, 1e-6),
     (cast_parameter, 1, 1e-12),
@@ -78,12 +79,14 @@ CASES: list[tuple[Callable[[Mixed, Tensor, Tensor], Tensor], int, float]] = [
     (promoted_view, 0, 1e-12),
     (promoted_table, 0, 1e-12),
     (cast_table, 0, 1e-12),
-    (promoted_activation, 3, 1e-12),
+    pytest.param(
+        promoted_activation, 3, 1e-12, marks=unless_old("stock torch.compile rounds the result to float32 too")
+    ),
     (promoted_view_of_an_activation, 3, 1e-12),
 ]
 
 
-@pytest.mark.parametrize(("function", "folded", "tolerance"), CASES, ids=[case[0].__name__ for case in CASES])
+@pytest.mark.parametrize(("function", "folded", "tolerance"), CASES, ids=lambda case: getattr(case, "__name__", None))
 def test_precision_is_kept(function: Callable[[Mixed, Tensor, Tensor], Tensor], folded: int, tolerance: float) -> None:
     model = randomise(Mixed(function)).eval()
     value, index = torch.randn(ROWS, D, dtype=WIDE), torch.randint(ROWS, (ROWS,))

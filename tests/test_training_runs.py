@@ -12,6 +12,7 @@ import torch
 from fuzzing import run_through_aot
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
+from torch_versions import unless_old
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
 
 import lncompile
@@ -96,8 +97,16 @@ def train(
 
 @pytest.mark.parametrize(
     ("make", "batches", "sites"),
-    [(LanguageModel, text_batches, 5), (ImageModel, digit_batches, 5)],
-    ids=["gpt2_on_text", "vit_on_digits"],
+    [
+        pytest.param(LanguageModel, text_batches, 5, id="gpt2_on_text"),
+        pytest.param(
+            ImageModel,
+            digit_batches,
+            5,
+            id="vit_on_digits",
+            marks=unless_old("stock torch.compile's losses are as far from eager's, by 5%"),
+        ),
+    ],
 )
 def test_fifty_steps_end_at_eagers_loss(
     make: Callable[[], nn.Module], batches: Callable[[], list[tuple[Tensor, Tensor]]], sites: int

@@ -1,0 +1,115 @@
+"""Wide rows on a CPU: summed in slices, without the cascade that Inductor would write, where nothing is lost by it."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from architectures import randomise
+from torch import Tensor, nn
+
+import lncompile
+from lncompile import transform
+from lncompile.lowering import rms_norm, row_scale, slices_of_row
+from lncompile.lowering.inspection import generated_code
+from lncompile.lowering.target import compiled_for
+from lncompile.verify import relative_error
+
+WIDTH = 5120
+IDS = torch.tensor([[1, 2, 0]])
+
+
+class Block(nn.Module):
+    """A stream that folds, a norm whose stream is read on, and a last one whose stream is not."""
+
+    def __init__(self, width: int = WIDTH) -> None:
+        super().__init__()
+        self.table, self.norm, self.last = nn.Embedding(4, width), nn.LayerNorm(width), nn.LayerNorm(width)
+        self.gate = nn.Linear(width, 1)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        stream = self.table(ids)
+        return self.last(stream + torch.tanh(self.gate(self.norm(stream))) * self.table(ids + 1))
+
+
+class Deferred(Block):
+    """The first norm is read by a product with a pointwise operation behind it."""
+
+    def __init__(self, width: int = WIDTH) -> None:
+        super().__init__(width)
+        self.up, self.down = nn.Linear(width, 32), nn.Linear(32, width)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        stream = self.table(ids)
+        return self.last(stream + self.down(torch.nn.functional.gelu(self.up(self.norm(stream)))))
+
+
+def cascades(compiled: Callable[..., object]) -> int:
+    """Reductions of the generated C++ that sum whole vectors in cascades."""
+    kernels = generated_code(compiled, IDS).kernels
+    return sum(len(re.findall(r"_vec = cascade_sum_combine\(", kernel.source)) for kernel in kernels)
+
+
+@pytest.mark.parametrize(
+    ("width", "slices"),
+    [(768, 1), (4096, 1), (5120, 2), (8192, 2), (12288, 3), (14336, 4), (16384, 4), (14848, 4), (20480, 5), (32768, 8),
+     (36864, 1), (4097, 1), (4128, 3), (5000, 1)],
+)  # fmt: skip
+def test_how_many(width: int, slices: int) -> None:
+    value = torch.empty(1, width, dtype=torch.bfloat16)
+    assert slices_of_row(value) == slices
+    assert width % slices == 0
+    with compiled_for(torch.device("cuda")):
+        assert slices_of_row(value) == 1
+    assert slices_of_row(value.double()) == slices_of_row(value.requires_grad_()) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("slices", [2, 4])
+def test_the_norm_and_the_scale_of_a_row(dtype: torch.dtype, slices: int) -> None:
+    value = torch.randn(3, 64).to(dtype)
+    weight, bias = torch.randn(64).to(dtype), torch.randn(64).to(dtype)
+    torch.testing.assert_close(
+        rms_norm(value, (64,), weight, bias, slices=slices), rms_norm(value, (64,), weight, bias), rtol=1e-6, atol=1e-6
+    )
+    torch.testing.assert_close(row_scale(value, 1e-5, dtype, slices), row_scale(value, 1e-5, dtype))
+
+
+def test_only_where_the_stream_is_read_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last norm's result may take the memory of its stream, which slices read before it would forbid."""
+    model = randomise(Block()).eval()
+    compiled = torch.compile(model, backend="lnfold")
+    assert cascades(compiled) == 1
+    (report,) = lncompile.reports(compiled)
+    assert (report.folded, report.total) == (2, 2)
+    expected = copy.deepcopy(model).double()(IDS)
+    ours, stock = (relative_error(f(IDS), expected) for f in (compiled, torch.compile(model)))
+    assert ours <= max(1.25 * stock, 4 * torch.finfo(torch.float32).eps)
+    monkeypatch.setattr(transform, "slices_of_row", lambda value: 1)
+    torch._dynamo.reset()
+    assert cascades(torch.compile(model, backend="lnfold")) == 2
+
+
+def test_not_where_gradients_are_taken() -> None:
+    model = randomise(Block()).eval()
+    compiled = torch.compile(model, backend="lnfold", options={"lnfold.training": "on"})
+    with torch.enable_grad():
+        # One more: the centering of the weight that is trained.
+        assert cascades(compiled) == 3
+    (report,) = lncompile.reports(compiled)
+    assert report.folded == 2
+
+
+def test_a_deferred_scale() -> None:
+    """In bfloat16 on a CPU, where norms are deferred by themselves; the product keeps the stream."""
+    model = randomise(Deferred()).eval().to(torch.bfloat16)
+    compiled = torch.compile(model, backend="lnfold", options={"lnfold.defer": "on"})
+    assert cascades(compiled) == 1
+    (report,) = lncompile.reports(compiled)
+    assert [site.lowering for site in report.sites] == ["rms_norm_deferred", "rms_norm"]
+    expected = copy.deepcopy(model).double()(IDS)
+    ours, stock = (relative_error(f(IDS), expected) for f in (compiled, torch.compile(model)))
+    assert ours <= max(1.25 * stock, 4 * torch.finfo(torch.bfloat16).eps)

@@ -6,7 +6,7 @@ counts and dtypes, compiles every launch configuration that Inductor would try, 
 - ``layer_norm``: what stock torch.compile makes of ``layer_norm(x + residual)``;
 - ``rms_norm``: what it makes of the folded norm by itself;
 - ``lnfold``: what the backend has it make, with rows up to 8192 wide held in registers; on a CPU, with rows of more
-  than 4096 elements summed in slices.
+  than 4096 elements summed in slices, and the scale of all rows written before it is applied.
 
 Instructions are counted a row and a warp (``instructions · warps / rows in a block``): what a scheduler has to issue,
 since none of these kernels has a loop left in it (the table says so). The C++ kernels of the CPU are counted in their
@@ -42,6 +42,7 @@ from lncompile.lowering import (
     FOLDED_STATISTIC,
     persistent_norms,
     rms_norm,
+    sizes_of_stored_scale,
     slices_of_row,
     torch_private,
     torch_private_codegen,
@@ -245,8 +246,12 @@ def timed_on_cpu(rows: int, width: int, dtype: str, terms: int, seconds: float) 
     stream = [torch.randn(rows, width, dtype=weight.dtype) for _ in range(terms)]
     calls: dict[str, Callable[[], Any]] = {}
     for kind in KINDS:
-        slices = slices_of_row(stream[0]) if kind == "lnfold" else 1
-        function, backend = functools.partial(_norm_of_sum, kind == "layer_norm", slices), compiled_by(kind)[1]
+        norm: Callable[..., Tensor] = functional.layer_norm if kind == "layer_norm" else rms_norm
+        if kind == "lnfold":
+            norm = functools.partial(
+                rms_norm, slices=slices_of_row(stream[0]), stored_scale=sizes_of_stored_scale(stream[0])
+            )
+        function, backend = functools.partial(_norm_of_sum, norm), compiled_by(kind)[1]
         torch.compiler.reset()
         calls[kind] = functools.partial(torch.compile(function, backend=backend, dynamic=False), weight, bias, *stream)
         calls[kind]()
@@ -263,12 +268,9 @@ def timed_on_cpu(rows: int, width: int, dtype: str, terms: int, seconds: float) 
     }
 
 
-def _norm_of_sum(is_layer_norm: bool, slices: int, weight: Tensor, bias: Tensor, *terms: Tensor) -> tuple[Tensor, ...]:
+def _norm_of_sum(norm: Callable[..., Tensor], weight: Tensor, bias: Tensor, *terms: Tensor) -> tuple[Tensor, ...]:
     total = functools.reduce(operator.add, terms)
-    if is_layer_norm:
-        output = functional.layer_norm(total, (weight.shape[0],), weight, bias)
-    else:
-        output = rms_norm(total, (weight.shape[0],), weight, bias, slices=slices)
+    output = norm(total, (weight.shape[0],), weight, bias)
     # A stream that is written anyway, which the next layer reads. Returning another would have it written.
     return (output, total) if len(terms) > _MOST_TERMS_ADDED_ANEW else (output,)
 

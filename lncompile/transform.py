@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from lncompile.analysis import Analysis
-from lncompile.lowering import NormCall, lower_to_aten, lower_to_rms_norm, slices_of_row
+from lncompile.lowering import NormCall, lower_to_aten, lower_to_rms_norm, sizes_of_stored_scale, slices_of_row
 from lncompile.options import Options
 from lncompile.passes.affine import absorb
 from lncompile.passes.canonical import tensor_of
@@ -90,8 +90,8 @@ def _call(site: NormSite) -> NormCall:
     operation = site.current()
     stream, tensor = _input(site), tensor_of(site.input)
     assert tensor is not None  # what find_sites requires of a site
-    # A stream that nobody else reads may share its memory with the result, but not with slices read before it.
-    in_slices = len(stream.users) > 1 and site.groups is None and len(site.normalized_shape) == 1
+    # A stream that nobody else reads may share its memory with the result, which another reading of it would forbid.
+    read_on = len(stream.users) > 1 and site.groups is None and len(site.normalized_shape) == 1
     return NormCall(
         site.node,
         stream,
@@ -103,5 +103,6 @@ def _call(site: NormSite) -> NormCall:
         site.output_dtype,
         returns_statistics=site.operation.name in WITH_STATISTICS,
         groups=site.groups,
-        slices=slices_of_row(tensor) if in_slices else 1,
+        slices=slices_of_row(tensor) if read_on else 1,
+        stored_scale=sizes_of_stored_scale(tensor) if read_on else None,
     )

@@ -5,7 +5,14 @@ from lncompile.lowering.emit import emit
 from lncompile.lowering.matrix_vector import matrix_vector, normed_matrix_vector, stored, transposed_copy
 from lncompile.lowering.norms import NormCall, lower_to_aten, lower_to_rms_norm
 from lncompile.lowering.persistent import FOLDED_STATISTIC, persistent_norms
-from lncompile.lowering.rms_norm import grouped_rms_norm, rms_norm, row_scale, scale_rows, slices_of_row
+from lncompile.lowering.rms_norm import (
+    grouped_rms_norm,
+    rms_norm,
+    row_scale,
+    scale_rows,
+    sizes_of_stored_scale,
+    slices_of_row,
+)
 from lncompile.lowering.target import target_of
 
 __all__ = [
@@ -21,6 +28,7 @@ __all__ = [
     "rms_norm",
     "row_scale",
     "scale_rows",
+    "sizes_of_stored_scale",
     "slices_of_row",
     "stored",
     "target_of",

@@ -21,7 +21,8 @@ class NormCall:
     """A LayerNorm call to be lowered: its node, its arguments as graph nodes and numbers, and its dtypes.
 
     With ``groups`` it normalises the channels of ``[N, C, 1, ...]`` in so many groups (``group_norm``), else the
-    trailing ``len(normalized_shape)`` axes, summed in ``slices`` (`slices_of_row`) where that is one axis.
+    trailing ``len(normalized_shape)`` axes; where that is one axis, as `slices_of_row` and
+    `sizes_of_stored_scale` say.
     """
 
     node: fx.Node
@@ -35,6 +36,7 @@ class NormCall:
     returns_statistics: bool = False
     groups: int | None = None
     slices: int = 1
+    stored_scale: tuple[int, ...] | None = None
 
 
 def lower_to_rms_norm(graph: fx.Graph, calls: Iterable[NormCall]) -> None:
@@ -57,7 +59,8 @@ def lower_to_rms_norm(graph: fx.Graph, calls: Iterable[NormCall]) -> None:
         function: Callable[..., torch.Tensor]
         features: tuple[int, ...] | int
         if call.groups is None:
-            function, features = functools.partial(rms_norm, slices=call.slices), call.normalized_shape
+            function = functools.partial(rms_norm, slices=call.slices, stored_scale=call.stored_scale)
+            features = call.normalized_shape
         else:
             function, features = grouped_rms_norm, call.groups
         with graph.inserting_before(call.node):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -21,6 +22,7 @@ def rms_norm(
     input_dtype: torch.dtype | None = None,
     output_dtype: torch.dtype | None = None,
     slices: int = 1,
+    stored_scale: Sequence[int] | None = None,
 ) -> Tensor:
     """RMSNorm with bias: what LayerNorm is on an input whose mean is zero.
 
@@ -42,6 +44,7 @@ def rms_norm(
         input_dtype: dtype of ``input``; given by callers that trace this function with FX proxies, which know no dtype.
         output_dtype: dtype of the result; by default that of ``input``.
         slices: from :func:`slices_of_row`; more than 1 only with one axis, whose size it divides.
+        stored_scale: from :func:`sizes_of_stored_scale`; only with one axis.
 
     Returns:
         A contiguous tensor of ``input``'s shape and of ``output_dtype``.
@@ -53,7 +56,7 @@ def rms_norm(
     """
     input_dtype = input_dtype or input.dtype
     axes = [-i for i in range(len(normalized_shape), 0, -1)]
-    output = _normalise(input, axes, eps, input_dtype, slices)
+    output = _normalise(input, axes, eps, input_dtype, slices, stored_scale)
     if weight is not None:
         output = torch.mul(output, weight)
     if bias is not None:
@@ -150,11 +153,58 @@ def _mean_square(value: Tensor, axes: list[int], slices: int) -> Tensor:
     return torch.div(torch.mean(functools.reduce(torch.add, squares), [-1], True), slices)
 
 
-def _normalise(input: Tensor, axes: list[int], eps: float, input_dtype: torch.dtype, slices: int = 1) -> Tensor:
+def sizes_of_stored_scale(value: Tensor) -> tuple[int, ...] | None:
+    """Sizes of the scale of a norm over the last axis, ``[..., 1]``, where it is to be in memory before it is applied.
+
+    On a CPU Inductor writes one loop over rows, in which every vector of a row divides and takes a square root anew:
+    a C++ compiler cannot know that what the loop writes is not the sum that it reads. With the scale of all rows in
+    memory, made in a loop of its own, what remains of a vector is a product. That takes a second pass over the rows,
+    so they have to fit into a cache.
+
+    Args:
+        value: ``[..., features]``, the norm's input or a fake tensor of its kind.
+
+    Returns:
+        The sizes; None on other devices, where sizes are dynamic or gradients are taken, for float64, for more than
+        4 MiB, and for short rows of float32, which are a few vectors each.
+
+    Example:
+        >>> sizes_of_stored_scale(torch.empty(2, 5, 768))
+        (2, 5, 1)
+    """
+    sizes = tuple(value.shape)
+    if target_of(value.device).type != "cpu" or value.requires_grad or not all(isinstance(n, int) for n in sizes):
+        return None
+    shortest = _SHORTEST_ROW.get(value.dtype)
+    fits = value.numel() * value.element_size() <= _LARGEST_READ_TWICE
+    return (*sizes[:-1], 1) if fits and shortest is not None and sizes[-1] >= shortest else None
+
+
+#: Bytes that are read a second time out of a cache, on common servers.
+_LARGEST_READ_TWICE = 4 << 20
+#: Elements in the shortest row of which storing the scale was measured to gain (``benchmarks/norm_kernels.py --time``).
+_SHORTEST_ROW = {torch.float32: 512, torch.bfloat16: 64, torch.float16: 64}
+
+
+def _stored(scale: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The tensor itself: a view by strides is one of memory, so Inductor has to write it."""
+    strides = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
+    return torch.as_strided(scale.contiguous(), tuple(sizes), tuple(strides), 0)
+
+
+def _normalise(
+    input: Tensor,
+    axes: list[int],
+    eps: float,
+    input_dtype: torch.dtype,
+    slices: int = 1,
+    stored_scale: Sequence[int] | None = None,
+) -> Tensor:
     """``x / sqrt(mean(x²) + ε)`` over these axes, in float32 (float64 for float64 input) and not yet rounded."""
     compute_dtype = compute_dtype_of(input_dtype)
     value = input if input_dtype == compute_dtype else input.to(compute_dtype)
-    return torch.mul(value, torch.rsqrt(torch.add(_mean_square(value, axes, slices), eps)))
+    scale = torch.rsqrt(torch.add(_mean_square(value, axes, slices), eps))
+    return torch.mul(value, scale if stored_scale is None else _stored(scale, stored_scale))
 
 
 def grouped_rms_norm(

@@ -33,7 +33,7 @@ def test_kinds_compute_one_thing(without_inductor: None) -> None:
 @pytest.mark.parametrize(("terms", "written"), [(2, False), (5, True)])
 def test_the_sum_is_written_where_it_says(terms: int, written: bool) -> None:
     *_, weight, bias = norm_kernels.arguments(4, 64, "float32")
-    function = functools.partial(norm_kernels._norm_of_sum, False, 1)
+    function = functools.partial(norm_kernels._norm_of_sum, norm_kernels.rms_norm)
     with norm_kernels.generated_only() as wrappers:
         torch.compile(function, dynamic=False)(weight, bias, *(torch.randn(4, 64) for _ in range(terms)))
     (kernel,) = GeneratedCode.from_wrappers(wrappers).kernels

@@ -1,4 +1,4 @@
-"""Wide rows on a CPU: summed in slices, without the cascade that Inductor would write, where nothing is lost by it."""
+"""Rows on a CPU: wide ones summed in slices, without a cascade, and scales stored, so that each is computed once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import lncompile
 from lncompile import transform
-from lncompile.lowering import rms_norm, row_scale, slices_of_row
+from lncompile.lowering import rms_norm, row_scale, sizes_of_stored_scale, slices_of_row
 from lncompile.lowering.inspection import generated_code
 from lncompile.lowering.target import compiled_for
 from lncompile.verify import relative_error
@@ -53,6 +53,13 @@ def cascades(compiled: Callable[..., object]) -> int:
     return sum(len(re.findall(r"_vec = cascade_sum_combine\(", kernel.source)) for kernel in kernels)
 
 
+def square_roots_in_loops_over_rows(compiled: Callable[..., object], width: int) -> int:
+    """Loops over the elements of a row, of the generated C++, that take a square root before they store."""
+    loops = [text for kernel in generated_code(compiled, IDS).kernels for text in kernel.source.split("for(int64_t ")]
+    head = re.compile(rf"x\d=static_cast<int64_t>\(0L\); x\d<static_cast<int64_t>\({width}L\)")
+    return sum("sqrt(" in text.partition(".store(")[0] and ".store(" in text for text in loops if head.match(text))
+
+
 @pytest.mark.parametrize(
     ("width", "slices"),
     [(768, 1), (4096, 1), (5120, 2), (8192, 2), (12288, 3), (14336, 4), (16384, 4), (14848, 4), (20480, 5), (32768, 8),
@@ -76,6 +83,51 @@ def test_the_norm_and_the_scale_of_a_row(dtype: torch.dtype, slices: int) -> Non
         rms_norm(value, (64,), weight, bias, slices=slices), rms_norm(value, (64,), weight, bias), rtol=1e-6, atol=1e-6
     )
     torch.testing.assert_close(row_scale(value, 1e-5, dtype, slices), row_scale(value, 1e-5, dtype))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "stored"),
+    [((2, 5, 768), torch.float32, True), ((2, 5, 256), torch.float32, False), ((64,), torch.bfloat16, True),
+     ((2, 32), torch.float16, False), ((2, 768), torch.float64, False), ((1024, 1024), torch.float32, True),
+     ((1025, 1024), torch.float32, False), ((2048, 1024), torch.bfloat16, True), ((0, 768), torch.float32, True)],
+    ids=str,
+)  # fmt: skip
+def test_which_scales_are_stored(sizes: tuple[int, ...], dtype: torch.dtype, stored: bool) -> None:
+    value = torch.empty(sizes, dtype=dtype)
+    assert sizes_of_stored_scale(value) == ((*sizes[:-1], 1) if stored else None)
+    with compiled_for(torch.device("cuda")):
+        assert sizes_of_stored_scale(value) is None
+    assert sizes_of_stored_scale(value.requires_grad_()) is None
+
+
+def test_dynamic_rows_have_no_sizes_to_store() -> None:
+    model = randomise(Block(768)).eval()
+    compiled = torch.compile(model, backend="lnfold", dynamic=True)
+    assert square_roots_in_loops_over_rows(compiled, 768) == 2
+    torch.testing.assert_close(compiled(IDS), model(IDS), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_stored_scale_is_computed_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in the loop over the elements of a row; the last norm, whose stream nobody reads on, stays as it is."""
+    model = randomise(Block(768)).eval().to(dtype)
+    options = {"lnfold.defer": "off"}
+    compiled = torch.compile(model, backend="lnfold", options=options)
+    assert square_roots_in_loops_over_rows(compiled, 768) == 1
+    expected = copy.deepcopy(model).double()(IDS)
+    ours, stock = (relative_error(f(IDS), expected) for f in (compiled, torch.compile(model)))
+    assert ours <= max(1.25 * stock, 4 * torch.finfo(dtype).eps)
+    monkeypatch.setattr(transform, "sizes_of_stored_scale", lambda value: None)
+    torch._dynamo.reset()
+    assert square_roots_in_loops_over_rows(torch.compile(model, backend="lnfold", options=options), 768) == 2
+
+
+def test_the_stored_scale_of_a_stream_that_is_not_contiguous() -> None:
+    """Its sizes are those of the rows, in whatever order these lie in memory."""
+    value = torch.randn(3, 5, 768).transpose(0, 1)
+    weight, bias = torch.randn(768), torch.randn(768)
+    function = torch.compile(lambda x: rms_norm(x * 2, (768,), weight, bias, stored_scale=(5, 3, 1)))
+    torch.testing.assert_close(function(value), rms_norm(value * 2, (768,), weight, bias))
 
 
 def test_only_where_the_stream_is_read_on(monkeypatch: pytest.MonkeyPatch) -> None:

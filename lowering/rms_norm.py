@@ -166,7 +166,7 @@ def sizes_of_stored_scale(value: Tensor) -> tuple[int, ...] | None:
 
     Returns:
         The sizes; None on other devices, where sizes are dynamic or gradients are taken, for float64, for more than
-        4 MiB, and for short rows of float32, which are a few vectors each.
+        4 MiB, and for rows of float32 that are short (a few vectors each) or no longer fit into the nearest cache.
 
     Example:
         >>> sizes_of_stored_scale(torch.empty(2, 5, 768))
@@ -175,15 +175,18 @@ def sizes_of_stored_scale(value: Tensor) -> tuple[int, ...] | None:
     sizes = tuple(value.shape)
     if target_of(value.device).type != "cpu" or value.requires_grad or not all(isinstance(n, int) for n in sizes):
         return None
-    shortest = _SHORTEST_ROW.get(value.dtype)
     fits = value.numel() * value.element_size() <= _LARGEST_READ_TWICE
-    return (*sizes[:-1], 1) if fits and shortest is not None and sizes[-1] >= shortest else None
+    return (*sizes[:-1], 1) if fits and sizes[-1] in _ROWS_OF_STORED_SCALES.get(value.dtype, ()) else None
 
 
 #: Bytes that are read a second time out of a cache, on common servers.
 _LARGEST_READ_TWICE = 4 << 20
-#: Elements in the shortest row of which storing the scale was measured to gain (``benchmarks/norm_kernels.py --time``).
-_SHORTEST_ROW = {torch.float32: 512, torch.bfloat16: 64, torch.float16: 64}
+#: Elements in the rows of which storing the scale was measured to gain (``benchmarks/norm_kernels.py --time``).
+_ROWS_OF_STORED_SCALES = {
+    torch.float32: range(512, 2049),
+    torch.bfloat16: range(64, 65537),
+    torch.float16: range(64, 65537),
+}
 
 
 def _stored(scale: Tensor, sizes: Sequence[int]) -> Tensor:

@@ -88,6 +88,7 @@ def test_the_norm_and_the_scale_of_a_row(dtype: torch.dtype, slices: int) -> Non
 @pytest.mark.parametrize(
     ("sizes", "dtype", "stored"),
     [((2, 5, 768), torch.float32, True), ((2, 5, 256), torch.float32, False), ((64,), torch.bfloat16, True),
+     ((2, 4096), torch.float32, False), ((2, 4096), torch.float16, True),
      ((2, 32), torch.float16, False), ((2, 768), torch.float64, False), ((1024, 1024), torch.float32, True),
      ((1025, 1024), torch.float32, False), ((2048, 1024), torch.bfloat16, True), ((0, 768), torch.float32, True)],
     ids=str,

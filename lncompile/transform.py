@@ -90,8 +90,9 @@ def _call(site: NormSite) -> NormCall:
     operation = site.current()
     stream, tensor = _input(site), tensor_of(site.input)
     assert tensor is not None  # what find_sites requires of a site
-    # A stream that nobody else reads may share its memory with the result, which another reading of it would forbid.
-    read_on = len(stream.users) > 1 and site.groups is None and len(site.normalized_shape) == 1
+    one_axis = site.groups is None and len(site.normalized_shape) == 1
+    # The result may take the memory of a stream that nobody else reads, unless slices of it are read side by side.
+    in_slices = one_axis and len(stream.users) > 1
     return NormCall(
         site.node,
         stream,
@@ -103,6 +104,6 @@ def _call(site: NormSite) -> NormCall:
         site.output_dtype,
         returns_statistics=site.operation.name in WITH_STATISTICS,
         groups=site.groups,
-        slices=slices_of_row(tensor) if read_on else 1,
-        stored_scale=sizes_of_stored_scale(tensor) if read_on else None,
+        slices=slices_of_row(tensor) if in_slices else 1,
+        stored_scale=sizes_of_stored_scale(tensor) if one_axis else None,
     )

@@ -2,7 +2,8 @@
 
 from lncompile.lowering import torch_private
 from lncompile.lowering.emit import emit
-from lncompile.lowering.matrix_vector import matrix_vector, normed_matrix_vector, stored, transposed_copy
+from lncompile.lowering.matrix_vector import matrix_vector, normed_matrix_vector, transposed_copy
+from lncompile.lowering.memory import stored
 from lncompile.lowering.norms import NormCall, lower_to_aten, lower_to_rms_norm
 from lncompile.lowering.persistent import FOLDED_STATISTIC, persistent_norms
 from lncompile.lowering.rms_norm import (

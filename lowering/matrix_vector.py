@@ -76,16 +76,6 @@ def normed_matrix_vector(
     return _finished(total, bias, sizes, dtype)
 
 
-def stored(value: Tensor, sizes: Sequence[int], strides: Sequence[int]) -> Tensor:
-    """The tensor itself; where it is contiguous and all of its storage.
-
-    Inductor computes a pointwise result anew in each kernel that reads it, an activation once for every row of the
-    next weight, unless something needs it in memory: a view by strides does. What is stored goes to the end of the
-    kernel that computes what it is made of.
-    """
-    return torch.as_strided(value, tuple(sizes), tuple(strides), 0)
-
-
 def transposed_copy(weight: Tensor) -> Tensor:
     """``[in, out]`` as ``[out, in]``: a sum along rows in memory is one kernel, across them it is cut into two."""
     return torch.t(weight).contiguous()

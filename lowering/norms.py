@@ -21,8 +21,7 @@ class NormCall:
     """A LayerNorm call to be lowered: its node, its arguments as graph nodes and numbers, and its dtypes.
 
     With ``groups`` it normalises the channels of ``[N, C, 1, ...]`` in so many groups (``group_norm``), else the
-    trailing ``len(normalized_shape)`` axes; where that is one axis, as `slices_of_row` and
-    `sizes_of_stored_scale` say.
+    trailing ``len(normalized_shape)`` axes. ``slices`` and ``stored_scale`` are those of `rms_norm`.
     """
 
     node: fx.Node

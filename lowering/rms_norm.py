@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lncompile.lowering.memory import stored
 from lncompile.lowering.target import target_of
 
 
@@ -189,12 +190,6 @@ _ROWS_OF_STORED_SCALES = {
 }
 
 
-def _stored(scale: Tensor, sizes: Sequence[int]) -> Tensor:
-    """The tensor itself: a view by strides is one of memory, so Inductor has to write it."""
-    strides = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
-    return torch.as_strided(scale.contiguous(), tuple(sizes), tuple(strides), 0)
-
-
 def _normalise(
     input: Tensor,
     axes: list[int],
@@ -207,7 +202,10 @@ def _normalise(
     compute_dtype = compute_dtype_of(input_dtype)
     value = input if input_dtype == compute_dtype else input.to(compute_dtype)
     scale = torch.rsqrt(torch.add(_mean_square(value, axes, slices), eps))
-    return torch.mul(value, scale if stored_scale is None else _stored(scale, stored_scale))
+    if stored_scale is not None:
+        strides = [math.prod(stored_scale[axis + 1 :]) for axis in range(len(stored_scale))]
+        scale = stored(scale.contiguous(), stored_scale, strides)
+    return torch.mul(value, scale)
 
 
 def grouped_rms_norm(

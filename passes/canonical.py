@@ -502,10 +502,10 @@ def canonicalise(node: fx.Node) -> Operation | None:
     """
     if node.op == "call_function" and node.target is getattr:
         return _attribute(node)
-    if node.op == "call_function" and (closed := torch_private.call_in_closure(node.target)) is not None:
-        return _bind_closed(node, *closed)
     if node.op == "call_function":
         spelling = _FUNCTIONS.get(node.target) or _packets().get(node.target)
+        if spelling is None and (closed := torch_private.call_in_closure(node.target)) is not None:
+            return _bind_closed(node, *closed)
     elif node.op == "call_method":
         spelling = _METHODS.get(str(node.target))
     else:

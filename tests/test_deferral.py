@@ -11,7 +11,7 @@ from architectures import ARCHITECTURES, Architecture, randomise
 from graphs import capture
 from torch import Tensor, nn
 from torch.nn import functional
-from torch_versions import unless_old
+from torch_versions import IS_OLD, unless_old
 
 import lncompile
 from lncompile.lowering import torch_private
@@ -364,18 +364,18 @@ def test_through_inductor() -> None:
 TEMPLATES = {"max_autotune": True, "max_autotune_gemm_backends": "TRITON", "deterministic": True}
 
 
-@unless_old("views keep a scale out of the product")
 def test_what_is_generated() -> None:
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert torch_private.generates_products(TEMPLATES, gpu)
-    assert torch_private.generates_products({"max_autotune_gemm": True, "max_autotune_gemm_backends": "cpp"}, cpu)
+    cpp = {"max_autotune_gemm": True, "max_autotune_gemm_backends": "cpp"}
+    assert torch_private.generates_products(TEMPLATES, gpu) == (not IS_OLD)
+    assert torch_private.generates_products(cpp, cpu) == (not IS_OLD)
     others = ({"max_autotune": False}, {"max_autotune_gemm_backends": "ATEN,TRITON"}, {"epilogue_fusion": False})
     assert not any(torch_private.generates_products({**TEMPLATES, **other}, gpu) for other in others)
     assert not torch_private.generates_products(TEMPLATES, cpu)
     assert not torch_private.generates_products({"max_autotune": True}, gpu), "a measurement decides"
 
 
-@unless_old("the scale gets kernels of its own, and so nothing is asked for")
+@unless_old("no scale is deferred into a product (torch_private.generates_products)")
 @pytest.mark.parametrize(("name", "deferred"), [("gpt2", 2), ("vit", 4), ("falcon_7b", 2)])
 def test_generated_products_carry_the_scale(name: str, deferred: int) -> None:
     """In front of attention too, unless a joint projection is cut, in no kernel more: it scales what it stores."""

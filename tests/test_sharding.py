@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from architectures import randomise
 from graphs import capture
 from test_rules import OF_SEVERAL_PROCESSES
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed, fx, nn
+from torch_versions import IS_OLD
 
 from lncompile import Reason
 from lncompile.options import Options
@@ -107,13 +110,53 @@ CASES: dict[str, tuple[int, int, Callable[..., Tensor], Reason | None]] = {
 }  # fmt: skip
 
 
+def in_closures(graph: fx.Graph) -> int:
+    """Spell borders as Dynamo does on torch 2.11: functions of its own that close over all but the tensor."""
+    from torch.distributed.tensor import DTensor
+
+    calls = {"to_local": "prim_to_local", "redistribute": "prim_redistribute", DTensor.from_local: "prim from_local"}
+    borders = [node for node in graph.nodes if node.target in calls]
+    for node in borders:
+        node.target = closure(node.target, calls[node.target], node.args[1:], dict(node.kwargs))
+        node.op, node.args, node.kwargs = "call_function", node.args[:1], {}
+    return len(borders)
+
+
+def closure(
+    target: Any, name: str, args_as_value: tuple[Any, ...], kwargs_as_value: dict[str, Any]
+) -> Callable[[Any], Any]:
+    def function(value: Any) -> Any:
+        return target, value, args_as_value, kwargs_as_value
+
+    function.__name__, function.__module__ = name, "torch._dynamo.variables.tensor"
+    return function
+
+
+@pytest.mark.parametrize("spelled", ["as here", "in closures"])
 @pytest.mark.parametrize("name", CASES)
-def test_decision(name: str) -> None:
+def test_decision(name: str, spelled: str) -> None:
     cut, norm, operation, reason = CASES[name]
     model = Sharded(cut, operation, norm)
     captured = capture(model, torch.randn(2, 5, 8, dtype=torch.float64))
+    if spelled == "in closures" and not in_closures(captured.graph_module.graph):
+        assert name.startswith("all_reduce") or IS_OLD
     (site,) = captured.analyse(Options(assist=False)).verdicts
     assert site.reason is reason, site.detail
+
+
+@pytest.mark.parametrize("run_check", [False, True])
+def test_what_a_closure_holds_counts(run_check: bool) -> None:
+    cut, norm, operation, _ = CASES["a sum of plain ones"]
+    captured = capture(Sharded(cut, operation, norm), torch.randn(2, 5, 8, dtype=torch.float64))
+    border = next(n for n in captured.graph_module.graph.nodes if "from_local" in getattr(n.target, "__name__", ""))
+    if IS_OLD:  # it is in a closure already
+        inspect.getclosurevars(border.target).nonlocals["kwargs_as_value"]["run_check"] = run_check
+    else:
+        border.kwargs = {**border.kwargs, "run_check": run_check}
+        in_closures(captured.graph_module.graph)
+    (site,) = captured.analyse(Options(assist=False)).verdicts
+    assert site.folded is not run_check
+    assert ("run_check" in site.detail) is run_check
 
 
 def test_every_rule_has_a_case() -> None:

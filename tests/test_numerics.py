@@ -103,7 +103,7 @@ def test_float16_stays_finite_with_massive_channels(largest: float) -> None:
 
 
 def test_float16_limit_a_mean_against_the_largest_element() -> None:
-    """The one place where centering can overflow: an element above 32752 and a mean of the other sign (see README)."""
+    """Where centering can overflow: an element above 32752, a mean of the other sign (docs/evidence.md)."""
     stream = torch.full((16,), -20_000.0)
     stream[0] = 60_000.0
     assert stream.half().isfinite().all()

@@ -199,7 +199,7 @@ def test_uncounted_writes_need_refresh(how: str) -> None:
     before = check(compiled, model)
     writes = uncounted_writes(model)
     writes[how]()
-    torch.testing.assert_close(compiled(IDS), before, **TOLERANCE)  # what the README says
+    torch.testing.assert_close(compiled(IDS), before, **TOLERANCE)  # what docs/weights.md says
     lncompile.refresh()
     assert not torch.equal(check(compiled, model), before)
 

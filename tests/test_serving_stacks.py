@@ -1,4 +1,4 @@
-"""The README's recipes for stacks that already compile, each on the stack's own classes; nothing is downloaded.
+"""docs/serving.md's recipes for stacks that already compile, each on the stack's own classes; nothing is downloaded.
 
 Answers are compared with the same stack's without compilation, in float64, so that a norm folded wrongly would show;
 the rewritten graph runs without Inductor, which other tests are about.

@@ -82,7 +82,8 @@ def lnfold(
     """
     ours, inductor_config = parse_options(mode, options)
     warn_if_untested()
-    _used_configurations.append(inductor_config)
+    if inductor_config not in _used_configurations:
+        _used_configurations.append(inductor_config)
     example_inputs = list(example_inputs)
     arguments = {"mode": mode, "options": dict(options or {})}
     try:

@@ -11,6 +11,7 @@ from lncompile.lowering.rms_norm import (
     rms_norm,
     row_scale,
     scale_rows,
+    sizes_of_deferred_scale,
     sizes_of_stored_scale,
     slices_of_row,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "rms_norm",
     "row_scale",
     "scale_rows",
+    "sizes_of_deferred_scale",
     "sizes_of_stored_scale",
     "slices_of_row",
     "stored",

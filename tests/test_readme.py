@@ -32,9 +32,8 @@ def row(kind: str, models: list[Architecture]) -> str:
 def test_totals_of_models() -> None:
     everything = [model for models in KINDS.values() for model in models]
     rows = [row(kind, models) for kind, models in KINDS.items()] + [row("**all**", everything)]
-    for page in (README, EVIDENCE):
-        assert "\n".join(rows) in page, "\n".join(rows)
-        assert f"{len(everything)} models are tested" in page
+    assert "\n".join(rows) in README, "\n".join(rows)
+    assert f"{len(everything)} models are tested" in README
     assert len(everything) - len(ARCHITECTURES) == len(more_architectures.MORE_ARCHITECTURES)
 
 

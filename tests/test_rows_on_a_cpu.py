@@ -114,29 +114,34 @@ def test_deferred_scales_are_stored_at_any_size(dtype: torch.dtype) -> None:
     assert sizes_of_deferred_scale(value.requires_grad_()) is None
 
 
-@pytest.mark.parametrize(("kind", "defer"), [(Block, "off"), (Deferred, "on")])
-def test_dynamic_rows_have_no_sizes_to_store(kind: type[Block], defer: str) -> None:
+@pytest.mark.parametrize(("kind", "defer", "in_norms", "behind"), [(Block, "off", 2, 0), (Deferred, "on", 1, 1)])
+def test_dynamic_rows_have_no_sizes_to_store(kind: type[Block], defer: str, in_norms: int, behind: int) -> None:
     model = randomise(kind(768)).eval()
     compiled = torch.compile(model, backend="lnfold", dynamic=True, options={"lnfold.defer": defer})
-    behind_the_product = defer == "on"
-    assert square_roots_in_loops_over_rows(compiled, 768) == 2 - behind_the_product
-    assert square_roots_in_loops_over_rows(compiled, 32) == behind_the_product
+    assert square_roots_in_loops_over_rows(compiled, 768) == in_norms
+    assert square_roots_in_loops_over_rows(compiled, 32) == behind
     torch.testing.assert_close(compiled(IDS), model(IDS), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("kind", "defer", "width", "loops"), [(Block, "off", 768, 2), (Deferred, "on", 32, 1)], ids=["norms", "deferred"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_stored_scale_is_computed_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not in the loop over the elements of a row."""
-    model = randomise(Block(768)).eval().to(dtype)
-    options = {"lnfold.defer": "off"}
+def test_a_stored_scale_is_computed_once(
+    dtype: torch.dtype, kind: type[Block], defer: str, width: int, loops: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not in the loop over the elements of a row, be it the norm's or what a product puts out."""
+    model = randomise(kind(768)).eval().to(dtype)
+    options = {"lnfold.defer": defer}
     compiled = torch.compile(model, backend="lnfold", options=options)
-    assert square_roots_in_loops_over_rows(compiled, 768) == 0
+    assert square_roots_in_loops_over_rows(compiled, width) == 0
     expected = copy.deepcopy(model).double()(IDS)
     ours, stock = (relative_error(f(IDS), expected) for f in (compiled, torch.compile(model)))
     assert ours <= max(1.25 * stock, 4 * torch.finfo(dtype).eps)
     monkeypatch.setattr(transform, "sizes_of_stored_scale", lambda value: None)
+    monkeypatch.setattr(deferral, "sizes_of_deferred_scale", lambda value: None)
     torch._dynamo.reset()
-    assert square_roots_in_loops_over_rows(torch.compile(model, backend="lnfold", options=options), 768) == 2
+    assert square_roots_in_loops_over_rows(torch.compile(model, backend="lnfold", options=options), width) == loops
 
 
 def test_a_stored_scale_leaves_the_stream_s_memory_to_the_result() -> None:
@@ -192,18 +197,3 @@ def test_a_deferred_scale() -> None:
     expected = copy.deepcopy(model).double()(IDS)
     ours, stock = (relative_error(f(IDS), expected) for f in (compiled, torch.compile(model)))
     assert ours <= max(1.25 * stock, 4 * torch.finfo(torch.bfloat16).eps)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_deferred_scale_is_computed_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not in the loop over what the product puts out."""
-    model = randomise(Deferred(768)).eval().to(dtype)
-    options = {"lnfold.defer": "on"}
-    compiled = torch.compile(model, backend="lnfold", options=options)
-    assert square_roots_in_loops_over_rows(compiled, 32) == 0
-    expected = copy.deepcopy(model).double()(IDS)
-    ours, stock = (relative_error(f(IDS), expected) for f in (compiled, torch.compile(model)))
-    assert ours <= max(1.25 * stock, 4 * torch.finfo(dtype).eps)
-    monkeypatch.setattr(deferral, "sizes_of_deferred_scale", lambda value: None)
-    torch._dynamo.reset()
-    assert square_roots_in_loops_over_rows(torch.compile(model, backend="lnfold", options=options), 32) == 1

@@ -23,10 +23,12 @@ from lncompile.passes.decisions import Reason
 from lncompile.passes.in_place import give_back
 from lncompile.passes.materialize import Materializer
 from lncompile.passes.ownership import Reader
+from lncompile.passes.renewals import tell_again
 from lncompile.passes.sites import find_sites
 from lncompile.passes.verdicts import left_alone
 from lncompile.pipeline import prepare, prepare_frozen
 from lncompile.report import FoldReport
+from lncompile.unfolded import Unfolded, given_up
 from lncompile.versions import warn_if_untested
 
 log = logging.getLogger("lncompile")
@@ -39,12 +41,18 @@ safety_net = os.environ.get("LNCOMPILE_SAFETY_NET", "1") != "0"
 class CompiledGraph:
     """What was compiled: the report, with enough to find it again from a compiled model. Lives as long as the code."""
 
-    report: FoldReport
+    decided: FoldReport
     tensors: tuple[weakref.ref[Tensor], ...]
     code: Any
     arguments: Mapping[str, Any]
     materializer: Materializer | None = None
     reader: Reader | None = None
+
+    @property
+    def report(self) -> FoldReport:
+        """What was decided, unless it was given up since."""
+        gives_up = self.materializer is not None and not self.materializer.keeps_up
+        return given_up(self.decided) if gives_up else self.decided
 
     def served(self) -> set[int]:
         """Ids of the parameters it was compiled with and, where Dynamo reused the code, called with since."""
@@ -113,7 +121,8 @@ def lnfold(
             raise
         return _untouched(graph_module, example_inputs, inductor_config, arguments, error)
     known = [*example_inputs, *prepared.weights]
-    return _remember(compiled, known, report, arguments, prepared.materializer, prepared.reader)
+    unfolded = Unfolded(graph_module, inductor_config) if prepared.materializer else None
+    return _remember(compiled, known, report, arguments, prepared.materializer, prepared.reader, unfolded)
 
 
 def _reset() -> None:
@@ -121,6 +130,7 @@ def _reset() -> None:
     for configuration in _used_configurations:
         torch_private.inductor_reset(configuration)
     _used_configurations.clear()
+    tell_again()
 
 
 lnfold.reset = _reset  # type: ignore[attr-defined]
@@ -168,6 +178,7 @@ def _remember(
     arguments: Mapping[str, Any],
     materializer: Materializer | None = None,
     reader: Reader | None = None,
+    unfolded: Unfolded | None = None,
 ) -> Callable[..., Any]:
     """Return the function Dynamo calls, with the report tied to it and freed with it."""
     tensors: tuple[weakref.ref[Tensor], ...] = tuple(
@@ -181,7 +192,7 @@ def _remember(
     compiled_graphs.add(record)
 
     # A function of our own: Dynamo unwraps Inductor's, and would drop what is attached to it.
-    if materializer is None:
+    if materializer is None or unfolded is None:
 
         def run(*arguments: Any) -> Any:
             return compiled(*arguments)
@@ -189,7 +200,8 @@ def _remember(
     else:
 
         def run(*arguments: Any) -> Any:
-            return compiled(*arguments, *materializer(arguments))
+            values = materializer(arguments)
+            return unfolded(*arguments) if values is None else compiled(*arguments, *values)
 
     run.record = record  # type: ignore[attr-defined]
     return run

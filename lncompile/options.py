@@ -23,7 +23,7 @@ class Options:
     Attributes:
         weights: where centered weights live. ``"copy"``: beside the model, whose own weights stay untouched;
             ``"inplace"``: in the model's own parameters, wherever nothing else reads them. The model computes the
-            same in eager; :func:`lncompile.restore` undoes it. Without ``check`` nobody may then write to them.
+            same in eager; :func:`lncompile.restore` undoes it. With ``check="off"`` they must not be written to then.
         nonfoldable: what runs at a site that does not fold. ``"inductor"``: its own layer_norm, as stock torch.compile
             compiles it; ``"eager"``: ATen's eager LayerNorm kernel.
         assist: whether an activation may be centered at run time where that lets more norms fold than it costs.
@@ -32,8 +32,11 @@ class Options:
         memory_budget: how much memory the centered copies of weights may take beside the model, for each compiled
             graph. An int: bytes; a float from 0 to 1: a share of the bytes of the graph's own parameters; None: no
             limit. Placement then saves what it can with copies that fit, see :mod:`lncompile.passes.budget`.
-        check: whether every call looks if a weight has changed. Without, centered weights are those of the first call
-            with a set of parameters, until :func:`lncompile.refresh`: for servers whose weights stay as they are.
+        check: how every call looks whether a weight has changed. ``"values"``: by identity, version and place, and by
+            a few elements of each weight, which show the writes that torch does not count
+            (:mod:`lncompile.passes.weight_samples`); ``"versions"``: by identity and version alone, and a write that
+            torch does not count needs :func:`lncompile.refresh`; ``"off"``: not at all, centered weights are those of
+            the first call with a set of parameters until :func:`lncompile.refresh`.
         absorb_affine: whether γ and β of a folded norm go into the linear layers that read it. ``"auto"``: where those
             weights are copied anyway (so with ``weights="copy"`` and without a budget) and a call moves fewer bytes;
             ``True``: wherever it can be done, at a copy of each such weight; ``False``: nowhere.
@@ -53,7 +56,7 @@ class Options:
     assist: bool = True
     training: str = "auto"
     memory_budget: int | float | None = None
-    check: bool = True
+    check: str = "values"
     absorb_affine: bool | str = "auto"
     defer: str = "auto"
     matrix_vector: str = "auto"
@@ -66,7 +69,7 @@ _VALUES: dict[str, tuple[Any, ...] | str] = {
     "assist": (True, False),
     "training": ("auto", "on", "off"),
     "memory_budget": "a number of bytes (an int), a share of the parameters' bytes (a float from 0.0 to 1.0), or None",
-    "check": (True, False),
+    "check": ("values", "versions", "off"),
     "absorb_affine": ("auto", True, False),
     "defer": ("auto", "on", "off"),
     "matrix_vector": ("auto", "on", "off"),

@@ -17,8 +17,9 @@ from lncompile.options import Options
 from lncompile.passes import in_place
 from lncompile.passes.canonical import tensor_of
 from lncompile.passes.decisions import RuntimeCentering, WeightRewrite
+from lncompile.passes.expressions import Expression
 from lncompile.passes.frozen_weights import lift_weights
-from lncompile.passes.materialize import Expression, Materializer, Stored
+from lncompile.passes.materialize import Materializer, Stored
 from lncompile.passes.ownership import Ownership, Reader
 from lncompile.passes.provenance import parameter_name, parameter_names
 from lncompile.passes.sharding import local_bytes
@@ -99,7 +100,7 @@ def prepare_frozen(
     lifted = lift_weights(graph_module)
     if not lifted.tensors:
         return prepare(graph_module, example_inputs, options, inductor)
-    options = dataclasses.replace(options, weights="copy", check=False)
+    options = dataclasses.replace(options, weights="copy", check="off")
     weights = tuple(lifted.tensors.values())
     prepared = prepare(lifted.graph_module, [*example_inputs, *weights], options, inductor)
     if prepared.graph_module is not None:
@@ -148,7 +149,8 @@ def _materializer(
     """What supplies the extra inputs of a rewritten graph; it has supplied none yet."""
     expressions = transformed.expressions if transformed else ()
     ownership = Ownership(graph_module, uses) if options.weights == "inplace" and expressions else None
-    return Materializer(expressions, options.check, ownership)
+    names = [parameter_name(node) for node in graph_module.graph.nodes if node.op == "placeholder"]
+    return Materializer(expressions, names, options.check, ownership)
 
 
 def make_report(

@@ -13,8 +13,8 @@ from lncompile.options import Options
 from lncompile.passes.affine import absorb
 from lncompile.passes.canonical import tensor_of
 from lncompile.passes.deferral import defer
+from lncompile.passes.expressions import Expression, closure, hoist
 from lncompile.passes.handwritten import fold_handwritten_norm
-from lncompile.passes.materialize import Expression, closure, hoist
 from lncompile.passes.matrix_vector import copy_transposed, write_as_sums
 from lncompile.passes.norm_calls import WITH_STATISTICS
 from lncompile.passes.rewrite import rewrite

@@ -1,6 +1,7 @@
 """What a folded LayerNorm becomes, how the graph is handed to Inductor, and what Inductor made of it."""
 
 from lncompile.lowering import torch_private
+from lncompile.lowering.device_words import compare_words, record_words
 from lncompile.lowering.emit import emit
 from lncompile.lowering.matrix_vector import matrix_vector, normed_matrix_vector, transposed_copy
 from lncompile.lowering.memory import stored
@@ -20,6 +21,7 @@ from lncompile.lowering.target import target_of
 __all__ = [
     "FOLDED_STATISTIC",
     "NormCall",
+    "compare_words",
     "emit",
     "grouped_rms_norm",
     "lower_to_aten",
@@ -27,6 +29,7 @@ __all__ = [
     "matrix_vector",
     "normed_matrix_vector",
     "persistent_norms",
+    "record_words",
     "rms_norm",
     "row_scale",
     "scale_rows",

@@ -40,7 +40,7 @@ from lncompile.passes.canonical import tensor_of
 from lncompile.passes.composed_sources import BatchNorm, ComposedSource
 from lncompile.passes.costs import CostModel
 from lncompile.passes.decisions import MemoryBudget
-from lncompile.passes.materialize import Expression
+from lncompile.passes.expressions import Expression
 from lncompile.passes.placement import Placement, Price, assemble, find_conflict, place
 from lncompile.passes.provenance import parameter_names
 from lncompile.passes.sharding import local_bytes

@@ -37,6 +37,8 @@ class Reason(enum.Enum):
     MEMORY_BUDGET = "memory_budget"
     #: Gradients of the weights are wanted, and centering the weights at every step would cost more than it saves.
     TRAINING = "training"
+    #: The weights change or move at nearly every call, and centering them anew would cost more than folding saves.
+    MOVING_WEIGHTS = "moving_weights"
     #: Our own passes failed; the graph was compiled untouched.
     INTERNAL_ERROR = "internal_error"
 
@@ -61,6 +63,7 @@ REMEDIES: dict[Reason, str] = {
     Reason.MEMORY_BUDGET: "a larger lnfold.memory_budget (None: as many copies of weights as there are)",
     Reason.TRAINING: "more tokens a step, lnfold.training='on' whatever it costs, or, to predict, a call under "
     "torch.no_grad() or torch.inference_mode()",
+    Reason.MOVING_WEIGHTS: "weights that stay where they are between calls (no offloading)",
     Reason.INTERNAL_ERROR: "a fix of ours: please report it with the log",
 }
 

@@ -1,7 +1,7 @@
 """Weights are centered once, not per call: parameter expressions leave the graph and become extra inputs.
 
-Each centered parameter expression of the graph is cut out into a small graph of its own (:class:`Expression`), and a
-placeholder takes its place. At each call a :class:`Materializer` supplies the values, computed under
+Each centered parameter expression of the graph was cut out into a small graph of its own (:mod:`.expressions`), and a
+placeholder took its place. At each call a :class:`Materializer` supplies the values, computed under
 ``torch.no_grad()`` from the parameters *that arrive in this call* and kept while these are the same tensors and nobody
 writes to them (``parameter_state``). A parameter that holds its centered weight itself, because it was written there
 (``in_place``) or came centered, is passed as it is. Nothing is baked in: Dynamo reuses one compiled graph for several
@@ -20,76 +20,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lncompile.lowering import torch_private
 from lncompile.passes import in_place
-from lncompile.passes.axes import Axes
 from lncompile.passes.centering import is_centered
-from lncompile.passes.operands import CENTERED_ALONG
+from lncompile.passes.expressions import Expression
 from lncompile.passes.ownership import Ownership, Survey
 from lncompile.passes.parameter_state import ParameterState, version_of
+from lncompile.passes.renewals import Renewals, say_given_up, say_written_unseen
 from lncompile.passes.sharding import local_bytes
 
 log = logging.getLogger("lncompile")
-
-
-class Expression:
-    """A function of parameters, cut out of a graph.
-
-    Attributes:
-        code: its source; two graphs that center one parameter in the same way have equal code and share the result.
-        leaves: positions of its parameters among the graph's placeholders.
-        centered_along: where it is the centering of one parameter in its own dtype, and nothing else: along which axes.
-    """
-
-    def __init__(self, root: fx.Node, placeholders: Sequence[fx.Node]) -> None:
-        graph = fx.Graph()
-        copies: dict[fx.Node, fx.Node] = {}
-        position = {node: index for index, node in enumerate(placeholders)}
-        leaves = [node for node in closure(root) if node.op == "placeholder"]
-        for index, leaf in enumerate(leaves):
-            copies[leaf] = graph.placeholder(f"parameter_{index}")
-        for index, node in enumerate(n for n in closure(root) if n.op != "placeholder"):
-            copies[node] = graph.create_node(
-                node.op,
-                node.target,
-                torch.fx.map_arg(node.args, copies.__getitem__),
-                torch.fx.map_arg(node.kwargs, copies.__getitem__),
-                name=f"value_{index}",
-            )
-        graph.output(copies[root])
-        graph.lint()
-        self._module = fx.GraphModule(torch.nn.Module(), graph)
-        self.code: str = self._module.code
-        self.leaves = tuple(position[leaf] for leaf in leaves)
-        along: tuple[Axes, ...] | None = root.meta.get(CENTERED_ALONG)
-        self.centered_along = along if along is not None and in_place.can_be_kept(along) else None
-
-    def evaluate(self, leaves: Sequence[Tensor]) -> Tensor:
-        """Compute the value from the parameters' tensors; it shares no storage with them."""
-        # Out of inference mode as well: the value may later serve a call that records gradients for its inputs.
-        with torch.inference_mode(False), torch.no_grad():
-            value: Tensor = self._module(*leaves)
-        return value
-
-
-def closure(root: fx.Node) -> list[fx.Node]:
-    """Everything ``root`` is computed from, itself last, operands before their users."""
-    order: list[fx.Node] = []
-    seen: set[fx.Node] = set()
-
-    def visit(node: fx.Node) -> None:
-        if node not in seen:
-            seen.add(node)
-            for source in node.all_input_nodes:
-                visit(source)
-            order.append(node)
-
-    visit(root)
-    return order
 
 
 class _Entry:
@@ -159,7 +103,8 @@ _materializers: weakref.WeakSet[Materializer] = weakref.WeakSet()
 def forget_all() -> None:
     """Forget every materialised tensor: the next call of each compiled graph computes its own anew."""
     in_place.allow_again()
-    _forget_sets()
+    for materializer in list(_materializers):
+        materializer.begin_anew()
     _store.clear()
 
 
@@ -204,25 +149,39 @@ class Materializer:
 
     Args:
         expressions: of the graph.
-        check: whether every call looks if a parameter has changed since its values were computed. Without, a set of
-            parameters is recognised by its first one alone.
+        names: of the graph's placeholders, for messages.
+        check: how every call looks whether a parameter has changed since its values were computed: by ``"values"``, by
+            ``"versions"``, or not at all (``"off"``), where a set of parameters is recognised by its first one alone.
         ownership: where parameters are to be overwritten with their centered weights, says which may be.
+
+    Attributes:
+        keeps_up: whether values last for more than a few calls. Once they did not, no more are supplied until
+            :func:`forget_all`.
     """
 
     def __init__(
-        self, expressions: Sequence[Expression], check: bool = True, ownership: Ownership | None = None
+        self,
+        expressions: Sequence[Expression],
+        names: Sequence[str] = (),
+        check: str = "values",
+        ownership: Ownership | None = None,
     ) -> None:
         self.expressions = tuple(expressions)
-        self._check = check
+        self.keeps_up = True
+        self._names = tuple(names)
+        self._check = check != "off"
+        self._samples = check == "values"
         self._ownership = ownership
+        self._renewals = Renewals()
+        self._latest: int | None = None
         self._leaves = tuple(sorted({leaf for expression in expressions for leaf in expression.leaves}))
         self._choose_leaves = chooser(self._leaves)
         # By the id of the first parameter: one compiled graph may serve many equal blocks in turn.
         self._sets: dict[int, _ParameterSet] = {}
         _materializers.add(self)
 
-    def __call__(self, arguments: Sequence[Any]) -> Sequence[Tensor]:
-        """Return the value of each expression for these arguments.
+    def __call__(self, arguments: Sequence[Any]) -> Sequence[Tensor] | None:
+        """Return the value of each expression for these arguments; None where that does not pay (``keeps_up``).
 
         Args:
             arguments: the values of the original placeholders, in order.
@@ -231,12 +190,35 @@ class Materializer:
             return []
         known = self._sets.get(id(arguments[self._leaves[0]]))
         if known is not None and (not self._check or known.state.is_current(self._choose_leaves(arguments))):
+            self._renewals.spared()
             return known.take(arguments)
+        return self._renewed(arguments, known)
+
+    def _renewed(self, arguments: Sequence[Any], known: _ParameterSet | None) -> Sequence[Tensor] | None:
+        """The values for parameters that were not seen before or have changed."""
+        if not self.keeps_up:
+            self._latest = id(arguments[self._leaves[0]])
+            return None
         leaves = self._choose_leaves(arguments)
-        if any(leaf.is_inference() for leaf in leaves):
-            # Their changes cannot be seen, so nothing may be kept.
-            return [e.evaluate([arguments[index] for index in e.leaves]) for e in self.expressions]
-        return self._refresh(arguments).take(arguments)
+        with in_place.lock:
+            current = self._sets.get(id(leaves[0]))
+            if current is not None and current is not known and current.state.is_current(leaves):
+                return current.take(arguments)  # another thread was faster
+            if self._renewals.are_too_many(len(self._sets)):
+                self.keeps_up, self._latest = False, id(leaves[0])
+                self._sets.clear()
+                say_given_up(self._name(0), len(leaves))
+                return None
+            if any(leaf.is_inference() for leaf in leaves):
+                # Their changes cannot be seen, so nothing may be kept.
+                return [e.evaluate([arguments[index] for index in e.leaves]) for e in self.expressions]
+            written = [] if known is None else known.state.written_unseen(leaves)
+            if written:
+                say_written_unseen(self._name(written[0]), len(written), late=leaves[written[0]].device.type == "cuda")
+            return self._refresh(arguments).take(arguments)
+
+    def _name(self, leaf: int) -> str:
+        return self._names[self._leaves[leaf]] if self._names else f"parameter {self._leaves[leaf]} of the graph"
 
     def begin(self, arguments: Sequence[Any]) -> tuple[Sequence[Tensor], tuple[Stored, ...]]:
         """Return the values for the arguments that a graph is compiled with, and how each is kept."""
@@ -246,12 +228,18 @@ class Materializer:
         return known.take(arguments), known.stored
 
     def seen(self) -> set[int]:
-        """Ids of the living parameters that values were supplied for."""
-        return {id(tensor) for known in list(self._sets.values()) for tensor in known.state.living()}
+        """Ids of the living parameters that values were supplied for, or of one that the last call was made with."""
+        ids = {id(tensor) for known in list(self._sets.values()) for tensor in known.state.living()}
+        return ids | ({self._latest} if self._latest is not None else set())
 
     def refresh(self) -> None:
         """Forget all values, so that the next call computes them anew."""
         self._sets.clear()
+
+    def begin_anew(self) -> None:
+        """Forget all values, and that they did not last."""
+        self.refresh()
+        self.keeps_up, self._renewals, self._latest = True, Renewals(), None
 
     def forget(self, parameters: set[int]) -> None:
         """Forget the values made from any of these, given by their ids; none if changes are not to be looked for."""
@@ -276,7 +264,8 @@ class Materializer:
         survey = Survey()
         anything_outdated = False
         with in_place.lock:
-            state = ParameterState(leaves, forget)  # before the values are computed, see _Entry
+            # Before the values are computed, see _Entry.
+            state = ParameterState(leaves, forget, values=self._samples)
             for index, expression in enumerate(self.expressions):
                 stored = self._in_parameter(index, arguments, survey)
                 if stored.version is not None:
@@ -378,31 +367,3 @@ def chooser(indices: tuple[int, ...]) -> Callable[[Sequence[Any]], tuple[Any, ..
     if len(indices) > 1:
         return operator.itemgetter(*indices)
     return lambda items: tuple(items[index] for index in indices)
-
-
-def hoist(graph: fx.Graph, roots: Sequence[fx.Node]) -> tuple[list[Expression], list[fx.Node]]:
-    """Cut the parameter expressions out of the graph and put placeholders in their place.
-
-    Args:
-        graph: changed in place. New placeholders stand behind the old ones, in the order of the expressions.
-        roots: the nodes whose values are to be computed outside, functions of placeholders only.
-
-    Returns:
-        The expressions, and the new placeholders.
-    """
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    expressions = [Expression(root, placeholders) for root in roots]
-    new: list[fx.Node] = []
-    insertion_point = next(node for node in graph.nodes if node.op != "placeholder")
-    for root in roots:
-        with graph.inserting_before(insertion_point):
-            placeholder = graph.placeholder(f"{root.name}_materialized")
-        torch_private.mark_static_input(placeholder)
-        placeholder.meta["example_value"] = root.meta.get("example_value")
-        root.replace_all_uses_with(placeholder)
-        new.append(placeholder)
-    for root in roots:
-        for node in reversed(closure(root)):
-            if node.op != "placeholder" and not node.users:
-                graph.erase_node(node)
-    return expressions, new

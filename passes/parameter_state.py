@@ -1,14 +1,17 @@
 """Whether the parameters of a call are those of an earlier one, unchanged: asked at every call, so it has to be cheap.
 
-Three things are compared, none of which keeps a parameter alive:
+Up to five things are compared, none of which keeps a parameter alive:
 
 * *identity*. Comparing addresses is exact as long as every tensor lives, for an address is used again only after its
   owner is freed; when one is freed, a weak reference ends the state.
 * *version*, torch's count of the in-place writes to a tensor.
 * *storage*. ``parameter.data = other`` and ``module.to(dtype)`` exchange it under the same object and count nothing.
   Most often that frees the old storage, which ends the state as well. Where somebody else keeps it (a ``state_dict``),
-  a conversion is noticed by the first parameter's storage, for it exchanges all of them. One other parameter's exchange
-  is not: only :func:`lncompile.refresh` knows of it.
+  a conversion is noticed by the first parameter's storage, for it exchanges all of them.
+* *place*, where values are looked at as well: the address of each parameter's first element, which any other exchange
+  changes, also one for another part of the same storage.
+* *values*, likewise: a few elements of each, for writes that torch does not count (:mod:`.weight_samples`). They are
+  read by address, so they are read last: the parameters live and are where they were.
 """
 
 from __future__ import annotations
@@ -23,6 +26,8 @@ from typing import Any
 from torch import Tensor
 
 from lncompile.lowering import torch_private
+from lncompile.passes.sharding import is_sharded
+from lncompile.passes.weight_samples import WeightSamples, local
 
 version_of = torch_private.version_of
 
@@ -50,6 +55,11 @@ def _choose_reader() -> Callable[[tuple[Any, ...]], bytes]:
 #: The identities of a tuple's items, to be compared with those of others.
 addresses_of: Callable[[tuple[Any, ...]], bytes] = _choose_reader()
 
+
+def _place_of_local(tensor: Tensor) -> int:
+    return local(tensor).data_ptr()
+
+
 # What the addresses of no tuple are.
 _ENDED = b"ended"
 
@@ -60,6 +70,7 @@ class ParameterState:
     Args:
         tensors: at least one, with storages and versions, so none that was made under ``torch.inference_mode()``.
         ended: called with this state when it can never be current again: a tensor or its storage was freed.
+        values: whether elements are compared as well, for writes that torch does not count.
 
     Example:
         >>> state = ParameterState((weight, bias))
@@ -71,7 +82,11 @@ class ParameterState:
     """
 
     def __init__(
-        self, tensors: tuple[Tensor, ...], ended: Callable[[ParameterState], None] = lambda state: None
+        self,
+        tensors: tuple[Tensor, ...],
+        ended: Callable[[ParameterState], None] = lambda state: None,
+        *,
+        values: bool = False,
     ) -> None:
         own = weakref.ref(self)
 
@@ -85,18 +100,31 @@ class ParameterState:
         self._versions = list(map(version_of, tensors))
         self._tensors = [weakref.ref(tensor, end) for tensor in tensors]
         self._storages = [weakref.ref(tensor.untyped_storage(), end) for tensor in tensors]
+        self._place_of: Callable[[Tensor], int] = _place_of_local if any(map(is_sharded, tensors)) else Tensor.data_ptr
+        self._places = list(map(self._place_of, tensors)) if values else []
+        self._samples = WeightSamples(tensors) if values else None
 
     def is_current(self, tensors: tuple[Tensor, ...]) -> bool:
         """Whether these are the same tensors, not written to since."""
+        return self._looks_current(tensors) and (self._samples is None or not self._samples.differ())
+
+    def _looks_current(self, tensors: tuple[Tensor, ...]) -> bool:
         return (
             addresses_of(tensors) == self._addresses
             and list(map(version_of, tensors)) == self._versions
             and self._storages[0]() is tensors[0].untyped_storage()
+            and (self._samples is None or list(map(self._place_of, tensors)) == self._places)
         )
+
+    def written_unseen(self, tensors: tuple[Tensor, ...]) -> list[int]:
+        """Return the positions of tensors that were written to though torch counted no write, as far as it shows."""
+        return self._samples.different() if self._samples is not None and self._looks_current(tensors) else []
 
     def expect(self, index: int, version: int) -> None:
         """Take a write of our own into account: the version that it left a tensor with."""
         self._versions[index] = version
+        if self._samples is not None:
+            self._samples.record()
 
     def has_storages_of(self, tensors: tuple[Tensor, ...]) -> bool:
         """Whether these tensors have the same storages, freed or not: a closer look than each call can pay for."""

@@ -1,6 +1,6 @@
 """What a graph does with its parameters: which it reads as they are, and which only centered, in one way.
 
-Read after the centered expressions have left the graph (``materialize.hoist``): a parameter whose placeholder nobody
+Read after the centered expressions have left the graph (``expressions.hoist``): a parameter whose placeholder nobody
 reads any more is one of which the graph needs nothing but its expressions.
 """
 
@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from torch import fx
 
 from lncompile.passes.axes import Axes
+from lncompile.passes.expressions import Expression, closure
 from lncompile.passes.graph_facts import written_arguments
-from lncompile.passes.materialize import Expression, closure
 from lncompile.passes.operands import CENTERED_ALONG
 
 #: How a parameter is read: along which axes it is centered; None where it is read as it is, or in several ways.

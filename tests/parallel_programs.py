@@ -35,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lncompile.backend import compiled_graphs
 from lncompile.lowering import torch_private
-from lncompile.passes import materialize
+from lncompile.passes import expressions
 
 WORLD = 2
 #: Centering in the graph wherever it is possible, where this version can: gradients must be the same.
@@ -125,7 +125,7 @@ def summary() -> Found:
 
 def collectives_of_materialising() -> Any:
     """Count, in ``.counts``, the collectives that computing centered weights makes."""
-    evaluate = materialize.Expression.evaluate
+    evaluate = expressions.Expression.evaluate
     counts: list[int] = []
 
     def counted(expression: Any, leaves: Any) -> Any:
@@ -134,7 +134,7 @@ def collectives_of_materialising() -> Any:
         counts.append(mode.get_total_counts())
         return value
 
-    patch = mock.patch.object(materialize.Expression, "evaluate", counted)
+    patch = mock.patch.object(expressions.Expression, "evaluate", counted)
     patch.counts = counts  # type: ignore[attr-defined]
     return patch
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,8 +46,7 @@ def test_merged_and_unmerged() -> None:
     model = adapted()
     compiled = torch.compile(model, backend="lnfold")
     beside = check(compiled, model)
-    # PEFT adds to `weight.data`, which torch does not count. Merged, though, the model is another graph, and a graph
-    # that has not run for a while believes nothing that was computed before.
+    # PEFT adds to `weight.data`, which torch does not count.
     for _ in range(2):
         model.merge_adapter()
         torch.testing.assert_close(check(compiled, model), beside, **TOLERANCE)
@@ -77,15 +77,36 @@ def test_switched() -> None:
     torch.testing.assert_close(check(compiled, model), first, **TOLERANCE)
 
 
-def test_another_adapter_merged_between_two_calls_needs_refresh() -> None:
+def test_another_adapter_merged_between_two_calls() -> None:
     model = adapted("other")
     compiled = torch.compile(model, backend="lnfold")
     model.merge_adapter(["default"])
     first = check(compiled, model)
     model.unmerge_adapter()
     model.merge_adapter(["other"])
-    lncompile.refresh()
     assert not torch.allclose(check(compiled, model), first)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_hot_swapped(prepared: bool, tmp_path: Path) -> None:
+    """An adapter's values are exchanged in place, through ``.data``; prepared, for another rank and scaling as well."""
+    hotswap = pytest.importorskip("peft.utils.hotswap")
+    config = {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}
+    for name, rank in (("first", 2), ("second", 3 if prepared else 2)):
+        plain = next(a for a in ARCHITECTURES if a.name == "gpt2").model()
+        adapter = peft.get_peft_model(plain, peft.LoraConfig(r=rank, lora_alpha=4 + rank, **config))
+        randomise(adapter.double(), seed=rank + len(name)).save_pretrained(tmp_path / name)
+    base = randomise(next(a for a in ARCHITECTURES if a.name == "gpt2").model().double())
+    model = peft.PeftModel.from_pretrained(base, tmp_path / "first").double().eval()
+    if prepared:
+        hotswap.prepare_model_for_compiled_hotswap(model, target_rank=4)
+    compiled = torch.compile(model, backend="lnfold")
+    answers = [check(compiled, model)]
+    for name in ("second", "first"):
+        hotswap.hotswap_adapter(model, tmp_path / name, adapter_name="default", torch_device="cpu")
+        answers.append(check(compiled, model))
+    assert not torch.allclose(answers[0], answers[1], rtol=1e-3), "the control: another adapter"
+    torch.testing.assert_close(answers[0], answers[2], **TOLERANCE)
 
 
 def test_another_adapter_merged_safely_between_two_calls() -> None:

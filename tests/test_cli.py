@@ -209,9 +209,9 @@ def test_verify_hands_options_on(monkeypatch):
         return parse_options(mode, options)
 
     monkeypatch.setattr(backend, "parse_options", recording)
-    found = answer("verify", f"{HERE}:make_net", "-o", "lnfold.nonfoldable=eager", "-o", "lnfold.check=false")
+    found = answer("verify", f"{HERE}:make_net", "-o", "lnfold.nonfoldable=eager", "-o", "lnfold.check=off")
     assert found["passed"]
-    assert seen == [(None, {"lnfold.nonfoldable": "eager", "lnfold.check": False})]
+    assert seen == [(None, {"lnfold.nonfoldable": "eager", "lnfold.check": "off"})]
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,7 @@ def test_ab_that_is_not_decided_in_time_is_no_regression(monkeypatch):
 
 @pytest.mark.usefixtures("one_thread")
 def test_ab_of_two_compilations_and_two_lengths(tmp_path):
-    arguments = ("-t", "2", "-t", "16", "--seconds", "1", "--shadow", "0.2", "-o", "lnfold.check=false")
+    arguments = ("-t", "2", "-t", "16", "--seconds", "1", "--shadow", "0.2", "-o", "lnfold.check=off")
     result = run("ab", f"{HERE}:make_tokens", *arguments, "--json", "--plot", tmp_path / "plot.svg")
     assert result.exit_code in (0, 1)  # which one is faster on a busy machine is not for a test to say
     found = json.loads(result.stdout)

@@ -18,7 +18,7 @@ from torch.nn import functional
 import lncompile
 from lncompile.lowering.inspection import generated_code
 from lncompile.passes import rewrite
-from lncompile.passes.materialize import Expression
+from lncompile.passes.expressions import Expression
 from lncompile.verify import floating_outputs, relative_error
 
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}

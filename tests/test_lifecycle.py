@@ -93,7 +93,7 @@ def test_swapped_parameter() -> None:
 
 def test_without_the_check_weights_are_those_of_the_first_call() -> None:
     model = gpt2()
-    compiled = torch.compile(model, backend="lnfold", options={"lnfold.check": False})
+    compiled = torch.compile(model, backend="lnfold", options={"lnfold.check": "off"})
     before = logits(compiled)
     model.get_parameter("transformer.h.0.mlp.c_proj.weight").mul_(1.5).add_(0.25)
     torch.testing.assert_close(logits(compiled), before, **TOLERANCE)
@@ -103,7 +103,7 @@ def test_without_the_check_weights_are_those_of_the_first_call() -> None:
 
 def test_without_the_check_each_set_of_parameters_has_its_own_weights() -> None:
     blocks = [randomise(gpt2(), seed=seed) for seed in (1, 2)]
-    options = {"lnfold.check": False}
+    options = {"lnfold.check": "off"}
     compiled = [torch.compile(block, backend="lnfold", options=options) for block in blocks]
     for _ in range(2):
         for each, block in zip(compiled, blocks, strict=True):

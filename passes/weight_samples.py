@@ -1,0 +1,269 @@
+"""A few elements of every weight, looked at again before each call: they show the writes that torch does not count.
+
+torch's version counter sees a write through the parameter itself. It does not see ``.data.copy_``, NumPy, DLPack, a
+flat buffer that parameters are views of, collectives, another process or a replayed CUDA graph. All of these leave the
+parameter where it is and change its elements, so a few elements at fixed, scattered places tell.
+
+What is unseen: a write that leaves every sampled element of every weight of a graph as it was. If a write changes each
+element with probability ``f``, it is unseen with probability::
+
+    (1 - f)^k        k = the number of places in all weights of the graph, about 1000
+
+so a write to whole tensors cannot be missed. A write to a single row of a table that has ``V`` rows changes no other
+weight and meets one of the table's ``p`` places (4 to 16) with probability ``p / V``: that needs the version counter,
+or :func:`lncompile.refresh`.
+
+On a CPU the look is one gather from memory by address and one comparison, and its answer holds for the call behind it.
+On a GPU a kernel of one or two programs is launched before each call and sets a flag in pinned memory; the next call
+reads the flag. The host never waits. So a write is noticed by the first call whose predecessor the GPU has begun.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import logging
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lncompile.lowering import compare_words, record_words, torch_private
+from lncompile.passes.sharding import is_sharded
+
+log = logging.getLogger("lncompile")
+
+# Bytes of a word, the unit that is read. An aligned word that holds a byte of a tensor can be read whole: it does not
+# reach into another page of memory.
+_WORD = 4
+# Places in each weight: at least, at most, and in all weights together where that lies between. A place costs a miss of
+# the cache, about 50 ns on a CPU.
+_LEAST, _MOST, _TOGETHER = 4, 16, 1024
+# Knuth's multiplicative hash: scatters the places, so that they do not all stand at the beginning of a row or a head.
+_SCATTER = 2654435761
+
+
+def place_count(weights: int) -> int:
+    """Return at how many places each of so many weights is looked at."""
+    return min(_MOST, max(_LEAST, _TOGETHER // max(weights, 1)))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The tensor in this process's memory that holds the elements of a weight: of a sharded one the shard."""
+    return torch_private.local_tensor(tensor) if is_sharded(tensor) else tensor
+
+
+def word_addresses(tensor: Tensor, places: int) -> list[int]:
+    """Return the addresses of the words that hold some elements of a tensor, scattered over it.
+
+    Args:
+        tensor: strided, with memory of its own; views and transposed tensors as well.
+        places: how many elements; all of them where there are fewer.
+
+    Example:
+        >>> len(word_addresses(torch.zeros(8, 8), 4))
+        4
+    """
+    count, size = tensor.numel(), tensor.element_size()
+    places = min(places, count)
+    addresses: dict[int, None] = {}
+    for part in range(places):
+        first, end = part * count // places, (part + 1) * count // places
+        index = first + (part + 1) * _SCATTER % (end - first)
+        offset = 0
+        for length, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+            index, position = divmod(index, length)
+            offset += position * stride
+        start = tensor.data_ptr() + offset * size
+        # Two words for a double; one for two elements of half precision.
+        addresses.update(dict.fromkeys(range(start - start % _WORD, start + size, _WORD)))
+    return list(addresses)
+
+
+class _Memory(Protocol):
+    """The sampled words of some weights in one memory."""
+
+    def differ(self) -> bool:
+        """Whether one of them is seen to differ from what was recorded."""
+
+    def record(self) -> None:
+        """Take them as they are now for what is expected."""
+
+    def different(self) -> Iterator[int]:
+        """The indices of weights whose words differ now; waits for the device."""
+
+
+class WeightSamples:
+    """Elements of some weights as they were when this was made.
+
+    Args:
+        tensors: with memory in the host or on a GPU; those on other devices are not looked at.
+
+    Example:
+        >>> weight = torch.zeros(8, 8)
+        >>> samples = WeightSamples([weight])
+        >>> weight.numpy()[:] = 1
+        >>> samples.differ(), samples.different()
+        (True, [0])
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        places = place_count(len(tensors))
+        by_device: dict[torch.device, tuple[list[int], list[int]]] = {}
+        for index, tensor in enumerate(map(local, tensors)):
+            if tensor.device.type in ("cpu", "cuda"):
+                addresses, owners = by_device.setdefault(tensor.device, ([], []))
+                found = word_addresses(tensor, places)
+                addresses += found
+                owners += [index] * len(found)
+        self._memories = [memory for memory in itertools.starmap(_memory, by_device.items()) if memory is not None]
+        if len(self._memories) == 1:
+            self.differ = self._memories[0].differ  # type: ignore[method-assign]  # this is asked at every call
+
+    def differ(self) -> bool:
+        """Whether an element is seen to differ: on a CPU at this moment, on a GPU as of the last look that is back.
+
+        It starts the next look on a GPU, behind what the current stream was given so far.
+        """
+        seen = [memory.differ() for memory in self._memories]  # all of them: each starts its next look
+        return any(seen)
+
+    def record(self) -> None:
+        """Take all elements as they are now for what is expected."""
+        for memory in self._memories:
+            memory.record()
+
+    def different(self) -> list[int]:
+        """Return the positions of the weights whose elements differ now. Waits for the device."""
+        return sorted({index for memory in self._memories for index in memory.different()})
+
+
+def _memory(device: torch.device, words: tuple[list[int], list[int]]) -> _Memory | None:
+    if device.type == "cpu":
+        return _HostMemory(*words)
+    if torch.cuda.is_current_stream_capturing():
+        return None  # what is captured is replayed without us, and may outlive the addresses
+    try:
+        return _DeviceMemory(*words, device=device)
+    except Exception as error:
+        log.warning(
+            "weights on %s are looked at by torch's version counters alone, because the kernel that compares their "
+            "elements failed; call lncompile.refresh() after writes through .data and the like: %s",
+            device,
+            error,
+        )
+        return None
+
+
+# --- on a CPU ---
+
+
+class _WholeMemory:
+    """This process's memory, as an array of words that begins at the second one: NumPy takes no address 0."""
+
+    __array_interface__ = {  # noqa: RUF012  # NumPy's protocol
+        "version": 3,
+        "typestr": np.dtype(np.uint32).str,
+        "shape": (2**62 // _WORD,),
+        "data": (_WORD, True),
+    }
+
+
+# Reading by address, and not through views, for two reasons: a view keeps the memory of a weight alive that its owner
+# has given up, and a gather from 200 views takes ten times as long as one by address.
+_memory_words: Any = np.asarray(_WholeMemory())
+
+
+class _HostMemory:
+    """Words in the host's memory. Whoever asks has to know that the weights are still where they were."""
+
+    def __init__(self, addresses: Sequence[int], owners: Sequence[int]) -> None:
+        self._index = np.array([address // _WORD - 1 for address in addresses], dtype=np.intp)
+        self._owners = np.array(owners, dtype=np.intp)
+        self.record()
+
+    def record(self) -> None:
+        self._expected: bytes = _memory_words[self._index].tobytes()
+
+    def differ(self) -> bool:
+        seen: bytes = _memory_words[self._index].tobytes()
+        return seen != self._expected
+
+    def different(self) -> Iterator[int]:
+        expected = np.frombuffer(self._expected, dtype=np.uint32)
+        yield from map(int, self._owners[_memory_words[self._index] != expected])
+
+
+# --- on a GPU ---
+
+
+class _Flags:
+    """Flags in pinned memory, which a kernel can set and the host can read without waiting.
+
+    The memory is never given back: a kernel may still be under way when its owner is gone. A flag is used again only
+    after many others were given back, and whoever finds his set looks for himself.
+    """
+
+    _BLOCK, _RESTING = 1024, 256
+
+    def __init__(self) -> None:
+        self._free: collections.deque[Tensor] = collections.deque()
+
+    def take(self, pinned: bool) -> Tensor:
+        if len(self._free) <= self._RESTING:
+            self._free.extend(torch.zeros(self._BLOCK, dtype=torch.int32, pin_memory=pinned).split(1))
+        flag = self._free.popleft()
+        flag.zero_()
+        return flag
+
+    def give_back(self, flag: Tensor) -> None:
+        self._free.append(flag)
+
+
+_flags = _Flags()
+
+
+class _DeviceMemory:
+    """Words in a GPU's memory, compared by a kernel on the current stream."""
+
+    def __init__(self, addresses: Sequence[int], owners: Sequence[int], device: torch.device) -> None:
+        self._device = device
+        self._is_gpu = device.type == "cuda"
+        self._owners = list(owners)
+        self._addresses = torch.tensor(addresses, dtype=torch.int64).to(device)
+        self._expected = torch.empty(len(addresses), dtype=torch.int32, device=device)
+        self._flag = _flags.take(pinned=self._is_gpu)
+        self._flag_in_host: Any = self._flag.numpy()
+        weakref.finalize(self, _flags.give_back, self._flag)
+        self._stream: Any = torch.cuda.current_stream(device) if self._is_gpu else None
+        self.record()
+
+    def record(self) -> None:
+        record_words(self._addresses, self._expected)
+        self._flag_in_host[0] = 0
+
+    def differ(self) -> bool:
+        if self._flag_in_host[0]:
+            self._flag_in_host[0] = 0
+            # A look that was under way when the words were recorded anew, or that another owner of the flag started,
+            # says nothing of these.
+            if next(self.different(), None) is not None:
+                return True
+        if self._is_gpu:
+            if torch.cuda.is_current_stream_capturing():
+                return False  # replayed by itself, the look could outlive the addresses that it reads
+            stream = torch.cuda.current_stream(self._device)
+            if stream != self._stream:
+                # Freed, their memory is to stay theirs until this stream is through as well.
+                for tensor in (self._addresses, self._expected):
+                    tensor.record_stream(stream)
+        compare_words(self._addresses, self._expected, self._flag)
+        return False
+
+    def different(self) -> Iterator[int]:
+        now = torch.empty_like(self._expected)
+        record_words(self._addresses, now)
+        yield from (self._owners[word] for word in (now != self._expected).nonzero().flatten().tolist())

@@ -1,0 +1,212 @@
+"""Weights that change or move at nearly every call: after a few calls the graph runs as stock compiles it."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from architectures import randomise
+from torch import Tensor, nn
+
+import lncompile
+from lncompile.backend import compiled_graphs
+from lncompile.passes.decisions import Reason
+from lncompile.passes.renewals import Renewals
+
+pytestmark = pytest.mark.usefixtures("without_inductor")
+
+TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
+
+
+class Block(nn.Module):
+    """A stream that starts in the block, so that its norm folds into ``inner``."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.inner, self.norm, self.outer = nn.Linear(width, width), nn.LayerNorm(width), nn.Linear(width, width)
+
+    def forward(self, value: Tensor) -> Tensor:
+        return value + self.outer(self.norm(self.inner(value)))
+
+
+def block(seed: int = 0) -> Block:
+    return randomise(Block().double(), seed=seed).eval()  # type: ignore[return-value]
+
+
+VALUE = torch.randn(3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+
+
+def data_exchanged(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+
+
+def parameters_replaced(model: nn.Module) -> None:
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(parameter.detach().clone()))
+
+
+def emptied_and_filled(model: nn.Module) -> None:
+    """As offloading does it by storages: given back behind a call, and filled anew in front of the next one."""
+    for parameter in model.parameters():
+        values, storage = parameter.detach().clone(), parameter.untyped_storage()
+        size = storage.nbytes()
+        storage.resize_(0)
+        storage.resize_(size)
+        parameter.data.copy_(values)
+
+
+def written(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.mul_(1.01).add_(0.01 * torch.arange(parameter.numel()).view_as(parameter).sin())
+
+
+def to_another_dtype_and_back(model: nn.Module) -> None:
+    model.float().double()
+
+
+def states(compiled: Callable[..., object]) -> list[tuple[int, int, Reason | None]]:
+    return [(report.folded, report.total, report.sites[0].reason) for report in lncompile.reports(compiled)]
+
+
+@pytest.mark.parametrize(
+    "move", [data_exchanged, parameters_replaced, emptied_and_filled, written, to_another_dtype_and_back]
+)
+def test_folding_is_given_up(move: Callable[[nn.Module], None], caplog: pytest.LogCaptureFixture) -> None:
+    model = block()
+    compiled = torch.compile(model, backend="lnfold")
+    folded = []
+    for _ in range(16):
+        move(model)
+        torch.testing.assert_close(compiled(VALUE), model(VALUE), **TOLERANCE)
+        folded.append(states(compiled))
+    assert folded[0] == [(1, 1, None)]
+    assert folded[-1] == [(0, 1, Reason.MOVING_WEIGHTS)]
+    told = [record for record in caplog.records if "costs more than folding saves" in record.message]
+    assert len(told) == 1
+    assert told[0].levelno == logging.WARNING
+    assert "'inner.weight'" in told[0].message
+    (report,) = lncompile.reports(compiled)
+    assert "moving_weights would fold with weights that stay where they are" in str(report)
+    assert report.weights == ()
+
+
+def test_nothing_is_computed_or_kept_any_more() -> None:
+    model = block()
+    compiled = torch.compile(model, backend="lnfold")
+    counters = torch._dynamo.utils.counters["lnfold"]
+    for _ in range(12):
+        data_exchanged(model)
+        compiled(VALUE)
+    (record,) = compiled_graphs
+    before = counters["materialized"]
+    assert record.materializer is not None
+    assert not record.materializer._sets
+    for _ in range(5):
+        data_exchanged(model)
+        compiled(VALUE)
+    assert counters["materialized"] == before
+
+
+def test_refresh_lets_it_fold_again() -> None:
+    model = block()
+    compiled = torch.compile(model, backend="lnfold")
+    for _ in range(12):
+        data_exchanged(model)
+        compiled(VALUE)
+    assert states(compiled) == [(0, 1, Reason.MOVING_WEIGHTS)]
+    lncompile.refresh()
+    torch.testing.assert_close(compiled(VALUE), model(VALUE), **TOLERANCE)
+    assert states(compiled) == [(1, 1, None)]
+
+
+@pytest.mark.parametrize("calls", [1, 8])
+def test_weights_that_stay_for_a_few_calls_go_on_folding(calls: int) -> None:
+    """Eight calls between two changes are enough; one is the control."""
+    model = block()
+    compiled = torch.compile(model, backend="lnfold")
+    for _ in range(20):
+        written(model)
+        for _ in range(calls):
+            compiled(VALUE)
+        torch.testing.assert_close(compiled(VALUE), model(VALUE), **TOLERANCE) if calls > 1 else None
+    assert (states(compiled) == [(1, 1, None)]) is (calls > 1)
+
+
+def test_many_blocks_under_one_graph_are_no_moving_weights() -> None:
+    blocks = [block(seed) for seed in range(40)]
+    for each in blocks:
+        each.compile(backend="lnfold")
+    for _ in range(2):
+        for each in blocks:
+            torch.testing.assert_close(each(VALUE), each.forward(VALUE), **TOLERANCE)
+    assert states(blocks[0]) == [(1, 1, None)]
+    data_exchanged(blocks[0])
+    blocks[0](VALUE)
+    assert states(blocks[0]) == [(1, 1, None)]
+
+
+def test_sizes_may_differ_from_call_to_call() -> None:
+    model = block()
+    compiled = torch.compile(model, backend="lnfold", dynamic=True)
+    for rows in [*range(3, 15), *range(3, 15)]:
+        data_exchanged(model)
+        value = torch.randn(rows, 8, dtype=torch.float64)
+        torch.testing.assert_close(compiled(value), model(value), **TOLERANCE)
+    assert states(compiled) == [(0, 1, Reason.MOVING_WEIGHTS)]
+
+
+def test_gradients_are_eagers() -> None:
+    model = block()
+    model.requires_grad_(False)
+    model.outer.requires_grad_(True)
+    compiled = torch.compile(model, backend="lnfold")
+    with torch.enable_grad():
+        for _ in range(14):
+            data_exchanged(model)
+            compiled(VALUE).sin().sum().backward()
+            mine = model.outer.weight.grad.clone()
+            model.zero_grad()
+            model(VALUE).sin().sum().backward()
+            torch.testing.assert_close(mine, model.outer.weight.grad, **TOLERANCE)
+            model.zero_grad()
+    assert states(compiled) == [(0, 1, Reason.MOVING_WEIGHTS)]
+
+
+def test_where_recompiling_is_forbidden() -> None:
+    model = block()
+    compiled = torch.compile(model, backend="lnfold")
+    compiled(VALUE)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for _ in range(14):
+            data_exchanged(model)
+            torch.testing.assert_close(compiled(VALUE), model(VALUE), **TOLERANCE)
+
+
+def test_the_graph_kept_for_it_holds_no_weights() -> None:
+    model = block()
+    compiled = torch.compile(model, backend="lnfold")
+    compiled(VALUE)
+    weight = weakref.ref(model.inner.weight.untyped_storage())
+    model.inner = randomise(nn.Linear(8, 8).double(), seed=2)
+    gc.collect()
+    assert weight() is None
+    torch.testing.assert_close(compiled(VALUE), model(VALUE), **TOLERANCE)
+
+
+def test_the_count() -> None:
+    renewals = Renewals()
+    counted = [renewals.are_too_many(1) for _ in range(12)]
+    assert counted == [False] * 10 + [True] * 2
+    renewals = Renewals()
+    for _ in range(1000):
+        assert not renewals.are_too_many(1)
+        for _ in range(8):
+            renewals.spared()
+    renewals = Renewals()
+    assert not any(renewals.are_too_many(sets) for sets in range(48)), "each has to be computed once"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -12,7 +10,7 @@ BLOCK = 1024
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def read_words(addresses: Any, expected: Any, flag: Any, count: Any, RECORD: tl.constexpr, BLOCK: tl.constexpr) -> None:
+def read_words(addresses, expected, flag, count, RECORD: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Read the 4-byte word at each address and keep it (``RECORD``), or set the flag where it is not the expected one.
 
     Args:

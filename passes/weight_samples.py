@@ -214,7 +214,7 @@ class _Flags:
 
     def take(self, pinned: bool) -> Tensor:
         if len(self._free) <= self._RESTING:
-            self._free.extend(torch.zeros(self._BLOCK, dtype=torch.int32, pin_memory=pinned).split(1))
+            self._free.extend(torch.zeros(self._BLOCK, 1, dtype=torch.int32, pin_memory=pinned).unbind())
         flag = self._free.popleft()
         flag.zero_()
         return flag

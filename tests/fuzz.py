@@ -44,6 +44,13 @@ BATCH = 20
 BATCHES_PER_PROCESS = 100
 
 
+MODES: dict[str, Callable[..., Outcome]] = {
+    "inference": examine,
+    "training": examine_training,
+    "writes": functools.partial(examine, writes=True),
+}
+
+
 @dataclass(frozen=True)
 class Counterexample:
     """A program that goes wrong, by its seed, and the smallest that still does."""
@@ -53,9 +60,9 @@ class Counterexample:
     problem: str
 
 
-def run_seeds(seeds: range, steps: int, compiler: str, training: bool) -> tuple[list[Outcome], list[Counterexample]]:
+def run_seeds(seeds: range, steps: int, compiler: str, mode: str) -> tuple[list[Outcome], list[Counterexample]]:
     """Examine the programs of some seeds, and shrink those that go wrong."""
-    look = functools.partial(examine_training if training else examine, compiler=compiler)
+    look = functools.partial(MODES[mode], compiler=compiler)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", UserWarning)  # torch's remarks on programs that nobody wrote
     outcomes, counterexamples = [], []
@@ -104,7 +111,7 @@ def fuzz(arguments: argparse.Namespace, console: Console) -> tuple[Statistics, l
             while len(running) < 2 * arguments.jobs and (deadline is None or time.monotonic() < deadline):
                 if (seeds := next(todo, None)) is None:
                     break
-                running.add(pool.submit(run_seeds, seeds, arguments.steps, arguments.compiler, arguments.training))
+                running.add(pool.submit(run_seeds, seeds, arguments.steps, arguments.compiler, arguments.mode))
             if not running:
                 return statistics, counterexamples
             done, running = wait(running, return_when=FIRST_COMPLETED)
@@ -120,7 +127,7 @@ def fuzz(arguments: argparse.Namespace, console: Console) -> tuple[Statistics, l
 def report(counterexample: Counterexample, arguments: argparse.Namespace, console: Console) -> None:
     """Print a counterexample and write it to a file."""
     text = f"# --seed {counterexample.seed} --steps {arguments.steps} --compiler {arguments.compiler}"
-    text += " --training\n" if arguments.training else "\n"
+    text += f" --mode {arguments.mode}\n"
     text += f"# torch {torch.__version__}, {commit()}\n"
     text += "".join(f"# {line}\n" for line in counterexample.problem.splitlines())
     text += repr(counterexample.program)
@@ -166,7 +173,7 @@ def summary(
 
     return {
         "commit": commit(), "torch": torch.__version__, "seed": arguments.seed, "steps": arguments.steps,
-        "compiler": arguments.compiler, "training": arguments.training,
+        "compiler": arguments.compiler, "mode": arguments.mode,
         "jobs": arguments.jobs, "seconds": round(seconds, 1), "graphs": statistics.graphs,
         "graphs_with_a_folded_site": statistics.with_a_folded_site, "sites": statistics.sites,
         "folded": statistics.folded, "differences": len(counterexamples),
@@ -183,7 +190,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, help="of the first program (default: another one each time)")
     parser.add_argument("--steps", type=int, default=14, help="instructions in a program, at most")
     parser.add_argument("--compiler", choices=COMPILERS, default="none", help="of rewritten graphs (default: none)")
-    parser.add_argument("--training", action="store_true", help="compare gradients, in graphs for training")
+    parser.add_argument(
+        "--mode",
+        choices=MODES,
+        default="inference",
+        help="training: compare gradients; writes: weights are written between calls in random ways, most of which "
+        "torch does not count (default: inference)",
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write a summary")
     parser.add_argument("--counterexamples", type=Path, default=ROOT / "counterexamples", metavar="FOLDER")

@@ -2,7 +2,9 @@
 
 :func:`examine` runs a drawn :class:`~random_modules.Program` eagerly and compiled, with Inductor left out, and compares
 outputs, arguments and state after each of three calls; the third comes after an update of all parameters, so that a
-stale centered weight shows. What torch itself gets wrong is told apart: the same program is then run by Dynamo alone.
+stale centered weight shows. Where wanted, weights are written instead, before the second call and before the third,
+each time in a random one of the ways of ``weight_writes``, most of which torch does not count. What torch itself gets
+wrong is told apart: the same program is then run by Dynamo alone.
 
 The rewritten graph is run as it is, which is fastest, or traced once more by AOTAutograd (what Inductor would be given,
 with its checks of shapes, strides and aliases), or compiled by Inductor.
@@ -11,6 +13,7 @@ with its checks of shapes, strides and aliases), or compiled by Inductor.
 from __future__ import annotations
 
 import contextlib
+import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +25,7 @@ from graphs import run_as_it_is
 from random_modules import Program
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.registry import lookup_backend
+from weight_writes import SEEN, UNSEEN, another_process, prepared
 
 import lncompile
 from lncompile import backend
@@ -30,6 +34,8 @@ from lncompile.passes import rewrite
 from lncompile.passes.axes import Axes
 
 CALLS = 3
+# A process for each write would take longer than all the rest.
+WRITES = [kind for kind in (*UNSEEN, *SEEN) if kind is not another_process]
 
 
 def run_through_aot(
@@ -130,26 +136,27 @@ def centering_left_out() -> Iterator[None]:
         yield
 
 
-def examine(program: Program, compiler: str = "none") -> Outcome:
+def examine(program: Program, compiler: str = "none", writes: bool = False) -> Outcome:
     """Run a program eagerly and compiled by our backend, and compare.
 
     Args:
         program: what to run.
         compiler: what takes the rewritten graph, one of :data:`COMPILERS`.
+        writes: whether weights are written between calls in random ways, in place of one update.
     """
     torch._dynamo.reset()
     with compiled_by(compiler), torch.no_grad():
         try:
-            model, expected = program.build(), _trace(program)
+            model, expected = program.build(), _trace(program, writes=writes)
             compiled = torch.compile(
                 model, backend="lnfold", fullgraph=True, dynamic=program.dynamic or None, options=dict(program.options)
             )
-            problem = _compare(_trace(program, model, compiled), expected, program.tolerance)
+            problem = _compare(_trace(program, model, compiled, writes), expected, program.tolerance)
             reports = lncompile.reports(compiled)
         except Exception as error:
             problem, reports = f"{type(error).__name__}: {error}", []
     problem = problem or _contradiction(reports)
-    unsupported = _fails_without_us(program, compiler) if problem else ""
+    unsupported = _fails_without_us(program, compiler, writes) if problem else ""
     return _outcome(program, reports, "" if unsupported else problem, unsupported)
 
 
@@ -199,13 +206,13 @@ def _outcome(program: Program, reports: Sequence[lncompile.FoldReport], problem:
     )
 
 
-def check(program: Program, compiler: str = "none", training: bool = False) -> Outcome:
+def check(program: Program, compiler: str = "none", training: bool = False, writes: bool = False) -> Outcome:
     """As :func:`examine`, or :func:`examine_training`.
 
     Raises:
         Difference: with the program, where something is wrong.
     """
-    outcome = (examine_training if training else examine)(program, compiler)
+    outcome = examine_training(program, compiler) if training else examine(program, compiler, writes)
     if outcome.problem:
         raise Difference(f"{outcome.problem}\n{program!r}")
     return outcome
@@ -230,28 +237,43 @@ def _gradients(
     return values
 
 
-def _fails_without_us(program: Program, compiler: str) -> str:
+def _fails_without_us(program: Program, compiler: str, writes: bool) -> str:
     """What goes wrong with the backend of torch that does the same without us, or ""."""
     torch._dynamo.reset()
     with torch.no_grad():
-        expected = _trace(program)
+        expected = _trace(program, writes=writes)
         try:
             model = program.build()
             backend_name = COMPILERS[compiler][1]
             compiled = torch.compile(model, backend=backend_name, fullgraph=True, dynamic=program.dynamic or None)
-            return _compare(_trace(program, model, compiled), expected, program.tolerance)
+            return _compare(_trace(program, model, compiled, writes), expected, program.tolerance)
         except Exception as error:
             return f"{type(error).__name__}: {error}"
 
 
-def _trace(program: Program, model: nn.Module | None = None, compiled: Any = None) -> list[Values]:
+def _trace(
+    program: Program, model: nn.Module | None = None, compiled: Any = None, writes: bool = False
+) -> list[Values]:
     """Everything visible after each call: outputs, arguments, parameters and buffers."""
     model = program.build() if model is None else model
     function = model if compiled is None else compiled
+    if not writes:
+        return _calls(program, model, function, [lambda: None, lambda: _update(model)])
+    # The same ones each time that the program is run.
+    generator = random.Random(repr(program))
+    with contextlib.ExitStack() as stack:
+        kinds = generator.choices(WRITES, k=CALLS - 1)
+        return _calls(program, model, function, [stack.enter_context(prepared(kind, model)) for kind in kinds])
+
+
+def _calls(
+    program: Program, model: nn.Module, function: Callable[..., Any], between: Sequence[Callable[[], None]]
+) -> list[Values]:
+    """What is visible after each call, with something done between two."""
     seen: list[Values] = []
     for call in range(CALLS):
-        if call == CALLS - 1:
-            _update(model)
+        if call:
+            between[call - 1]()
         arguments = program.arguments()
         outputs: Sequence[Tensor] = function(*arguments)
         values = {f"output {name}": value for name, value in zip(program.outputs, outputs, strict=True)}

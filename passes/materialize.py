@@ -15,7 +15,7 @@ import itertools
 import logging
 import operator
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,6 +163,12 @@ def forget_all() -> None:
     _store.clear()
 
 
+def give_back(uses: Iterable[tuple[Any, tuple[Axes, ...] | None]]) -> None:
+    """Restore what a new graph is about to read in another way than it was written (``in_place.give_back``)."""
+    if in_place.give_back(uses):
+        _forget_sets()
+
+
 def _forget_sets() -> None:
     for materializer in list(_materializers):
         materializer.refresh()
@@ -247,7 +253,7 @@ class Materializer:
 
     def seen(self) -> set[int]:
         """Ids of the living parameters that values were supplied for."""
-        return {id(tensor) for known in list(self._sets.values()) for tensor in known.state.living()}
+        return {parameter for known in list(self._sets.values()) for parameter in known.state.living()}
 
     def refresh(self) -> None:
         """Forget all values, so that the next call computes them anew."""
@@ -256,7 +262,7 @@ class Materializer:
     def forget(self, parameters: set[int]) -> None:
         """Forget the values made from any of these, given by their ids; none if changes are not to be looked for."""
         for first, known in list(self._sets.items()) if self._check else ():
-            if any(id(tensor) in parameters for tensor in known.state.living()):
+            if not parameters.isdisjoint(known.state.living()):
                 self._sets.pop(first, None)
 
     def _refresh(self, arguments: Sequence[Any]) -> _ParameterSet:
@@ -322,9 +328,9 @@ class Materializer:
         if held is not None:
             return held
         for parameter in (arguments[leaf] for leaf in self.expressions[index].leaves):
-            if not torch_private.is_tensor_subclass(parameter) and in_place.written(parameter) is not None:
+            if in_place.written(parameter) is not None:
                 # For another graph, in another way than this one needs it, which was not known when that was compiled.
-                in_place.restore_for_good([parameter])
+                in_place.restore_for_good([parameter], survey.owners(parameter))
         obstacle = self._obstacle(index, arguments, survey)
         if obstacle is not None:
             return Stored("copy", 0, obstacle)

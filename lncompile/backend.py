@@ -14,17 +14,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 
 from lncompile.lowering import persistent_norms, torch_private
 from lncompile.options import Options, parse_options
 from lncompile.passes.decisions import Reason
-from lncompile.passes.in_place import give_back
-from lncompile.passes.materialize import Materializer
+from lncompile.passes.materialize import Materializer, give_back
 from lncompile.passes.ownership import Reader
+from lncompile.passes.parameter_identity import parameters_of
 from lncompile.passes.renewals import tell_again
 from lncompile.passes.sites import find_sites
+from lncompile.passes.uses import Use
 from lncompile.passes.verdicts import left_alone
 from lncompile.pipeline import prepare, prepare_frozen
 from lncompile.report import FoldReport
@@ -42,11 +42,10 @@ class CompiledGraph:
     """What was compiled: the report, with enough to find it again from a compiled model. Lives as long as the code."""
 
     decided: FoldReport
-    tensors: tuple[weakref.ref[Tensor], ...]
     code: Any
     arguments: Mapping[str, Any]
+    reader: Reader
     materializer: Materializer | None = None
-    reader: Reader | None = None
 
     @property
     def report(self) -> FoldReport:
@@ -56,8 +55,7 @@ class CompiledGraph:
 
     def served(self) -> set[int]:
         """Ids of the parameters it was compiled with and, where Dynamo reused the code, called with since."""
-        seen = {id(tensor) for reference in self.tensors if (tensor := reference()) is not None}
-        return seen | (self.materializer.seen() if self.materializer else set())
+        return self.reader.parameters() | (self.materializer.seen() if self.materializer else set())
 
 
 compiled_graphs: weakref.WeakSet[CompiledGraph] = weakref.WeakSet()
@@ -107,7 +105,7 @@ def lnfold(
         compiled = torch_private.inductor_compile(graph_module, example_inputs, inductor_config)
         if not report.sites and ours.weights != "inplace":
             return compiled
-        return _remember(compiled, [*example_inputs, *prepared.weights], report, arguments, reader=prepared.reader)
+        return _remember(compiled, report, arguments, prepared.reader)
     try:
         inputs = [*example_inputs, *prepared.values]
         static = torch_private.static_fake_tensors(prepared.values)
@@ -120,9 +118,8 @@ def lnfold(
         if not safety_net:
             raise
         return _untouched(graph_module, example_inputs, inductor_config, arguments, error)
-    known = [*example_inputs, *prepared.weights]
     unfolded = Unfolded(graph_module, inductor_config) if prepared.materializer else None
-    return _remember(compiled, known, report, arguments, prepared.materializer, prepared.reader, unfolded)
+    return _remember(compiled, report, arguments, prepared.reader, prepared.materializer, unfolded)
 
 
 def _reset() -> None:
@@ -155,10 +152,11 @@ def _untouched(
         sites = ()
     report = FoldReport(left_alone(sites, Reason.INTERNAL_ERROR, reason))
     # It is not known which of its weights this graph reads as they were before they were centered for another one.
-    uses = [(value, None) for value in example_inputs]
-    give_back(uses)
+    uses: dict[int, Use] = dict.fromkeys(range(len(example_inputs)))
+    give_back((value, None) for value in example_inputs)
+    reader = Reader(parameters_of(graph_module.graph, example_inputs), uses)
     compiled = torch_private.inductor_compile(graph_module, example_inputs, config)
-    return _remember(compiled, example_inputs, report, arguments, reader=Reader(uses))
+    return _remember(compiled, report, arguments, reader)
 
 
 def _publish(report: FoldReport) -> None:
@@ -173,22 +171,15 @@ def _publish(report: FoldReport) -> None:
 
 def _remember(
     compiled: Callable[..., Any],
-    example_inputs: Sequence[Any],
     report: FoldReport,
     arguments: Mapping[str, Any],
+    reader: Reader,
     materializer: Materializer | None = None,
-    reader: Reader | None = None,
     unfolded: Unfolded | None = None,
 ) -> Callable[..., Any]:
     """Return the function Dynamo calls, with the report tied to it and freed with it."""
-    tensors: tuple[weakref.ref[Tensor], ...] = tuple(
-        weakref.ref(value)
-        for value in example_inputs
-        # Of quantized weights `module.to()` swaps the contents, which torch refuses where there are weak references.
-        if isinstance(value, torch.nn.Parameter) and not torch_private.is_tensor_subclass(value)
-    )
     code = torch_private.code_being_compiled()
-    record = CompiledGraph(report, tensors, code, arguments, materializer, reader)
+    record = CompiledGraph(report, code, arguments, reader, materializer)
     compiled_graphs.add(record)
 
     # A function of our own: Dynamo unwraps Inductor's, and would drop what is attached to it.

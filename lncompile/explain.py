@@ -14,6 +14,7 @@ from lncompile.lowering import torch_private
 from lncompile.options import parse_options
 from lncompile.passes.in_place import restore_for_good
 from lncompile.passes.materialize import forget_all
+from lncompile.passes.parameter_identity import Place, held_by
 from lncompile.pipeline import plan
 from lncompile.report import FoldReport, merge
 
@@ -141,5 +142,6 @@ def restore(model: Callable[..., Any]) -> tuple[str, ...]:
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"restore() takes the module whose weights are to be restored, not a {type(module).__name__}")
     names = {id(parameter): name for name, parameter in module.named_parameters()}
-    restored = restore_for_good(module.parameters())
+    places = (Place(holder, name) for holder in module.modules() for name in held_by(holder))
+    restored = restore_for_good(module.parameters(), places)
     return tuple(names[id(parameter)] for parameter in restored)

@@ -18,8 +18,7 @@ from lncompile.analysis import analyse
 from lncompile.lowering import torch_private
 from lncompile.options import parse_options
 from lncompile.passes.canonical import canonicalise, tensor_of
-from lncompile.passes.in_place import give_back
-from lncompile.passes.materialize import Stored
+from lncompile.passes.materialize import Stored, give_back
 from lncompile.passes.provenance import parameter_name
 from lncompile.passes.sharding import local_bytes
 from lncompile.pipeline import make_report, uses_in

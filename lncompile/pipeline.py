@@ -14,13 +14,13 @@ from torch import Tensor, fx
 
 from lncompile.analysis import Analysis, analyse
 from lncompile.options import Options
-from lncompile.passes import in_place
 from lncompile.passes.canonical import tensor_of
 from lncompile.passes.decisions import RuntimeCentering, WeightRewrite
 from lncompile.passes.expressions import Expression
 from lncompile.passes.frozen_weights import lift_weights
-from lncompile.passes.materialize import Materializer, Stored
+from lncompile.passes.materialize import Materializer, Stored, give_back
 from lncompile.passes.ownership import Ownership, Reader
+from lncompile.passes.parameter_identity import parameters_of
 from lncompile.passes.provenance import parameter_name, parameter_names
 from lncompile.passes.sharding import local_bytes
 from lncompile.passes.uses import Use, uses_of
@@ -39,7 +39,6 @@ class Prepared:
         values: an example of them, none of which is one of the graph's other inputs.
         report: what was decided.
         reader: what is known of how the compiled graph reads its parameters, to be kept as long as it lives.
-        weights: the tensors that are constants of the graph.
     """
 
     graph_module: fx.GraphModule | None
@@ -47,7 +46,6 @@ class Prepared:
     values: tuple[Tensor, ...]
     report: FoldReport
     reader: Reader
-    weights: tuple[Tensor, ...] = ()
 
 
 def prepare(
@@ -70,9 +68,8 @@ def prepare(
     untouched = analysis.placement is None and (options.nonfoldable == "inductor" or not analysis.sites)
     transformed = None if untouched else transform(analysis, options)
     uses = uses_in(graph_module, transformed)
-    read = [(example_inputs[position], axes) for position, axes in uses.items()]
     # What is read as it is here was perhaps overwritten for another graph.
-    in_place.give_back(read)
+    give_back((example_inputs[position], axes) for position, axes in uses.items())
     materializer = _materializer(graph_module, transformed, options, uses)
     values, stored = materializer.begin(example_inputs)
     report = make_report(graph_module, analysis, transformed, stored, time.perf_counter() - started)
@@ -82,7 +79,7 @@ def prepare(
         # A parameter that is its own centered weight would be one input twice, and be compiled as if it always were.
         tuple(value.detach() if any(value is other for other in example_inputs) else value for value in values),
         report,
-        Reader(read),
+        Reader(parameters_of(graph_module.graph, example_inputs), uses),
     )
 
 
@@ -105,7 +102,7 @@ def prepare_frozen(
     prepared = prepare(lifted.graph_module, [*example_inputs, *weights], options, inductor)
     if prepared.graph_module is not None:
         lifted.put_back(prepared.graph_module, prepared.values)
-    return dataclasses.replace(prepared, materializer=None, values=(), weights=weights)
+    return dataclasses.replace(prepared, materializer=None, values=())
 
 
 def plan(

@@ -517,6 +517,20 @@ def frame_being_compiled() -> Frame | None:
     return Frame(code, rest[0] if isinstance(rest, tuple) and rest else None)
 
 
+def scope_being_compiled() -> dict[str, Any]:
+    """Return what the names in Dynamo's source expressions mean: ``L`` and ``G`` of the frame that is being compiled.
+
+    Empty outside of Dynamo.
+    """
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        root = InstructionTranslator.current_tx().output.root_tx
+    except AttributeError:
+        return {}
+    return {"L": root.f_locals, "G": root.f_globals}
+
+
 def is_whole_frame(graph_module: fx.GraphModule) -> bool:
     """Whether the graph Dynamo handed out is a whole frame's: no graph break, no piece that DDP cut out."""
     reason = getattr(graph_module, "compile_subgraph_reason", None)

@@ -12,17 +12,18 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections import defaultdict
 from collections.abc import Iterable, MutableMapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lncompile.lowering import torch_private
 from lncompile.passes.axes import Axes
 from lncompile.passes.centering import add_means, center_weight, means_of
+from lncompile.passes.parameter_identity import Place
 from lncompile.passes.parameter_state import version_of
 
 #: Held while weights are looked at to be centered, written or restored.
@@ -42,7 +43,9 @@ class Written:
         axes: along which it was centered, one after the other.
         means: what was taken out, in float64.
         version: of the parameter, after it was written.
-        storage: on which it lay.
+        storage: on which it lies, alone.
+        shape: of the parameter.
+        strides: of the parameter.
         fingerprint: of what was written.
     """
 
@@ -50,6 +53,8 @@ class Written:
     means: tuple[Tensor, ...]
     version: int
     storage: weakref.ref[torch.UntypedStorage]
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
     fingerprint: int
 
     @property
@@ -57,10 +62,16 @@ class Written:
         """Bytes that are kept."""
         return sum(means.nbytes for means in self.means)
 
+    def describes(self, tensor: Tensor) -> bool:
+        """Whether a tensor is all of what was written: on the storage, in the same layout."""
+        layout = tuple(tensor.shape) == self.shape and tensor.stride() == self.strides
+        return layout and self.storage() is tensor.untyped_storage()
 
-_written: MutableMapping[Tensor, Written] = WeakTensorKeyDictionary()
-# Restored by the user: served by copies until he asks to begin anew.
-_restored: MutableMapping[Tensor, bool] = WeakTensorKeyDictionary()
+
+# By the identity of the storage: a conversion gives a parameter another one, and then it is no longer what was written.
+_written: dict[int | None, Written] = {}
+# Restored by the user: served by copies until he asks to begin anew. By module, the names of its parameters.
+_restored: MutableMapping[nn.Module, set[str]] = WeakIdKeyDictionary()
 
 
 def can_be_kept(axes: Sequence[Axes]) -> bool:
@@ -80,13 +91,14 @@ def written(parameter: Tensor) -> Written | None:
     A write since is noticed by the version, an exchange by the storage, and what torch does not count by the values.
     """
     with lock:
-        record = _written.get(parameter)
+        identity = torch_private.storage_identity(parameter)
+        record = _written.get(identity)
         if record is None:
             return None
-        same = version_of(parameter) == record.version and record.storage() is parameter.untyped_storage()
+        same = version_of(parameter) == record.version and record.describes(parameter)
         if same and _fingerprint(parameter) == record.fingerprint:
             return record
-        del _written[parameter]
+        del _written[identity]
         return None
 
 
@@ -110,9 +122,17 @@ def write(parameter: Tensor, axes: Sequence[Axes]) -> Written | None:
         else:
             return None
         parameter.copy_(centered)
-        storage = weakref.ref(parameter.untyped_storage())
-        record = Written(tuple(axes), means, version + 1, storage, _fingerprint(centered))
-        _written[parameter] = record
+        identity = torch_private.storage_identity(parameter)
+
+        def forget(freed: weakref.ref[torch.UntypedStorage]) -> None:
+            # A later owner of the same address may have put its own record there.
+            if (known := _written.get(identity)) is not None and known.storage is freed:
+                del _written[identity]
+
+        storage = weakref.ref(parameter.untyped_storage(), forget)
+        layout = tuple(parameter.shape), parameter.stride()
+        record = Written(tuple(axes), means, version + 1, storage, *layout, _fingerprint(centered))
+        _written[identity] = record
         return record
 
 
@@ -126,25 +146,32 @@ def restore(parameter: Tensor) -> bool:
         record = written(parameter)
         if record is None:
             return False
-        value = parameter.detach()
-        for part, means in zip(record.axes, record.means, strict=True):
-            value = add_means(value, means, part)
-        parameter.copy_(value)
-        del _written[parameter]
+        _put_back(record, parameter)
+        del _written[torch_private.storage_identity(parameter)]
         return True
 
 
-def restore_for_good(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """Restore parameters, and let none of them be overwritten again until :func:`allow_again`."""
+def _put_back(record: Written, tensor: Tensor) -> None:
+    value = tensor.detach()
+    for part, means in zip(record.axes, record.means, strict=True):
+        value = add_means(value, means, part)
+    tensor.copy_(value)
+
+
+def restore_for_good(parameters: Iterable[Tensor], places: Iterable[Place]) -> list[Tensor]:
+    """Restore parameters, and let none of them be overwritten again until :func:`allow_again`.
+
+    Args:
+        parameters: to be restored.
+        places: where they are held. Whatever comes to stand there, by a conversion or a load, is left alone too.
+
+    Returns:
+        The parameters that were restored.
+    """
     with lock:
-        restored = []
-        for parameter in parameters:
-            if restore(parameter):
-                restored.append(parameter)
-            # Of subclasses `module.to()` may swap the contents, which torch refuses where there are weak references.
-            if not torch_private.is_tensor_subclass(parameter):
-                _restored[parameter] = True
-        return restored
+        for module, name in places:
+            _restored.setdefault(module, set()).add(name)
+        return [parameter for parameter in parameters if restore(parameter)]
 
 
 def allow_again() -> None:
@@ -153,32 +180,47 @@ def allow_again() -> None:
         _restored.clear()
 
 
-def was_restored(parameter: Tensor) -> bool:
-    """Whether the user wants a parameter to stay as it is."""
-    return parameter in _restored
+def anything_restored() -> bool:
+    """Whether the user wants any parameter to stay as it is."""
+    return len(_restored) > 0
 
 
-def give_back(uses: Iterable[tuple[Tensor, tuple[Axes, ...] | None]]) -> list[Tensor]:
+def was_restored(places: Iterable[Place]) -> bool:
+    """Whether the user wants the parameter that is held in these places to stay as it is."""
+    return any(name in _restored.get(module, ()) for module, name in places)
+
+
+def give_back(uses: Iterable[tuple[Any, tuple[Axes, ...] | None]]) -> bool:
     """Restore what a new graph is about to read in another way than it was written.
 
     Args:
-        uses: the graph's parameters, each with the axes along which it is centered and read in no other way, or None.
+        uses: the graph's inputs, parameters among them, each with the axes along which it is centered and read in no
+            other way, or None.
 
     Returns:
-        The parameters that were restored. They may share storage with those of the graph.
+        Whether anything was restored. What is restored may be another parameter than the graph's, on the same storage,
+        and torch then counts no write to that one.
     """
-    with lock:
-        if not len(_written):
-            return []
-        wanted: dict[int | None, set[object]] = defaultdict(set)
-        for parameter, axes in uses:
-            if isinstance(parameter, torch.nn.Parameter):
-                wanted[torch_private.storage_identity(parameter)].add(axes)
-        return [
-            parameter
-            for parameter, record in list(_written.items())
-            if wanted.get(torch_private.storage_identity(parameter), set()) - {record.axes} and restore(parameter)
-        ]
+    with lock, torch.inference_mode(False), torch.no_grad():
+        restored = False
+        for parameter, axes in uses if _written else ():
+            identity = torch_private.storage_identity(parameter) if isinstance(parameter, nn.Parameter) else None
+            record = _written.get(identity)
+            if record is None or record.axes == axes:
+                continue
+            del _written[identity]
+            whole = parameter if record.describes(parameter) else _whole(record, parameter)
+            if _fingerprint(whole) == record.fingerprint:  # or somebody wrote to it since, and it is his
+                _put_back(record, whole)
+                restored = True
+        return restored
+
+
+def _whole(record: Written, part: Tensor) -> Tensor:
+    """All of what was written, as a tensor of our own on the storage that a part of it lies on."""
+    return torch.empty(0, dtype=part.dtype, device=part.device).set_(
+        part.untyped_storage(), 0, record.shape, record.strides
+    )
 
 
 def _fingerprint(tensor: Tensor) -> int:

@@ -15,7 +15,7 @@ import itertools
 import logging
 import operator
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lncompile.lowering import torch_private
 from lncompile.passes import in_place
+from lncompile.passes.axes import Axes
 from lncompile.passes.centering import is_centered
 from lncompile.passes.expressions import Expression
 from lncompile.passes.ownership import Ownership, Survey
@@ -108,6 +109,12 @@ def forget_all() -> None:
     _store.clear()
 
 
+def give_back(uses: Iterable[tuple[Any, tuple[Axes, ...] | None]]) -> None:
+    """Restore what a new graph is about to read in another way than it was written (``in_place.give_back``)."""
+    if in_place.give_back(uses):
+        _forget_sets()
+
+
 def _forget_sets() -> None:
     for materializer in list(_materializers):
         materializer.refresh()
@@ -173,7 +180,6 @@ class Materializer:
         self._samples = check == "values"
         self._ownership = ownership
         self._renewals = Renewals()
-        self._latest: int | None = None
         self._leaves = tuple(sorted({leaf for expression in expressions for leaf in expression.leaves}))
         self._choose_leaves = chooser(self._leaves)
         # By the id of the first parameter: one compiled graph may serve many equal blocks in turn.
@@ -197,7 +203,6 @@ class Materializer:
     def _renewed(self, arguments: Sequence[Any], known: _ParameterSet | None) -> Sequence[Tensor] | None:
         """The values for parameters that were not seen before or have changed."""
         if not self.keeps_up:
-            self._latest = id(arguments[self._leaves[0]])
             return None
         leaves = self._choose_leaves(arguments)
         with in_place.lock:
@@ -205,7 +210,7 @@ class Materializer:
             if current is not None and current is not known and current.state.is_current(leaves):
                 return current.take(arguments)  # another thread was faster
             if self._renewals.are_too_many(len(self._sets)):
-                self.keeps_up, self._latest = False, id(leaves[0])
+                self.keeps_up = False
                 self._sets.clear()
                 say_given_up(self._name(0), len(leaves))
                 return None
@@ -228,9 +233,8 @@ class Materializer:
         return known.take(arguments), known.stored
 
     def seen(self) -> set[int]:
-        """Ids of the living parameters that values were supplied for, or of one that the last call was made with."""
-        ids = {id(tensor) for known in list(self._sets.values()) for tensor in known.state.living()}
-        return ids | ({self._latest} if self._latest is not None else set())
+        """Ids of the living parameters that values were supplied for."""
+        return {parameter for known in list(self._sets.values()) for parameter in known.state.living()}
 
     def refresh(self) -> None:
         """Forget all values, so that the next call computes them anew."""
@@ -239,12 +243,12 @@ class Materializer:
     def begin_anew(self) -> None:
         """Forget all values, and that they did not last."""
         self.refresh()
-        self.keeps_up, self._renewals, self._latest = True, Renewals(), None
+        self.keeps_up, self._renewals = True, Renewals()
 
     def forget(self, parameters: set[int]) -> None:
         """Forget the values made from any of these, given by their ids; none if changes are not to be looked for."""
         for first, known in list(self._sets.items()) if self._check else ():
-            if any(id(tensor) in parameters for tensor in known.state.living()):
+            if not parameters.isdisjoint(known.state.living()):
                 self._sets.pop(first, None)
 
     def _refresh(self, arguments: Sequence[Any]) -> _ParameterSet:
@@ -311,9 +315,9 @@ class Materializer:
         if held is not None:
             return held
         for parameter in (arguments[leaf] for leaf in self.expressions[index].leaves):
-            if not torch_private.is_tensor_subclass(parameter) and in_place.written(parameter) is not None:
+            if in_place.written(parameter) is not None:
                 # For another graph, in another way than this one needs it, which was not known when that was compiled.
-                in_place.restore_for_good([parameter])
+                in_place.restore_for_good([parameter], survey.owners(parameter))
         obstacle = self._obstacle(index, arguments, survey)
         if obstacle is not None:
             return Stored("copy", 0, obstacle)

@@ -19,37 +19,42 @@ from __future__ import annotations
 import gc
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from torch import Tensor, fx, nn
 
 from lncompile.lowering import torch_private
 from lncompile.passes import in_place
 from lncompile.passes.axes import Axes
+from lncompile.passes.parameter_identity import ParameterReference, Place
 
 
 class Reader:
     """How a compiled graph reads its parameters. Lives as long as the graph's code.
 
     Args:
-        uses: its parameters, each with the axes along which it is centered and read in no other way, or None.
+        parameters: those among its inputs, by position.
+        uses: how it reads its inputs, by position (``uses.uses_of``).
     """
 
-    def __init__(self, uses: Iterable[tuple[Tensor, tuple[Axes, ...] | None]]) -> None:
-        self._uses = [
-            (weakref.ref(parameter), axes)
-            for parameter, axes in uses
-            if isinstance(parameter, nn.Parameter) and not torch_private.is_tensor_subclass(parameter)
-        ]
+    def __init__(
+        self, parameters: Mapping[int, ParameterReference], uses: Mapping[int, tuple[Axes, ...] | None]
+    ) -> None:
+        self._parameters = dict(parameters)
+        self._uses = dict(uses)
         _readers.add(self)
 
-    def reads_otherwise(self, storage: int | None, axes: tuple[Axes, ...]) -> bool:
-        """Whether it reads what lies on a storage in any other way than centered along these axes."""
+    def parameters(self) -> set[int]:
+        """The ``id()`` of each of its parameters that lives."""
+        identities = (parameter.identity() for parameter in self._parameters.values())
+        return {identity for identity in identities if identity is not None}
+
+    def reads_otherwise(self, parameter: Tensor, axes: tuple[Axes, ...]) -> bool:
+        """Whether it reads a parameter, alone on its storage, in any other way than centered along these axes."""
         return any(
-            along != axes and (parameter := reference()) is not None
-            and torch_private.storage_identity(parameter) == storage
-            for reference, along in self._uses
-        )  # fmt: skip
+            along != axes and position in self._parameters and self._parameters[position].identity() == id(parameter)
+            for position, along in self._uses.items()
+        )
 
 
 _readers: weakref.WeakSet[Reader] = weakref.WeakSet()
@@ -63,7 +68,7 @@ class Survey:
 
     def __init__(self) -> None:
         self._modules: dict[int, nn.Module] | None = None
-        self._owners: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
+        self._owners: dict[int, list[Place]] = defaultdict(list)
         self._parents: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
 
     def _look(self) -> None:
@@ -73,12 +78,12 @@ class Survey:
         self._modules = {id(value): value for value in gc.get_objects() if issubclass(type(value), nn.Module)}
         for module in self._modules.values():
             for name, parameter in (module.__dict__.get("_parameters") or {}).items():
-                self._owners[id(parameter)].append((module, name))
+                self._owners[id(parameter)].append(Place(module, name))
             for name, child in (module.__dict__.get("_modules") or {}).items():
                 self._parents[id(child)].append((module, name))
 
-    def owners(self, parameter: Tensor) -> list[tuple[nn.Module, str]]:
-        """The modules that hold a parameter, and under which name."""
+    def owners(self, parameter: Tensor) -> list[Place]:
+        """The places where modules hold a parameter."""
         self._look()
         return self._owners.get(id(parameter), [])
 
@@ -95,7 +100,7 @@ class Survey:
 
     def way_to(self, parameter: Tensor, root: nn.Module) -> list[tuple[nn.Module, str]] | None:
         """The modules through which a parameter is reached, from the one that holds it to ``root``, with the names."""
-        pending = [[owner] for owner in self.owners(parameter)]
+        pending: list[list[tuple[nn.Module, str]]] = [[owner] for owner in self.owners(parameter)]
         seen: set[int] = set()
         while pending:
             way = pending.pop()
@@ -168,7 +173,7 @@ class Ownership:
             return "the graph reads it uncentered as well, or in several ways"
         if self._problem is not None:
             return self._problem
-        if in_place.was_restored(parameter):
+        if in_place.anything_restored() and in_place.was_restored(survey.owners(parameter)):
             return "it was restored; lncompile.refresh() allows it again"
         problem = _problem_with(parameter, axes)
         if problem is not None:
@@ -217,8 +222,7 @@ def _problem_with(parameter: Tensor, axes: tuple[Axes, ...]) -> str | None:
         return "another tensor lies on its storage (a view, or a state_dict() that is kept)"
     if storage.device.type == "cpu" and (storage.is_shared() or storage.filename is not None):
         return "its storage is a file, or shared with other processes"
-    identity = torch_private.storage_identity(parameter)
-    if any(reader.reads_otherwise(identity, axes) for reader in list(_readers)):
+    if any(reader.reads_otherwise(parameter, axes) for reader in list(_readers)):
         return "another compiled graph reads it uncentered, or centers it in another way"
     return None
 

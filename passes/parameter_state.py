@@ -3,7 +3,8 @@
 Up to five things are compared, none of which keeps a parameter alive:
 
 * *identity*. Comparing addresses is exact as long as every tensor lives, for an address is used again only after its
-  owner is freed; when one is freed, a weak reference ends the state.
+  owner is freed; when one is freed, its lifetime (``parameter_identity``) ends the state. ``torch.utils.swap_tensors``
+  keeps the address and exchanges version and storage.
 * *version*, torch's count of the in-place writes to a tensor.
 * *storage*. ``parameter.data = other`` and ``module.to(dtype)`` exchange it under the same object and count nothing.
   Most often that frees the old storage, which ends the state as well. Where somebody else keeps it (a ``state_dict``),
@@ -26,6 +27,7 @@ from typing import Any
 from torch import Tensor
 
 from lncompile.lowering import torch_private
+from lncompile.passes.parameter_identity import watch
 from lncompile.passes.sharding import is_sharded
 from lncompile.passes.weight_samples import WeightSamples, local
 
@@ -98,7 +100,7 @@ class ParameterState:
 
         self._addresses = addresses_of(tensors)
         self._versions = list(map(version_of, tensors))
-        self._tensors = [weakref.ref(tensor, end) for tensor in tensors]
+        self._lifetimes = [(id(tensor), watch(tensor, end)) for tensor in tensors]
         self._storages = [weakref.ref(tensor.untyped_storage(), end) for tensor in tensors]
         self._place_of: Callable[[Tensor], int] = _place_of_local if any(map(is_sharded, tensors)) else Tensor.data_ptr
         self._places = list(map(self._place_of, tensors)) if values else []
@@ -131,6 +133,6 @@ class ParameterState:
         pairs = zip(self._storages, tensors, strict=True)
         return all(storage() is tensor.untyped_storage() for storage, tensor in pairs)
 
-    def living(self) -> list[Tensor]:
-        """The tensors that were not freed since."""
-        return [tensor for reference in self._tensors if (tensor := reference()) is not None]
+    def living(self) -> set[int]:
+        """The ``id()`` of each of the tensors that were not freed since."""
+        return {identity for identity, lifetime in self._lifetimes if lifetime() is not None}

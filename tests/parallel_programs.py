@@ -16,6 +16,7 @@ from unittest import mock
 import torch
 from architectures import randomise
 from graphs import run_as_it_is
+from parallel_writes import writes_of_collectives, writes_to_shards
 from torch import Tensor, distributed, nn
 from torch.distributed._functional_collectives import all_reduce
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -217,6 +218,22 @@ def changed_weights(mesh: DeviceMesh) -> Found:
     return {"errors": errors, **summary()}
 
 
+def written_by_collectives(mesh: DeviceMesh) -> Found:
+    """Collectives write into the parameters of a model that each process holds whole."""
+    found = {"versions": list(writes_of_collectives(decoder(layers=1), token_ids(), relative, "versions"))}
+    torch._dynamo.reset()
+    compiled_graphs.clear()
+    found["values"] = list(writes_of_collectives(decoder(layers=1), token_ids(), relative, "values"))
+    return {**found, **summary()}
+
+
+def written_shards(mesh: DeviceMesh) -> Found:
+    """Each process writes to its shards, which torch does not count for the whole."""
+    model = decoder(layers=1)
+    parallelize_module(model.blocks[0], mesh, plan())
+    return {"errors": list(writes_to_shards(model, token_ids(), relative)), **summary()}
+
+
 def vocabulary_cut(mesh: DeviceMesh) -> Found:
     """Token embeddings cut along the vocabulary, as Megatron does it, and a head cut along its output."""
     model = decoder()
@@ -369,9 +386,8 @@ def _training(wrap: Callable[[Decoder], Any], norm_heads: bool = True, seeds: Se
 PROGRAMS: dict[str, Callable[[DeviceMesh], Found]] = {
     program.__name__: program
     for program in (
-        usual_plan, norms_of_heads, gathered_columns, changed_weights, vocabulary_cut, sequence_parallel,
-        reduced_by_hand, data_parallel,
-        data_parallel_in_buckets,         fully_sharded, fully_sharded_blocks, fully_sharded_until_backward,
+        usual_plan, norms_of_heads, gathered_columns, changed_weights, written_by_collectives, written_shards,
+        vocabulary_cut, sequence_parallel, reduced_by_hand, data_parallel, data_parallel_in_buckets, fully_sharded, fully_sharded_blocks, fully_sharded_until_backward,
     )
 }  # fmt: skip
 

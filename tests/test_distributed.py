@@ -107,6 +107,21 @@ def test_sharded_weights_are_never_stale() -> None:
         assert max(found["errors"]) <= TOLERANCE
 
 
+def test_writes_of_collectives_are_noticed() -> None:
+    for found in found_by("written_by_collectives"):
+        assert found["folded"] == 3
+        assert [name for name, *_ in found["values"]] == ["broadcast", "all_reduce", "send_and_receive", "scatter"]
+        assert all(error <= TOLERANCE and changed > 1e-3 for _, error, changed in found["values"]), found["values"]
+        # The control: by versions alone some of them are not.
+        assert any(error > 1e-3 for _, error, _ in found["versions"]), found["versions"]
+
+
+def test_writes_to_shards_are_noticed() -> None:
+    for found in found_by("written_shards"):
+        assert found["folded"] == 3
+        assert max(found["errors"]) <= TOLERANCE
+
+
 @pytest.mark.parametrize(
     "name",
     ["data_parallel", "data_parallel_in_buckets", "fully_sharded", "fully_sharded_blocks",

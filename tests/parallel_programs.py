@@ -387,7 +387,8 @@ PROGRAMS: dict[str, Callable[[DeviceMesh], Found]] = {
     program.__name__: program
     for program in (
         usual_plan, norms_of_heads, gathered_columns, changed_weights, written_by_collectives, written_shards,
-        vocabulary_cut, sequence_parallel, reduced_by_hand, data_parallel, data_parallel_in_buckets, fully_sharded, fully_sharded_blocks, fully_sharded_until_backward,
+        vocabulary_cut, sequence_parallel, reduced_by_hand, data_parallel, data_parallel_in_buckets, fully_sharded,
+        fully_sharded_blocks, fully_sharded_until_backward,
     )
 }  # fmt: skip
 

@@ -48,7 +48,8 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> FoldReport:
 
         def run(*arguments: Any) -> Any:
             reports[id(report)] = report
-            return graph_module(*arguments)
+            with torch_private.as_plain_tensors():
+                return graph_module(*arguments)
 
         return run
 

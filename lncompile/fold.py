@@ -142,7 +142,8 @@ class _Weights:
         if placeholder.users:
             while name in self._attributes:
                 name += "_centered"
-            copy = value.detach().clone()
+            with torch_private.as_plain_tensors():
+                copy = value.detach().clone()
             is_parameter = isinstance(value, nn.Parameter)
             self._attributes[name] = nn.Parameter(copy, requires_grad=False) if is_parameter else copy
             with self._graph.inserting_before(self._first):
@@ -184,5 +185,5 @@ class _Weights:
             return None
         value = self._attributes.get(str(node.target))
         tensor = tensor_of(node)
-        plain = isinstance(value, nn.Parameter) and not torch_private.is_tensor_subclass(value)
+        plain = isinstance(value, nn.Parameter) and not torch_private.is_opaque_tensor(value)
         return str(node.target) if plain and tensor is not None and tensor.dim() == rank else None

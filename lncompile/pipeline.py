@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from lncompile.analysis import Analysis, analyse
+from lncompile.lowering import torch_private
 from lncompile.options import Options
 from lncompile.passes.canonical import tensor_of
 from lncompile.passes.decisions import RuntimeCentering, WeightRewrite
@@ -77,10 +78,16 @@ def prepare(
         None if transformed is None else transformed.graph_module,
         materializer,
         # A parameter that is its own centered weight would be one input twice, and be compiled as if it always were.
-        tuple(value.detach() if any(value is other for other in example_inputs) else value for value in values),
+        tuple(_apart(value) if any(value is other for other in example_inputs) else value for value in values),
         report,
         Reader(parameters_of(graph_module.graph, example_inputs), uses),
     )
+
+
+def _apart(parameter: Tensor) -> Tensor:
+    """A plain tensor with the values of a parameter, on its storage."""
+    with torch_private.as_plain_tensors():
+        return parameter.detach()
 
 
 def prepare_frozen(

@@ -84,15 +84,16 @@ def size_hint(size: Any, fallback: int) -> int:
     """Return the value a dynamic size had when the graph was traced (no guard), or ``fallback`` where unknown."""
     if isinstance(size, int):
         return size
-    node = size.node
-    return int(node.hint) if node.has_hint() else fallback
+    # The size of a ragged dimension has a hint that is not a number; what data decides (`nonzero`, `item`) has none.
+    hint = size.node.hint if size.node.has_hint() else None
+    return hint if isinstance(hint, int) else fallback
 
 
 def conditions_on_sizes(size: torch.SymInt) -> list[Any]:
     """Return what was assumed of dynamic sizes while a graph was traced, as sympy conditions."""
     environment = size.node.shape_env
-    # Sizes of 0 and 1 are never taken to be dynamic.
-    smallest = [symbol >= 2 for symbol in environment.var_to_range]
+    # Sizes of 0 and 1 are never taken to be dynamic, but what data decides may be either.
+    smallest = [symbol >= values.lower for symbol, values in environment.var_to_range.items()]
     return [*smallest, *(guard.expr for guard in environment.guards)]
 
 
@@ -176,11 +177,26 @@ def is_gathered_for_the_call(placeholder: fx.Node) -> bool:
     return bool(kind is not None and kind.is_fsdp_module())
 
 
-def is_tensor_subclass(value: Any) -> bool:
-    """Whether a tensor is neither a plain Tensor nor Parameter nor Buffer (quantized weights, DTensor, ...)."""
+def is_opaque_tensor(value: Any) -> bool:
+    """Whether a tensor's class computes in a way of its own what is asked of it (quantized weights, DTensor, ...).
+
+    That is what a ``__torch_dispatch__`` of its own does. Any other subclass of Tensor is a plain tensor once Dynamo
+    has traced through its ``__torch_function__``: a parameter that knows how to load itself, say. A lazy parameter
+    without a shape yet counts as opaque.
+    """
     from torch._subclasses.fake_tensor import FakeTensor
 
-    return type(value) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor)
+    if isinstance(value, FakeTensor):
+        return False
+    return type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__ or torch.nn.parameter.is_lazy(value)
+
+
+def as_plain_tensors() -> Any:
+    """Context in which tensors are computed with as plain ones, whatever ``__torch_function__`` their classes have.
+
+    What is in a graph of Dynamo's was traced through it, and is not to be applied once more.
+    """
+    return torch._C.DisableTorchFunctionSubclass()
 
 
 # --- Inductor -------------------------------------------------------------------------------------------------------
@@ -436,6 +452,15 @@ def schemas_of(packet: Any) -> list[Any]:
     return [getattr(packet, name)._schema for name in packet.overloads()]
 
 
+def overload_for(packet: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Return the overload of an operator that a call with these (fake) arguments runs; None where none takes them."""
+    try:
+        name = torch._C._jit_resolve_packet(packet._qualified_op_name, *args, **kwargs)
+    except RuntimeError:
+        return None  # what a call would raise as well
+    return getattr(packet, name)
+
+
 # --- Tensors --------------------------------------------------------------------------------------------------------
 
 
@@ -482,10 +507,15 @@ DynamoException: type[Exception] = torch._dynamo.exc.TorchDynamoException
 
 def code_being_compiled() -> Any:
     """Return the code object whose frame Dynamo is compiling; None outside of Dynamo (a backend called by hand)."""
+    root = _root_being_compiled()
+    return None if root is None else root.f_code
+
+
+def _root_being_compiled() -> Any:
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
-        return InstructionTranslator.current_tx().output.root_tx.f_code
+        return InstructionTranslator.current_tx().output.root_tx
     except AttributeError:
         return None
 
@@ -504,11 +534,8 @@ class Frame(NamedTuple):
 
 def frame_being_compiled() -> Frame | None:
     """Return the frame that Dynamo is compiling; None outside of Dynamo."""
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    try:
-        root = InstructionTranslator.current_tx().output.root_tx
-    except AttributeError:
+    root = _root_being_compiled()
+    if root is None:
         return None
     code, values = root.f_code, root.f_locals
     if code.co_argcount:
@@ -522,13 +549,8 @@ def scope_being_compiled() -> dict[str, Any]:
 
     Empty outside of Dynamo.
     """
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    try:
-        root = InstructionTranslator.current_tx().output.root_tx
-    except AttributeError:
-        return {}
-    return {"L": root.f_locals, "G": root.f_globals}
+    root = _root_being_compiled()
+    return {} if root is None else {"L": root.f_locals, "G": root.f_globals}
 
 
 def is_whole_frame(graph_module: fx.GraphModule) -> bool:

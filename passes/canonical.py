@@ -8,7 +8,6 @@ here and no change anywhere else.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping
@@ -484,11 +483,19 @@ def metadata(input: Any, *rest: Any, **keywords: Any) -> None: ...
 _METADATA_ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim", "is_cuda", "layout", "requires_grad", "itemsize"})
 
 
-@functools.cache
-def _packets() -> dict[Any, _Spelling]:
-    """Spellings by operator without an overload (``aten.mT``), as newer Dynamos write attributes of tensors."""
-    overloads = [target for target in _FUNCTIONS if isinstance(target, torch_private.OpOverload)]
-    return {overload.overloadpacket: _FUNCTIONS[overload] for overload in overloads}
+def name_overloads(graph: fx.Graph) -> None:
+    """Name the overload that each call of an operator without one runs: ``aten.mT(x)`` is ``aten.mT.default(x)``.
+
+    Args:
+        graph: with the (fake) values that Dynamo computed, which choose the overload; changed in place. A call whose
+            arguments have no known value stays as it is.
+    """
+    for node in graph.nodes:
+        if node.op == "call_function" and isinstance(node.target, torch_private.OpOverloadPacket):
+            if any(value_of(source) is None for source in node.all_input_nodes):
+                continue
+            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), value_of)
+            node.target = torch_private.overload_for(node.target, args, kwargs) or node.target
 
 
 def canonicalise(node: fx.Node) -> Operation | None:
@@ -503,7 +510,7 @@ def canonicalise(node: fx.Node) -> Operation | None:
     if node.op == "call_function" and node.target is getattr:
         return _attribute(node)
     if node.op == "call_function":
-        spelling = _FUNCTIONS.get(node.target) or _packets().get(node.target)
+        spelling = _FUNCTIONS.get(node.target)
         if spelling is None and (closed := torch_private.call_in_closure(node.target)) is not None:
             return _bind_closed(node, *closed)
     elif node.op == "call_method":

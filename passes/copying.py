@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from lncompile.lowering import torch_private
+from lncompile.passes.canonical import name_overloads
 
 
 def copy_graph_module(graph_module: fx.GraphModule) -> fx.GraphModule:
@@ -14,7 +15,7 @@ def copy_graph_module(graph_module: fx.GraphModule) -> fx.GraphModule:
         graph_module: as Dynamo handed it to the backend.
 
     Returns:
-        A new graph module with equal node names.
+        A new graph module with equal node names, in which every operator's overload is named.
     """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -28,6 +29,7 @@ def copy_graph_module(graph_module: fx.GraphModule) -> fx.GraphModule:
         if old.op == "placeholder":
             torch_private.forget_example(new)
             torch_private.copy_placeholder_source(old, new)
+    name_overloads(graph)
     copy = fx.GraphModule(graph_module, graph)
     torch_private.copy_graph_module_attributes(graph_module, copy)
     return copy

@@ -48,7 +48,7 @@ class Expression:
     def evaluate(self, leaves: Sequence[Tensor]) -> Tensor:
         """Compute the value from the parameters' tensors; it shares no storage with them."""
         # Out of inference mode as well: the value may later serve a call that records gradients for its inputs.
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), torch_private.as_plain_tensors():
             value: Tensor = self._module(*leaves)
         return value
 

@@ -187,7 +187,7 @@ class GraphFacts:
     def _is_mask(self, node: fx.Node, example: Tensor) -> bool:
         """Whether a buffer of integers or booleans may be read by a parameter expression."""
         plain = example.layout is torch.strided and example.device.type != "meta" and not example.is_inference()
-        whole = not example.is_floating_point() and not torch_private.is_tensor_subclass(example)
+        whole = not example.is_floating_point() and not torch_private.is_opaque_tensor(example)
         return plain and whole and node not in self.written
 
     def _problem_with(self, node: fx.Node, example: Tensor) -> str | None:
@@ -202,7 +202,7 @@ class GraphFacts:
                 return f"parameter '{name}' {problem}"
             if node in self.trained:
                 return f"parameter '{name}' is sharded and trained: it would have to be centered at every step"
-        elif torch_private.is_tensor_subclass(example):
+        elif torch_private.is_opaque_tensor(example):
             return f"parameter '{name}' is a {type(example).__name__}, whose values cannot be centered"
         if not example.is_floating_point():
             return f"parameter '{name}' has dtype {example.dtype}, whose values cannot be centered"

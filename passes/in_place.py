@@ -81,7 +81,7 @@ def can_be_kept(axes: Sequence[Axes]) -> bool:
 
 def bytes_kept(parameter: Tensor, axes: Sequence[Axes]) -> int:
     """Return how many bytes would be kept of a parameter that is overwritten."""
-    with torch.no_grad():
+    with torch.no_grad(), torch_private.as_plain_tensors():
         return sum(means_of(parameter, part).nbytes for part in axes)
 
 
@@ -90,7 +90,7 @@ def written(parameter: Tensor) -> Written | None:
 
     A write since is noticed by the version, an exchange by the storage, and what torch does not count by the values.
     """
-    with lock:
+    with lock, torch_private.as_plain_tensors():
         identity = torch_private.storage_identity(parameter)
         record = _written.get(identity)
         if record is None:
@@ -112,7 +112,7 @@ def write(parameter: Tensor, axes: Sequence[Axes]) -> Written | None:
     Returns:
         What was kept of it; None where somebody writes to it at this moment, again and again.
     """
-    with lock, torch.inference_mode(False), torch.no_grad():
+    with lock, torch.inference_mode(False), torch.no_grad(), torch_private.as_plain_tensors():
         for _ in range(_ATTEMPTS):
             version = version_of(parameter)
             means = tuple(means_of(parameter, part) for part in axes)
@@ -142,7 +142,7 @@ def restore(parameter: Tensor) -> bool:
     Returns:
         Whether it did. A weight that was written to since is its owner's, and stays.
     """
-    with lock, torch.inference_mode(False), torch.no_grad():
+    with lock, torch.inference_mode(False), torch.no_grad(), torch_private.as_plain_tensors():
         record = written(parameter)
         if record is None:
             return False
@@ -201,7 +201,7 @@ def give_back(uses: Iterable[tuple[Any, tuple[Axes, ...] | None]]) -> bool:
         Whether anything was restored. What is restored may be another parameter than the graph's, on the same storage,
         and torch then counts no write to that one.
     """
-    with lock, torch.inference_mode(False), torch.no_grad():
+    with lock, torch.inference_mode(False), torch.no_grad(), torch_private.as_plain_tensors():
         restored = False
         for parameter, axes in uses if _written else ():
             identity = torch_private.storage_identity(parameter) if isinstance(parameter, nn.Parameter) else None

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.overrides import has_torch_function
 
 from lncompile.lowering import torch_private
 from lncompile.passes import in_place
@@ -129,12 +130,19 @@ class _ParameterSet:
             parameters no reference is kept: that they are freed ends the state.
         stored: how each is kept.
         arguments: how many the graph is called with.
+        plain: whether no parameter's class has a ``__torch_function__`` of its own, which would be asked at every call.
     """
 
     def __init__(
-        self, state: ParameterState, values: Sequence[_Entry | int], stored: Sequence[Stored], arguments: int
+        self,
+        state: ParameterState,
+        values: Sequence[_Entry | int],
+        stored: Sequence[Stored],
+        arguments: int,
+        plain: bool,
     ) -> None:
         self.state = state
+        self.is_current = state.is_current if plain else _asked_plainly(state.is_current)
         self.stored = tuple(stored)
         self._entries = [value for value in values if isinstance(value, _Entry)]
         self.values = [entry.value for entry in self._entries]
@@ -145,6 +153,14 @@ class _ParameterSet:
     def take(self, arguments: Sequence[Any]) -> Sequence[Tensor]:
         """The values, some of which may be among the arguments."""
         return self.values if self._choose is None else self._choose((*arguments, *self.values))
+
+
+def _asked_plainly(is_current: Callable[[tuple[Tensor, ...]], bool]) -> Callable[[tuple[Tensor, ...]], bool]:
+    def ask(tensors: tuple[Tensor, ...]) -> bool:
+        with torch_private.as_plain_tensors():
+            return is_current(tensors)
+
+    return ask
 
 
 class Materializer:
@@ -195,7 +211,7 @@ class Materializer:
         if not self._leaves:
             return []
         known = self._sets.get(id(arguments[self._leaves[0]]))
-        if known is not None and (not self._check or known.state.is_current(self._choose_leaves(arguments))):
+        if known is not None and (not self._check or known.is_current(self._choose_leaves(arguments))):
             self._renewals.spared()
             return known.take(arguments)
         return self._renewed(arguments, known)
@@ -205,9 +221,9 @@ class Materializer:
         if not self.keeps_up:
             return None
         leaves = self._choose_leaves(arguments)
-        with in_place.lock:
+        with in_place.lock, torch_private.as_plain_tensors():
             current = self._sets.get(id(leaves[0]))
-            if current is not None and current is not known and current.state.is_current(leaves):
+            if current is not None and current is not known and current.is_current(leaves):
                 return current.take(arguments)  # another thread was faster
             if self._renewals.are_too_many(len(self._sets)):
                 self.keeps_up = False
@@ -267,7 +283,7 @@ class Materializer:
         kept: list[Stored] = []
         survey = Survey()
         anything_outdated = False
-        with in_place.lock:
+        with in_place.lock, torch_private.as_plain_tensors():
             # Before the values are computed, see _Entry.
             state = ParameterState(leaves, forget, values=self._samples)
             for index, expression in enumerate(self.expressions):
@@ -285,7 +301,7 @@ class Materializer:
         if anything_outdated:
             log.debug("a weight was written to through .data: every compiled graph computes its centered weights anew")
             _forget_sets()
-        fresh = _ParameterSet(state, values, kept, len(arguments))
+        fresh = _ParameterSet(state, values, kept, len(arguments), not has_torch_function(leaves))
         self._sets[first] = fresh
         return fresh
 
@@ -334,14 +350,15 @@ class Materializer:
         if axes is None or (self._ownership is None and not self._check):
             return None
         parameter = arguments[self.expressions[index].leaves[0]]
-        if torch_private.is_tensor_subclass(parameter) or torch_private.fake_mode_of([parameter]) is not None:
+        if torch_private.is_opaque_tensor(parameter) or torch_private.fake_mode_of([parameter]) is not None:
             return None
         record = in_place.written(parameter)
         if record is not None:
             # Centered in another way for another graph, it is a weight like any other here.
             return Stored("inplace", record.nbytes, version=record.version) if record.axes == axes else None
-        version = version_of(parameter)
-        return Stored("centered", 0, version=version) if is_centered(parameter, axes) else None
+        with torch_private.as_plain_tensors():
+            version = version_of(parameter)
+            return Stored("centered", 0, version=version) if is_centered(parameter, axes) else None
 
     def _obstacle(self, index: int, arguments: Sequence[Any], survey: Survey) -> str | None:
         """Why a parameter may not be overwritten with the value of an expression; "" where nobody asked for it."""

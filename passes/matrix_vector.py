@@ -205,7 +205,7 @@ def _one_row_product(node: fx.Node, copied: Collection[fx.Node], facts: GraphFac
 def _is_plain(tensor: Tensor | None) -> bool:
     return (
         tensor is not None
-        and not torch_private.is_tensor_subclass(tensor)
+        and not torch_private.is_opaque_tensor(tensor)
         and all(isinstance(size, int) for size in tensor.shape)
     )
 

@@ -213,7 +213,7 @@ def _problem_with(parameter: Tensor, axes: tuple[Axes, ...]) -> str | None:
     """Say what of a tensor itself, and of its storage, forbids to overwrite it."""
     if not isinstance(parameter, nn.Parameter):
         return "it is a buffer"
-    if torch_private.is_tensor_subclass(parameter):
+    if torch_private.is_opaque_tensor(parameter):
         return f"it is a {type(parameter).__name__}"
     storage = parameter.untyped_storage()
     if storage.nbytes() != parameter.numel() * parameter.element_size():

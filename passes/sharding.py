@@ -52,7 +52,7 @@ def problem_with(tensor: Tensor) -> str | None:
     placements = ", ".join(str(placement) for placement in _placements(tensor))
     if any(type(placement) not in (Shard, Replicate) for placement in _placements(tensor)):
         return f"is a DTensor with placements ({placements}), whose shards are not understood"
-    if torch_private.is_tensor_subclass(torch_private.local_tensor(tensor)):
+    if torch_private.is_opaque_tensor(torch_private.local_tensor(tensor)):
         return f"is a DTensor of {type(torch_private.local_tensor(tensor)).__name__}, whose values cannot be centered"
     return None
 

@@ -61,13 +61,14 @@ def hold_weights(graph: fx.Graph, weights: Sequence[Weight], attributes: Mapping
     names = _Names(attributes)
     layers = {layer.weight: layer for layer in _layers_of(weights)}
     biases = {layer.bias for layer in layers.values()}
+    paths: dict[Weight, str] = {}
     first = next(node for node in graph.nodes if node.op != "placeholder")
     for weight in weights:
         if weight in layers:
             path = weight.name.removesuffix(".weight")
             path = names.take(path if path != weight.name else f"{path}_linear", weight.suffix)
             held[path] = layers[weight].as_module()
-            layers[weight].exchange(graph, path)
+            paths[weight] = path
         elif weight.placeholder.users and weight not in biases:
             path = names.take(weight.name, weight.suffix, weight.name.rpartition(".")[0])
             held[path] = _copied(weight.value)
@@ -75,6 +76,9 @@ def hold_weights(graph: fx.Graph, weights: Sequence[Weight], attributes: Mapping
                 attribute = graph.create_node("get_attr", path)
             attribute.meta = {"example_value": weight.placeholder.meta.get("example_value")}
             weight.placeholder.replace_all_uses_with(attribute)
+    # Behind the attributes: the first node, which these stand before, may be a product.
+    for weight, path in paths.items():
+        layers[weight].exchange(graph, path)
     for weight in weights:
         graph.erase_node(weight.placeholder)
     return held

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -79,8 +80,10 @@ class Capture:
 def fold(model: nn.Module, *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> FoldedModule:
     """Return a module that computes what ``model`` does, with the LayerNorms folded that ``backend="lnfold"`` folds.
 
-    The model is captured as one graph, for inference. Its parameters are copied; the model itself stays as it is. A
-    product with one weight is an ``nn.Linear`` under that weight's name, where quantization tools look for it.
+    The model is called twice and captured as one graph, for inference. Its parameters are copied; the model itself
+    stays as it is. A product with one weight is an ``nn.Linear`` under that weight's name, where quantization tools
+    look for it. What the model writes into its buffers the folded module writes into its own. What else a call leaves
+    behind in the model, such as a tensor put into an attribute, is not computed.
 
     Args:
         model: in evaluation mode.
@@ -94,6 +97,7 @@ def fold(model: nn.Module, *args: Any, options: Mapping[str, Any] | None = None,
 
     Raises:
         ValueError: for a model in training mode.
+        RuntimeError: where Dynamo makes no graph of the model, because it is turned off.
 
     Example:
         >>> folded = lncompile.fold(model, input_ids)
@@ -111,9 +115,7 @@ def fold(model: nn.Module, *args: Any, options: Mapping[str, Any] | None = None,
 
 def _capture(model: nn.Module, signature: Signature) -> Capture:
     """Call a model with the example, and take its graph."""
-    nothing = fx.Graph()
-    nothing.output(())
-    graphs: list[tuple[fx.GraphModule, Sequence[Any]]] = [(fx.GraphModule(nn.Module(), nothing), [])]
+    graphs: list[tuple[fx.GraphModule, Sequence[Any]]] = []
     returned: list[Sequence[Any]] = [()]
 
     def backend(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -128,9 +130,26 @@ def _capture(model: nn.Module, signature: Signature) -> Capture:
 
     with torch_private.many_recompiles(), torch_private.without_freezing():
         args, kwargs = signature.example_arguments()
-        # Sizes are those of the example, whatever sizes the same code was compiled for before.
-        result = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)(*args, **kwargs)
-    return Capture(*graphs[-1], signature, returned[-1], result)
+        # Code that no call has seen. Of the model's own Dynamo remembers which sizes varied, and what it gave up on and
+        # leaves to eager, whatever is asked for.
+        call = types.FunctionType(_call.__code__.replace(), _call.__globals__)
+        result = torch.compile(call, backend=backend, fullgraph=True, dynamic=False)(model, *args, **kwargs)
+    if len(graphs) != 1:
+        known = [*signature.examples, *model.parameters(), *model.buffers()]
+        leaves = [leaf for leaf in torch_private.tree_leaves(result) if isinstance(leaf, Tensor)]
+        if graphs or not all(any(leaf is tensor for tensor in known) for leaf in leaves):
+            raise RuntimeError(
+                f"Dynamo made {len(graphs)} graphs of the model, and fold() takes one; is it turned off?"
+            )
+        empty = fx.Graph()
+        empty.output(())
+        graphs.append((fx.GraphModule(nn.Module(), empty), []))
+    return Capture(*graphs[0], signature, returned[-1], result)
+
+
+def _call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    # The model is "self" in the names that Dynamo gives to what it holds.
+    return self(*args, **kwargs)
 
 
 def fold_capture(model: nn.Module, capture: Capture, options: Options) -> FoldedModule:

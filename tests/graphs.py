@@ -83,10 +83,13 @@ def capture_all(
         return run
 
     torch._dynamo.reset()
-    torch._dynamo.utils.counters["graph_break"].clear()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
     compiled = torch.compile(function, backend=recording)
     result = compiled(**inputs)
-    is_whole = len(graphs) == 1 and not torch._dynamo.utils.counters["graph_break"]
+    # A frame that Dynamo gives up is no break: those it calls are then compiled.
+    frames = (counters["frames"]["total"], counters["frames"]["ok"])
+    is_whole = len(graphs) == 1 and frames == (1, 1) and not counters["graph_break"]
     return CapturedCall(graphs, is_whole, compiled, inputs, result)
 
 

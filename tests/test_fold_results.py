@@ -264,6 +264,24 @@ def test_sizes_compiled_for_before_do_not_matter() -> None:
         module(value(2, 6))
 
 
+def test_what_dynamo_gave_up_on_before_is_captured_all_the_same() -> None:
+    """Dynamo leaves code alone that it could not compile once. As an eager result its outputs would be constants."""
+
+    class GivenUp(Returns):
+        def forward(self, x: Tensor) -> Any:
+            return self.make(self, x, self.norm(self.linear(x)))
+
+    model = randomised(GivenUp(RESULTS["nested"]))
+    torch._dynamo.eval_frame.skip_code(GivenUp.forward.__code__)
+    check(model, 1, 1)
+
+
+def test_without_dynamo_nothing_is_taken_for_a_constant() -> None:
+    model = randomised(Returns(RESULTS["nested"]))
+    with torch.compiler.set_stance("force_eager"), pytest.raises(RuntimeError, match="made 0 graphs"):
+        lncompile.fold(model, value(2, 5))
+
+
 # --- what a model keeps beside its parameters ---
 
 

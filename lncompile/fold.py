@@ -110,11 +110,19 @@ def fold(model: nn.Module, *args: Any, options: Mapping[str, Any] | None = None,
     with torch.no_grad():
         # What a first call makes and the model keeps, such as tables of a device, is there when the graph is captured.
         model(*args, **kwargs)
-        return fold_capture(model, _capture(model, Signature(args, kwargs)), ours)
+        return fold_capture(model, capture_call(model, Signature(args, kwargs)), ours)
 
 
-def _capture(model: nn.Module, signature: Signature) -> Capture:
-    """Call a model with the example, and take its graph."""
+def capture_call(model: nn.Module, signature: Signature) -> Capture:
+    """Call a model with the example, and take its graph.
+
+    Args:
+        model: in evaluation mode; it was called before, so that it is what it is at later calls.
+        signature: of the example.
+
+    Raises:
+        RuntimeError: where Dynamo makes no graph, because it is turned off. What it cannot capture it says itself.
+    """
     graphs: list[tuple[fx.GraphModule, Sequence[Any]]] = []
     returned: list[Sequence[Any]] = [()]
 

@@ -8,8 +8,7 @@ from fuzzing import centering_left_out
 from graphs import CapturedCall
 from torch import nn
 
-import lncompile
-from lncompile.fold import Capture, FoldedModule, fold_capture
+from lncompile.fold import Capture, FoldedModule, capture_call, fold_capture
 from lncompile.options import Options
 from lncompile.signature import Signature
 
@@ -44,21 +43,17 @@ def fold_captured(model: nn.Module, call: CapturedCall) -> Folded:
         call: the call of it, with its graphs. One that is whole is not captured again.
     """
 
-    def fold() -> FoldedModule:
-        if not call.is_whole:
-            return lncompile.fold(model, **call.inputs)
+    signature = Signature((), call.inputs)
+    if call.is_whole:
         (graph,) = call.graphs
-        signature = Signature((), call.inputs)
         capture = Capture(graph.graph_module, graph.example_inputs, signature, graph.outputs, call.result)
-        return fold_capture(model, capture, Options())
-
-    try:
-        module = fold()
-    except Exception as error:
-        if call.is_whole:
-            raise
-        return Folded(refused=f"{type(error).__name__}: {error}")
+    else:
+        try:
+            capture = capture_call(model, signature)
+        except Exception as error:
+            return Folded(refused=f"{type(error).__name__}: {error}")
+    module = fold_capture(model, capture, Options())
     if not module.report.folded:
         return Folded(module=module)
     with centering_left_out():
-        return Folded(module=module, uncentered=fold())
+        return Folded(module=module, uncentered=fold_capture(model, capture, Options()))

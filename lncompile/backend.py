@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,25 +15,20 @@ from typing import Any
 
 from torch import fx
 
+from lncompile import safety_net
 from lncompile.lowering import persistent_norms, torch_private
 from lncompile.options import Options, parse_options
-from lncompile.passes.decisions import Reason
 from lncompile.passes.materialize import Materializer, give_back
 from lncompile.passes.ownership import Reader
 from lncompile.passes.parameter_identity import parameters_of
 from lncompile.passes.renewals import tell_again
-from lncompile.passes.sites import find_sites
 from lncompile.passes.uses import Use
-from lncompile.passes.verdicts import left_alone
 from lncompile.pipeline import prepare, prepare_frozen
 from lncompile.report import FoldReport
 from lncompile.unfolded import Unfolded, given_up
 from lncompile.versions import warn_if_untested
 
 log = logging.getLogger("lncompile")
-
-#: Whether a failure of our own is logged and the graph compiled untouched (True), or raised (False; our tests).
-safety_net = os.environ.get("LNCOMPILE_SAFETY_NET", "1") != "0"
 
 
 @dataclass(eq=False)
@@ -96,7 +90,7 @@ def lnfold(
         freezes = torch_private.freezes_weights(inductor_config)
         prepared = (prepare_frozen if freezes else prepare)(graph_module, example_inputs, ours, inductor_config)
     except Exception as error:
-        if not safety_net:
+        if not safety_net.enabled:
             raise
         return _untouched(graph_module, example_inputs, inductor_config, arguments, error)
     report = prepared.report
@@ -115,7 +109,7 @@ def lnfold(
     except torch_private.DynamoException:
         raise  # Dynamo talks to itself in exceptions: "start again with other assumptions"
     except Exception as error:
-        if not safety_net:
+        if not safety_net.enabled:
             raise
         return _untouched(graph_module, example_inputs, inductor_config, arguments, error)
     unfolded = Unfolded(graph_module, inductor_config) if prepared.materializer else None
@@ -141,16 +135,8 @@ def _untouched(
     error: Exception,
 ) -> Callable[..., Any]:
     """Log our failure and do what stock torch.compile does."""
-    reason = f"{type(error).__name__}: {error}"
-    log.warning("lnfold failed and compiles this graph as stock torch.compile would. Please report it: %s", reason)
-    log.debug("where it failed", exc_info=error)
-    torch_private.count("internal_errors")
-    try:
-        sites = find_sites(graph_module.graph)
-    except Exception as second:  # the failure may be in finding sites itself; it was logged above
-        log.debug("no list of sites: %s", second)
-        sites = ()
-    report = FoldReport(left_alone(sites, Reason.INTERNAL_ERROR, reason))
+    reason = safety_net.log_failure("lnfold failed and compiles this graph as stock torch.compile would", error)
+    report = safety_net.report_untouched(graph_module, reason)
     # It is not known which of its weights this graph reads as they were before they were centered for another one.
     uses: dict[int, Use] = dict.fromkeys(range(len(example_inputs)))
     give_back((value, None) for value in example_inputs)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from lncompile import safety_net
 from lncompile.backend import compiled_graphs
 from lncompile.lowering import torch_private
 from lncompile.options import parse_options
@@ -44,7 +45,13 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> FoldReport:
     reports: dict[int, FoldReport] = {}
 
     def capture(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        report = plan(graph_module, example_inputs, options, inductor)
+        try:
+            report = plan(graph_module, example_inputs, options, inductor)
+        except Exception as error:
+            if not safety_net.enabled:
+                raise
+            reason = safety_net.log_failure("lncompile.explain failed and cannot say what folds in a graph", error)
+            report = safety_net.report_untouched(graph_module, reason)
 
         def run(*arguments: Any) -> Any:
             reports[id(report)] = report

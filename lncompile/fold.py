@@ -7,22 +7,30 @@ compiler, :func:`fold` returns a module that holds them.
 
 from __future__ import annotations
 
+import copy
 import operator
+import types
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from lncompile import safety_net
 from lncompile.analysis import analyse
+from lncompile.held_weights import Weight, hold_weights
 from lncompile.lowering import torch_private
-from lncompile.options import parse_options
-from lncompile.passes.canonical import canonicalise, tensor_of
+from lncompile.options import Options, parse_options
+from lncompile.passes.copying import copy_graph_module
+from lncompile.passes.expressions import Expression
 from lncompile.passes.materialize import Stored, give_back
 from lncompile.passes.provenance import parameter_name
 from lncompile.passes.sharding import local_bytes
+from lncompile.passes.uses import remove_unread
 from lncompile.pipeline import make_report, uses_in
 from lncompile.report import FoldReport
+from lncompile.returned import Returned, Size
 from lncompile.signature import Signature
 from lncompile.transform import transform
 
@@ -31,26 +39,51 @@ class FoldedModule(nn.Module):
     """What :func:`fold` returns. It takes what the model took and returns what the model returned.
 
     Attributes:
-        folded: the rewritten graph, with the weights under the names they had in the model.
+        folded: the rewritten graph, with the weights under the names they had in the model. Where a failure of ours
+            kept us from making one, it is a copy of the model.
         report: what folded.
     """
 
-    def __init__(self, graph: fx.GraphModule, signature: Signature, report: FoldReport) -> None:
+    def __init__(self, folded: nn.Module, signature: Signature | None, report: FoldReport) -> None:
         super().__init__()
-        self.folded = graph
+        self.folded = folded
         self.report = report
         self._signature = signature
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call it like the model."""
-        return self._signature.outputs(self.folded(*self._signature.inputs(args, kwargs)))
+        if self._signature is None:
+            return self.folded(*args, **kwargs)
+        outputs = self.folded(*self._signature.inputs(args, kwargs))
+        return self._signature.outputs(outputs, args, kwargs)
+
+
+@dataclass(frozen=True)
+class Capture:
+    """One call of a model that is one graph.
+
+    Attributes:
+        graph_module: the graph, as Dynamo hands it to a backend.
+        example_inputs: the value of each of its placeholders.
+        signature: what the model was called with.
+        outputs: what the graph returned.
+        result: what the model returned; the outputs stand in it.
+    """
+
+    graph_module: fx.GraphModule
+    example_inputs: Sequence[Any]
+    signature: Signature
+    outputs: Sequence[Any]
+    result: Any
 
 
 def fold(model: nn.Module, *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> FoldedModule:
     """Return a module that computes what ``model`` does, with the LayerNorms folded that ``backend="lnfold"`` folds.
 
-    The model is captured as one graph, for inference. Its parameters are copied; the model itself stays as it is. A
-    product with one weight is an ``nn.Linear`` under that weight's name, where quantization tools look for it.
+    The model is called twice and captured as one graph, for inference. Its parameters are copied; the model itself
+    stays as it is. A product with one weight is an ``nn.Linear`` under that weight's name, where quantization tools
+    look for it. What the model writes into its buffers the folded module writes into its own. What else a call leaves
+    behind in the model, such as a tensor put into an attribute, is not computed.
 
     Args:
         model: in evaluation mode.
@@ -64,6 +97,7 @@ def fold(model: nn.Module, *args: Any, options: Mapping[str, Any] | None = None,
 
     Raises:
         ValueError: for a model in training mode.
+        RuntimeError: where Dynamo makes no graph of the model, because it is turned off.
 
     Example:
         >>> folded = lncompile.fold(model, input_ids)
@@ -73,117 +107,177 @@ def fold(model: nn.Module, *args: Any, options: Mapping[str, Any] | None = None,
     if model.training:
         raise ValueError("the model is in training mode, and folding is for inference: call model.eval() first")
     ours, _ = parse_options(None, options)
-    captured: list[tuple[fx.GraphModule, list[Any]]] = []
+    with torch.no_grad():
+        # What a first call makes and the model keeps, such as tables of a device, is there when the graph is captured.
+        model(*args, **kwargs)
+        return fold_capture(model, capture_call(model, Signature(args, kwargs)), ours)
 
-    def capture(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        captured.append((graph_module, list(example_inputs)))
-        return graph_module.forward
 
-    with torch.no_grad(), torch_private.many_recompiles(), torch_private.without_freezing():
-        signature = Signature(args, kwargs, model(*args, **kwargs))
+def capture_call(model: nn.Module, signature: Signature) -> Capture:
+    """Call a model with the example, and take its graph.
 
-        def call(*tensors: Tensor) -> list[Tensor]:
-            arguments, keywords = signature.arguments(tensors)
-            return signature.tensors_of(model(*arguments, **keywords))
+    Args:
+        model: in evaluation mode; it was called before, so that it is what it is at later calls.
+        signature: of the example.
 
-        torch.compile(call, backend=capture, fullgraph=True)(*signature.examples)
-        ((graph_module, example_inputs),) = captured
-        analysis = analyse(graph_module, example_inputs, ours)
-        transformed = transform(analysis, ours)
-        give_back((example_inputs[position], axes) for position, axes in uses_in(graph_module, transformed).items())
-        values = [e.evaluate([example_inputs[leaf] for leaf in e.leaves]) for e in transformed.expressions]
-        stored = [Stored("copy", local_bytes(value)) for value in values]
-        report = make_report(graph_module, analysis, transformed, stored, 0.0)
+    Raises:
+        RuntimeError: where Dynamo makes no graph, because it is turned off. What it cannot capture it says itself.
+    """
+    graphs: list[tuple[fx.GraphModule, Sequence[Any]]] = []
+    returned: list[Sequence[Any]] = [()]
 
-    graph = transformed.graph_module.graph
+    def backend(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        graphs.append((graph_module, list(example_inputs)))
+
+        def run(*arguments: Any) -> Any:
+            outputs = tuple(Size(value) if type(value) is int else value for value in graph_module(*arguments))
+            returned.append(outputs)
+            return outputs
+
+        return run
+
+    with torch_private.many_recompiles(), torch_private.without_freezing():
+        args, kwargs = signature.example_arguments()
+        # Code that no call has seen. Of the model's own Dynamo remembers which sizes varied, and what it gave up on and
+        # leaves to eager, whatever is asked for.
+        call = types.FunctionType(_call.__code__.replace(), _call.__globals__)
+        result = torch.compile(call, backend=backend, fullgraph=True, dynamic=False)(model, *args, **kwargs)
+    if len(graphs) != 1:
+        known = [*signature.examples, *model.parameters(), *model.buffers()]
+        leaves = [leaf for leaf in torch_private.tree_leaves(result) if isinstance(leaf, Tensor)]
+        if graphs or not all(any(leaf is tensor for tensor in known) for leaf in leaves):
+            raise RuntimeError(
+                f"Dynamo made {len(graphs)} graphs of the model, and fold() takes one; is it turned off?"
+            )
+        empty = fx.Graph()
+        empty.output(())
+        graphs.append((fx.GraphModule(nn.Module(), empty), []))
+    return Capture(*graphs[0], signature, returned[-1], result)
+
+
+def _call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    # The model is "self" in the names that Dynamo gives to what it holds.
+    return self(*args, **kwargs)
+
+
+def fold_capture(model: nn.Module, capture: Capture, options: Options) -> FoldedModule:
+    """Do what :func:`fold` does with a graph that is captured already.
+
+    Args:
+        model: what was captured, in evaluation mode.
+        capture: the graph, of a call under ``torch.no_grad()``.
+        options: our options.
+
+    Returns:
+        The folded module. Where our own code fails it is the model as it is, with nothing folded; see ``safety_net``.
+    """
+    try:
+        return _module(model, capture, _rewrite(capture, options))
+    except Exception as error:
+        if not safety_net.enabled:
+            raise
+        reason = safety_net.log_failure("lncompile.fold failed and folds nothing", error)
+    report = safety_net.report_untouched(capture.graph_module, reason)
+    try:
+        give_back((value, None) for value in capture.example_inputs)
+        return _module(model, capture, _Rewritten(copy_graph_module(capture.graph_module), (), report))
+    except Exception as error:
+        safety_net.log_failure("lncompile.fold failed again, with nothing folded, and copies the model", error)
+    return FoldedModule(copy.deepcopy(model), None, report).eval()
+
+
+@dataclass(frozen=True)
+class _Rewritten:
+    """A graph to make a module of.
+
+    Attributes:
+        graph_module: the graph. It is changed.
+        centered: what its placeholders behind those of the captured graph hold, each with the expression that makes it.
+        report: what folded.
+    """
+
+    graph_module: fx.GraphModule
+    centered: Sequence[tuple[Expression, Tensor]]
+    report: FoldReport
+
+
+def _rewrite(capture: Capture, options: Options) -> _Rewritten:
+    graph_module, inputs = capture.graph_module, capture.example_inputs
+    analysis = analyse(graph_module, inputs, options)
+    transformed = transform(analysis, options)
+    give_back((inputs[position], axes) for position, axes in uses_in(graph_module, transformed).items())
+    values: dict[tuple[Any, ...], Tensor] = {}
+    for expression in transformed.expressions:
+        if (expression.code, expression.leaves) not in values:
+            value = expression.evaluate([inputs[leaf] for leaf in expression.leaves])
+            values[expression.code, expression.leaves] = nn.Parameter(value, requires_grad=False)
+    centered = [(expression, values[expression.code, expression.leaves]) for expression in transformed.expressions]
+    stored = [Stored("copy", local_bytes(value)) for _, value in centered]
+    report = make_report(graph_module, analysis, transformed, stored, 0.0)
+    return _Rewritten(transformed.graph_module, centered, report)
+
+
+def _module(model: nn.Module, capture: Capture, rewritten: _Rewritten) -> FoldedModule:
+    """Make a module of a graph: weights are its attributes, and the rest of its inputs come from the caller."""
+    graph = rewritten.graph_module.graph
+    signature = copy.copy(capture.signature)
+    returned = Returned(capture.result, capture.outputs, signature.examples)
+    signature.start(returned)
+    names = {id(t): name for name, t in (*model.named_buffers(), *model.named_parameters()) if t is not None}
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    originals = placeholders[: len(capture.example_inputs)]
+    weights: dict[int, Weight] = {}
+    original_names = []
+    for placeholder, value in zip(originals, capture.example_inputs, strict=True):
+        name = names.get(id(value)) or parameter_name(placeholder)
+        original_names.append(name)
+        if not signature.take(placeholder, value):
+            _hold_once(weights, Weight(placeholder, value, name))
+    for placeholder, (expression, value) in zip(placeholders[len(originals) :], rewritten.centered, strict=True):
+        # Of several parameters, the one that was centered is the one of that shape.
+        shapes = [capture.example_inputs[leaf].shape for leaf in expression.leaves]
+        leaf = expression.leaves[shapes.index(value.shape) if value.shape in shapes else 0]
+        _hold_once(weights, Weight(placeholder, value, original_names[leaf], "_centered"))
+    _return_what_is_asked_for(graph, returned, weights, names)
+    remove_unread(graph)
     attributes = {
-        str(node.target): operator.attrgetter(str(node.target))(transformed.graph_module)
+        str(node.target): _own(operator.attrgetter(str(node.target))(rewritten.graph_module))
         for node in graph.nodes
         if node.op in ("get_attr", "call_module")
     }
-    weights = _Weights(model, graph, attributes)
-    for placeholder, value in zip(placeholders, example_inputs, strict=False):
-        if not signature.take(placeholder, value):
-            weights.hold(placeholder, value, weights.name(placeholder, value))
-    originals = placeholders[: len(example_inputs)]
-    for expression, placeholder, value in zip(
-        transformed.expressions, placeholders[len(example_inputs) :], values, strict=True
-    ):
-        first = expression.leaves[0]
-        name = weights.name(originals[first], example_inputs[first])
-        weights.hold(placeholder, nn.Parameter(value, requires_grad=False), name)
-    weights.make_linear_layers()
-    signature.forget_examples()
-    folded = fx.GraphModule(attributes, graph, "Folded")
+    folded = fx.GraphModule(hold_weights(graph, list(weights.values()), attributes), graph, "Folded")
     folded.graph.lint()
-    return FoldedModule(folded, signature, report).eval()
+    signature.forget_examples()
+    return FoldedModule(folded, signature, rewritten.report).eval()
 
 
-class _Weights:
-    """Puts the tensors of a graph's placeholders into the module that the graph is to become."""
+def _hold_once(weights: dict[int, Weight], weight: Weight) -> None:
+    """Hold a weight, or let the placeholder that holds the same tensor take the place of its own."""
+    known = weights.setdefault(id(weight.value), weight)
+    if known is not weight:
+        weight.placeholder.replace_all_uses_with(known.placeholder)
+        weight.placeholder.graph.erase_node(weight.placeholder)
 
-    def __init__(self, model: nn.Module, graph: fx.Graph, attributes: dict[str, Any]) -> None:
-        self._graph = graph
-        self._attributes = attributes
-        self._first = next(node for node in graph.nodes if node.op != "placeholder")
-        self._names = {
-            id(tensor): name
-            for name, tensor in (*model.named_buffers(), *model.named_parameters())
-            if tensor is not None
-        }
 
-    def name(self, placeholder: fx.Node, value: Tensor) -> str:
-        """Name of a tensor in the model."""
-        return self._names.get(id(value)) or parameter_name(placeholder).replace(" ", "_")
+def _return_what_is_asked_for(
+    graph: fx.Graph, returned: Returned, weights: dict[int, Weight], names: Mapping[int, str]
+) -> None:
+    """Let a graph return what stands in the model's result, and nothing that the model keeps for itself."""
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    (present,) = output.args
+    give_back((constant, None) for constant in returned.constants)
+    for number, constant in enumerate(returned.constants):
+        if id(constant) not in weights:
+            with graph.inserting_before(next(iter(graph.nodes))):
+                placeholder = graph.placeholder(f"returned_{number}")
+            name = names.get(id(constant), placeholder.name)
+            weights[id(constant)] = Weight(placeholder, constant, name)
+    constants = [weights[id(constant)].placeholder for constant in returned.constants]
+    output.args = ((*(present[index] for index in returned.outputs), *constants),)
 
-    def hold(self, placeholder: fx.Node, value: Any, name: str) -> None:
-        """Make a placeholder an attribute, if anything reads it; where the name is taken, ``..._centered``."""
-        if placeholder.users:
-            while name in self._attributes:
-                name += "_centered"
-            with torch_private.as_plain_tensors():
-                copy = value.detach().clone()
-            is_parameter = isinstance(value, nn.Parameter)
-            self._attributes[name] = nn.Parameter(copy, requires_grad=False) if is_parameter else copy
-            with self._graph.inserting_before(self._first):
-                attribute = self._graph.create_node("get_attr", name)
-            attribute.meta = {"example_value": placeholder.meta.get("example_value")}
-            placeholder.replace_all_uses_with(attribute)
-        self._graph.erase_node(placeholder)
 
-    def make_linear_layers(self) -> None:
-        """Turn each product with a weight that nothing else reads into a layer."""
-        for node in list(self._graph.nodes):
-            operation = canonicalise(node)
-            if operation is None or operation.name != "linear":
-                continue
-            weight, bias = operation["weight"], operation["bias"]
-            name = self._own(weight, 2)
-            if name is None or (bias is not None and self._own(bias, 1) is None):
-                continue
-            path = name.removesuffix("_centered").removesuffix(".weight")
-            while path in self._attributes or path == name:
-                path += "_linear"
-            with torch.device("meta"):
-                layer = nn.Linear(1, 1, bias is not None)
-            layer.weight = self._attributes.pop(name)
-            layer.out_features, layer.in_features = layer.weight.shape
-            if bias is not None:
-                layer.bias = self._attributes.pop(str(bias.target))
-            self._attributes[path] = layer.eval()
-            with self._graph.inserting_before(node):
-                call = self._graph.create_node("call_module", path, (operation["input"],))
-            call.meta = dict(node.meta)
-            node.replace_all_uses_with(call)
-            for unused in (node, weight, *(() if bias is None else (bias,))):
-                self._graph.erase_node(unused)
-
-    def _own(self, node: Any, rank: int) -> str | None:
-        """Name of the parameter that a node is, if it has one user and this many dimensions."""
-        if not isinstance(node, fx.Node) or node.op != "get_attr" or len(node.users) != 1:
-            return None
-        value = self._attributes.get(str(node.target))
-        tensor = tensor_of(node)
-        plain = isinstance(value, nn.Parameter) and not torch_private.is_opaque_tensor(value)
-        return str(node.target) if plain and tensor is not None and tensor.dim() == rank else None
+def _own(attribute: Any) -> Any:
+    """What a graph has as an attribute, with tensors of its own. The graphs inside of operators have none."""
+    if isinstance(attribute, fx.GraphModule):
+        return attribute
+    return attribute.detach().clone() if isinstance(attribute, Tensor) else copy.deepcopy(attribute)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from lncompile.lowering import torch_private
+from lncompile.returned import Returned
 
 
 class CallError(ValueError):
@@ -22,15 +23,13 @@ class Signature:
     Args:
         args: an example of positional arguments.
         kwargs: and of keyword arguments.
-        result: what the model returns for them.
 
     Attributes:
         examples: the tensors among the arguments, each a tensor of its own.
     """
 
-    def __init__(self, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
+    def __init__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         leaves, self._form = torch_private.tree_flatten((tuple(args), dict(kwargs)))
-        results, self._result_form = torch_private.tree_flatten(result)
         self.examples: list[Tensor] = []
         for leaf in leaves:
             if isinstance(leaf, Tensor):
@@ -40,28 +39,32 @@ class Signature:
         # Everything else is as it was at the first call.
         self._constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self._is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
-        self._result_constants = [None if isinstance(leaf, Tensor) else leaf for leaf in results]
-        self._result_is_tensor = [isinstance(leaf, Tensor) for leaf in results]
         # How each placeholder of the graph is filled: with a tensor, by position, or with a size, by its symbol.
         self._sources: list[int | tuple[str, Any]] = []
         self._shapes: dict[int, tuple[Any, ...]] = {}
         self._conditions: list[Any] = []
+        self._returned: Returned | None = None
 
     # --- the graph's side, while it is made ---
 
-    def arguments(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The model's arguments, with these tensors in them."""
-        remaining = list(tensors)
+    def example_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of the example, each tensor among them a tensor of its own."""
+        remaining = iter(self.examples)
         leaves = [
-            remaining.pop(0) if tensor else constant
+            next(remaining) if tensor else constant
             for tensor, constant in zip(self._is_tensor, self._constants, strict=True)
         ]
         arguments: tuple[tuple[Any, ...], dict[str, Any]] = torch_private.tree_unflatten(leaves, self._form)
         return arguments
 
-    def tensors_of(self, result: Any) -> list[Tensor]:
-        """The tensors in a result of the model."""
-        return [leaf for leaf in torch_private.tree_leaves(result) if isinstance(leaf, Tensor)]
+    def start(self, returned: Returned) -> None:
+        """Begin with a graph, whose placeholders are then taken one by one.
+
+        Args:
+            returned: how the model's result is made of what the graph returns.
+        """
+        self._returned = returned
+        self._sources, self._shapes, self._conditions = [], {}, []
 
     def take(self, placeholder: fx.Node, value: Any) -> bool:
         """Note how a placeholder is filled at each call; False if no argument of the caller fills it."""
@@ -122,11 +125,8 @@ class Signature:
                 raise CallError(f"this module was folded for sizes with {condition}, not {sizes}")
         return sizes
 
-    def outputs(self, results: Sequence[Tensor]) -> Any:
-        """What the model returns, from what the graph does."""
-        remaining = list(results)
-        leaves = [
-            remaining.pop(0) if tensor else constant
-            for tensor, constant in zip(self._result_is_tensor, self._result_constants, strict=True)
-        ]
-        return torch_private.tree_unflatten(leaves, self._result_form)
+    def outputs(self, results: Sequence[Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What the model returns, from what the graph does, and from the arguments as the caller gave them."""
+        assert self._returned is not None  # no graph without a start
+        leaves = torch_private.tree_leaves((tuple(args), dict(kwargs)))
+        return self._returned.result(results, [leaf for leaf in leaves if isinstance(leaf, Tensor)])

@@ -28,7 +28,7 @@ from torch._dynamo.backends.registry import lookup_backend
 from weight_writes import SEEN, UNSEEN, another_process, prepared
 
 import lncompile
-from lncompile import backend
+from lncompile import safety_net
 from lncompile.lowering import torch_private
 from lncompile.passes import rewrite
 from lncompile.passes.axes import Axes
@@ -111,7 +111,7 @@ def compiled_by(compiler: str) -> Iterator[None]:
     """Compile rewritten graphs with one of :data:`COMPILERS`, and let failures of ours through."""
     with (
         mock.patch.object(torch_private, "inductor_compile", COMPILERS[compiler][0]),
-        mock.patch.object(backend, "safety_net", False),
+        mock.patch.object(safety_net, "enabled", False),
     ):
         yield
 

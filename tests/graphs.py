@@ -16,10 +16,11 @@ from lncompile.options import Options
 
 @dataclass
 class Captured:
-    """A graph as Dynamo hands it to a backend, with its inputs."""
+    """A graph as Dynamo hands it to a backend, with its inputs, and what it returned when it was called last."""
 
     graph_module: fx.GraphModule
     example_inputs: list[Any]
+    outputs: Sequence[Any] = ()
 
     def analyse(self, options: Options | None = None, inductor: Mapping[str, Any] | None = None) -> Analysis:
         return analyse(self.graph_module, self.example_inputs, options or Options(), inductor or {})
@@ -37,6 +38,59 @@ def capture(function: Callable[..., Any], *args: Any, dynamic: bool | None = Non
     torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)(*args, **kwargs)
     assert len(captured) == 1
     return captured[0]
+
+
+@dataclass(frozen=True)
+class CapturedCall:
+    """A call of a compiled model.
+
+    Attributes:
+        graphs: every graph that Dynamo made of it (several where it breaks).
+        is_whole: whether it is one graph, with nothing between.
+        compiled: the compiled model.
+        inputs: the keyword arguments it was called with.
+        result: what it returned.
+    """
+
+    graphs: list[Captured]
+    is_whole: bool
+    compiled: Callable[..., Any]
+    inputs: Mapping[str, Any]
+    result: Any
+
+
+def capture_all(
+    function: Callable[..., Any], backend: Callable[..., Callable[..., Any]] | None = None, **inputs: Any
+) -> CapturedCall:
+    """Compile a model, call it, and keep every graph that Dynamo makes.
+
+    Args:
+        function: the model.
+        backend: what compiles each graph; the graph itself where none is given.
+        inputs: keyword arguments of the model.
+    """
+    graphs: list[Captured] = []
+
+    def recording(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        graph = Captured(graph_module, list(example_inputs))
+        graphs.append(graph)
+        compiled = graph_module.forward if backend is None else backend(graph_module, example_inputs)
+
+        def run(*arguments: Any) -> Any:
+            graph.outputs = compiled(*arguments)
+            return graph.outputs
+
+        return run
+
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    compiled = torch.compile(function, backend=recording)
+    result = compiled(**inputs)
+    # A frame that Dynamo gives up is no break: those it calls are then compiled.
+    frames = (counters["frames"]["total"], counters["frames"]["ok"])
+    is_whole = len(graphs) == 1 and frames == (1, 1) and not counters["graph_break"]
+    return CapturedCall(graphs, is_whole, compiled, inputs, result)
 
 
 def run_as_it_is(

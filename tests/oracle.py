@@ -33,7 +33,7 @@ What it cannot see:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -436,27 +436,6 @@ def _zero_mean(run: _Run, site: NormSite) -> bool:
     value = run.replaced.get((site.input, site.node), run.env[site.input]).double()
     size = float(value.square().mean().sqrt())
     return float(value.mean(site.axes.normalised_dimensions).abs().max()) <= _tolerance(run) * max(size, 1e-30)
-
-
-def capture_all(
-    function: Callable[..., Any], backend: Callable[..., Callable[..., Any]] | None = None, **inputs: Any
-) -> tuple[list[Captured], Callable[..., Any], Any]:
-    """Every graph that Dynamo makes of a model (several where it breaks), the compiled model, and its outputs.
-
-    Args:
-        function: the model.
-        backend: what compiles each graph; the graph itself where none is given.
-        inputs: keyword arguments of the model.
-    """
-    captured: list[Captured] = []
-
-    def recording(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        captured.append(Captured(graph_module, list(example_inputs)))
-        return graph_module.forward if backend is None else backend(graph_module, example_inputs)
-
-    torch._dynamo.reset()
-    compiled = torch.compile(function, backend=recording)
-    return captured, compiled, compiled(**inputs)
 
 
 class Wide(TorchFunctionMode):

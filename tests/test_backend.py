@@ -15,7 +15,7 @@ from architectures import ARCHITECTURES, TEXT, randomise, tokens
 from torch import Tensor, nn
 
 import lncompile
-from lncompile import backend, pipeline
+from lncompile import backend, pipeline, safety_net
 from lncompile.lowering import torch_private
 from lncompile.passes import provenance
 
@@ -221,7 +221,7 @@ def test_a_failure_of_ours_is_logged_and_the_graph_compiled_untouched(
         torch.compile(net, backend="lnfold")(x)
 
     torch._dynamo.reset()
-    monkeypatch.setattr(backend, "safety_net", True)
+    monkeypatch.setattr(safety_net, "enabled", True)
     compiled = torch.compile(net, backend="lnfold")
     with caplog.at_level(logging.WARNING, logger="lncompile"):
         torch.testing.assert_close(compiled(x), net(x), **TOLERANCE)
@@ -241,7 +241,7 @@ def test_inductor_refusing_our_graph_compiles_the_untouched_one(
         return stock(graph_module, example_inputs, config)
 
     monkeypatch.setattr(torch_private, "inductor_compile", refuse_ours)
-    monkeypatch.setattr(backend, "safety_net", True)
+    monkeypatch.setattr(safety_net, "enabled", True)
     net, x = model(), value()
     with caplog.at_level(logging.WARNING, logger="lncompile"):
         torch.testing.assert_close(torch.compile(net, backend="lnfold")(x), net(x), **TOLERANCE)

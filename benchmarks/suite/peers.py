@@ -12,8 +12,7 @@ from unittest import mock
 import torch
 from torch import Tensor, fx, nn
 
-import lncompile.backend
-from lncompile import transform
+from lncompile import safety_net, transform
 from lncompile.backend import lnfold
 from lncompile.lowering import NormCall, emit
 from lncompile.passes.sites import NormSite
@@ -53,7 +52,7 @@ def folded_with(norm: RmsNorm, mode: str | None = None) -> Callable[..., Callabl
         # Without the safety net, which would time stock torch.compile under the peer's name where the peer fails.
         with (
             mock.patch.object(transform, "lower_to_rms_norm", lower),
-            mock.patch.object(lncompile.backend, "safety_net", False),
+            mock.patch.object(safety_net, "enabled", False),
         ):
             return lnfold(graph_module, example_inputs, mode=mode)
 

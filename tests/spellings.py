@@ -194,19 +194,6 @@ def weight_before_the_quotient(x: Tensor) -> Tensor:
     return weight * (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True, unbiased=False) + EPS)
 
 
-SPELLINGS: list[Norm] = [
-    cohere, deberta, one_difference, powers, negative_power, reciprocal, torch_reciprocal, mean_written_twice,
-    two_differences_multiplied, upcast, variance, variance_with_correction, variance_by_position, variance_and_mean,
-    variance_and_mean_unbiased_flag, deviation_and_mean, standard_deviation, deviation_plus_epsilon, deviation_squared,
-    root_plus_epsilon, no_epsilon, sums, sums_times_a_fraction, mean_of_squares, mean_of_squares_by_sums,
-    mean_of_squares_with_two_means, dimension_put_back, dimension_put_back_by_a_view, several_dimensions, mean_of_means,
-    in_place, in_place_after_the_variance, quotient_in_place, weight_before_the_quotient,
-]  # fmt: skip
-
-
-# --- false friends ---
-
-
 def unbiased(x: Tensor) -> Tensor:
     return (x - x.mean(-1, keepdim=True)) / torch.sqrt(x.var(-1, keepdim=True) + EPS)
 
@@ -223,6 +210,214 @@ def unbiased_by_sums(x: Tensor) -> Tensor:
 
 def annotated_transformer(x: Tensor) -> Tensor:
     return (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + EPS)
+
+
+def absolute_deviation(x: Tensor) -> Tensor:
+    centered = x - x.mean(-1, keepdim=True)
+    return centered / (centered.abs().mean(-1, keepdim=True) + EPS)
+
+
+def correction_of_two(x: Tensor) -> Tensor:
+    return (x - x.mean(-1, True)) / (torch.var(x, -1, correction=2, keepdim=True) + EPS).sqrt()
+
+
+def deviation_and_mean_unbiased(x: Tensor) -> Tensor:
+    deviation, mean = torch.std_mean(x, dim=-1)
+    return (x - mean.unsqueeze(-1)) / (deviation.unsqueeze(-1) + EPS)
+
+
+def deviation_of_the_difference(x: Tensor) -> Tensor:
+    centered = x - x.mean(-1, keepdim=True)
+    return centered / (centered.std(-1, keepdim=True) + EPS)
+
+
+def variance_of_the_difference(x: Tensor) -> Tensor:
+    centered = x - x.mean(-1, keepdim=True)
+    return centered * torch.rsqrt(centered.var(-1, unbiased=False, keepdim=True) + EPS)
+
+
+def variance_clamped(x: Tensor) -> Tensor:
+    return (x - x.mean(-1, keepdim=True)) / x.var(-1, unbiased=False, keepdim=True).clamp(min=EPS).sqrt()
+
+
+def variance_at_least_epsilon(x: Tensor) -> Tensor:
+    centered = x - x.mean(-1, keepdim=True)
+    variance = torch.maximum(centered.square().mean(-1, keepdim=True), torch.full((), EPS, dtype=x.dtype))
+    return centered * variance.rsqrt()
+
+
+def deviation_clamped(x: Tensor) -> Tensor:
+    return (x - x.mean(-1, keepdim=True)) / torch.clamp_min(x.std(-1, keepdim=True), EPS)
+
+
+def weight_normalised_and_cast(x: Tensor) -> Tensor:
+    centered = -(x - x.mean(-1, keepdim=True)).to(torch.promote_types(x.dtype, torch.float32))
+    return (centered / centered.pow(2).sum(-1, keepdim=True).sqrt().expand_as(x)).to(x.dtype)
+
+
+def normalized(x: Tensor) -> Tensor:
+    return functional.normalize(x - x.mean(-1, keepdim=True), dim=-1)
+
+
+def normalized_in_another_norm(x: Tensor) -> Tensor:
+    return functional.normalize(x - x.mean(-1, keepdim=True), p=1.0, dim=1, eps=EPS) * D
+
+
+def norm_of_the_difference(x: Tensor) -> Tensor:
+    return (x - x.mean(-1, keepdim=True)) / ((x - x.mean(-1, keepdim=True)).norm(dim=-1, keepdim=True) + EPS)
+
+
+def vector_norm(x: Tensor) -> Tensor:
+    centered = x - x.mean(-1, keepdim=True)
+    return centered / torch.linalg.vector_norm(centered, dim=-1, keepdim=True).clamp_min(EPS) * D**0.5
+
+
+def norm_function(x: Tensor) -> Tensor:
+    centered = x - x.mean(-1, keepdim=True)
+    return centered * torch.norm(centered, p=2, dim=-1, keepdim=True).add(EPS).reciprocal()
+
+
+def largest_difference(x: Tensor) -> Tensor:
+    centered = x - x.mean(-1, keepdim=True)
+    return centered / (centered.abs().amax(-1, keepdim=True) + EPS)
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    return functional.rms_norm(x - x.mean(-1, keepdim=True), (D,), eps=EPS)
+
+
+def rms_norm_of_torch(x: Tensor) -> Tensor:
+    centered = x - x.mean(-1, keepdim=True)
+    return torch.rms_norm(centered, (D,), torch.full((D,), 0.7, dtype=x.dtype), EPS)
+
+
+def scaled_by(centered: Tensor) -> Tensor:
+    return centered * torch.rsqrt(centered.pow(2).mean(-1, keepdim=True) + EPS)
+
+
+def einsum_of_the_last_axis(x: Tensor) -> Tensor:
+    return scaled_by(x - torch.einsum("...d->...", x)[..., None] / D)
+
+
+def einsum_with_named_axes(x: Tensor) -> Tensor:
+    return scaled_by(x - (torch.einsum("bd->b", x) / x.shape[-1]).unsqueeze(-1))
+
+
+def einsum_with_ones(x: Tensor) -> Tensor:
+    return scaled_by(x - torch.einsum("bd,de->be", x, torch.ones(D, 1, dtype=x.dtype) / D))
+
+
+def einsum_with_a_vector_first(x: Tensor) -> Tensor:
+    return scaled_by(x - torch.einsum("d,...d", x.new_full((D,), 1 / D), x)[:, None])
+
+
+def product_with_ones(x: Tensor) -> Tensor:
+    return scaled_by(x - x @ torch.full((D, 1), 1 / D, dtype=x.dtype))
+
+
+def product_with_ones_divided_later(x: Tensor) -> Tensor:
+    return scaled_by(x - torch.matmul(x, torch.ones_like(x[0]).unsqueeze(-1)) / D)
+
+
+def product_with_a_vector(x: Tensor) -> Tensor:
+    return scaled_by(x - torch.mv(x, x.new_ones(D) / D).view(-1, 1))
+
+
+def linear_with_ones(x: Tensor) -> Tensor:
+    return scaled_by(x - functional.linear(x, torch.ones(1, D, dtype=x.dtype).div(D)))
+
+
+def scaled_before_the_sum(x: Tensor) -> Tensor:
+    return scaled_by(x - x.mul(1 / D).sum(-1, keepdim=True))
+
+
+def divided_before_the_sum(x: Tensor) -> Tensor:
+    return scaled_by(x - (x / D).sum(-1)[:, None])
+
+
+def mean_of_twice_the_tensor(x: Tensor) -> Tensor:
+    return scaled_by(x - 0.5 * (x * 2).mean(-1, keepdim=True))
+
+
+def pooled(x: Tensor) -> Tensor:
+    return scaled_by(x - functional.adaptive_avg_pool1d(x, 1))
+
+
+def pooled_in_one_window(x: Tensor) -> Tensor:
+    return scaled_by(x - functional.avg_pool1d(x, D))
+
+
+def mean_expanded(x: Tensor) -> Tensor:
+    return scaled_by(x - x.mean(-1, keepdim=True).expand_as(x))
+
+
+def mean_expanded_to_sizes(x: Tensor) -> Tensor:
+    return scaled_by(x - x.mean(-1).unsqueeze(-1).expand(-1, D))
+
+
+def negative_mean_added(x: Tensor) -> Tensor:
+    return scaled_by(x + -x.mean(-1, keepdim=True))
+
+
+def negative_mean_first(x: Tensor) -> Tensor:
+    return scaled_by((-x.mean(-1, keepdim=True)).add(x))
+
+
+def mean_added_with_alpha(x: Tensor) -> Tensor:
+    return scaled_by(torch.add(x, x.mean(-1, keepdim=True), alpha=-1))
+
+
+def sum_subtracted_with_alpha(x: Tensor) -> Tensor:
+    return scaled_by(torch.sub(x, x.sum(-1, keepdim=True), alpha=1 / D))
+
+
+def subtracted_from_the_mean(x: Tensor) -> Tensor:
+    return scaled_by(x.mean(-1, keepdim=True) - x)
+
+
+def reversed_subtraction(x: Tensor) -> Tensor:
+    return scaled_by(torch.rsub(x.mean(-1, keepdim=True), x))
+
+
+def variance_by_the_reversed_difference(x: Tensor) -> Tensor:
+    mean = x.mean(-1, keepdim=True)
+    return (x - mean) / torch.sqrt((mean - x).pow(2).mean(-1, keepdim=True) + EPS)
+
+
+def mean_in_a_wider_dtype(x: Tensor) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return scaled_by(x - x.mean(-1, keepdim=True, dtype=wide).to(x.dtype))
+
+
+def in_place_with_an_unbiased_variance(x: Tensor) -> Tensor:
+    x = x * 1.0
+    deviation = x.std(-1, keepdim=True)
+    x -= x.mean(-1, keepdim=True)
+    return x.div_(deviation + EPS)
+
+
+SPELLINGS: list[Norm] = [
+    cohere, deberta, one_difference, powers, negative_power, reciprocal, torch_reciprocal, mean_written_twice,
+    two_differences_multiplied, upcast, variance, variance_with_correction, variance_by_position, variance_and_mean,
+    variance_and_mean_unbiased_flag, deviation_and_mean, standard_deviation, deviation_plus_epsilon,
+    deviation_squared, root_plus_epsilon, no_epsilon, sums, sums_times_a_fraction, mean_of_squares,
+    mean_of_squares_by_sums, mean_of_squares_with_two_means, dimension_put_back, dimension_put_back_by_a_view,
+    several_dimensions, mean_of_means, in_place, in_place_after_the_variance, quotient_in_place,
+    weight_before_the_quotient, unbiased, unbiased_by_correction, unbiased_by_sums, annotated_transformer,
+    absolute_deviation, correction_of_two, deviation_and_mean_unbiased, deviation_of_the_difference,
+    variance_of_the_difference, variance_clamped, variance_at_least_epsilon, deviation_clamped,
+    weight_normalised_and_cast, normalized, normalized_in_another_norm, norm_of_the_difference, vector_norm,
+    norm_function, largest_difference, rms_norm, rms_norm_of_torch, einsum_of_the_last_axis, einsum_with_named_axes,
+    einsum_with_ones, einsum_with_a_vector_first, product_with_ones, product_with_ones_divided_later,
+    product_with_a_vector, linear_with_ones, scaled_before_the_sum, divided_before_the_sum,
+    mean_of_twice_the_tensor, pooled, pooled_in_one_window, mean_expanded, mean_expanded_to_sizes,
+    negative_mean_added, negative_mean_first, mean_added_with_alpha, sum_subtracted_with_alpha,
+    subtracted_from_the_mean, reversed_subtraction, variance_by_the_reversed_difference, mean_in_a_wider_dtype,
+    in_place_with_an_unbiased_variance,
+]  # fmt: skip
+
+
+# --- false friends ---
 
 
 def l2(x: Tensor) -> Tensor:
@@ -251,11 +446,6 @@ def centered_only_in_place(x: Tensor) -> Tensor:
     x = x * 1.0
     x -= x.mean(-1, keepdim=True)
     return torch.relu(x)
-
-
-def absolute_deviation(x: Tensor) -> Tensor:
-    centered = x - x.mean(-1, keepdim=True)
-    return centered / (centered.abs().mean(-1, keepdim=True) + EPS)
 
 
 def range_of_values(x: Tensor) -> Tensor:
@@ -344,10 +534,69 @@ def in_place_and_read_by_the_old_name(x: Tensor) -> Tensor:
     return x + view.flatten(1)
 
 
+def scaled_by_the_norm_of_the_tensor(x: Tensor) -> Tensor:
+    return (x - x.mean(-1, keepdim=True)) / (x.norm(dim=-1, keepdim=True) + EPS)
+
+
+def clamped_by_the_tensor(x: Tensor) -> Tensor:
+    variance = torch.maximum(x.var(-1, keepdim=True), x.abs().mean(-1, keepdim=True))
+    return (x - x.mean(-1, keepdim=True)) / variance.sqrt()
+
+
+def normalized_along_the_batch(x: Tensor) -> Tensor:
+    return functional.normalize(x - x.mean(-1, keepdim=True), dim=0)
+
+
+def product_with_too_much(x: Tensor) -> Tensor:
+    return scaled_by(x - x @ torch.full((D, 1), 1.01 / D, dtype=x.dtype))
+
+
+def product_with_ones_overwritten(x: Tensor) -> Tensor:
+    ones = torch.ones(D, 1, dtype=x.dtype)
+    ones[0] = 3.0
+    return scaled_by(x - x @ ones / D)
+
+
+def product_with_different_weights(x: Tensor) -> Tensor:
+    return scaled_by(x - x @ (torch.arange(D, dtype=x.dtype)[:, None] / 66))
+
+
+def linear_with_a_bias(x: Tensor) -> Tensor:
+    return scaled_by(x - functional.linear(x, torch.ones(1, D, dtype=x.dtype) / D, x.new_full((1,), 0.5)))
+
+
+def einsum_over_the_batch(x: Tensor) -> Tensor:
+    return scaled_by(x - torch.einsum("bd->d", x) / D)
+
+
+def einsum_of_squares(x: Tensor) -> Tensor:
+    return scaled_by(x - torch.einsum("bd,bd->b", x, x)[:, None] / D)
+
+
+def mean_of_half_the_tensor(x: Tensor) -> Tensor:
+    return scaled_by(x - (x * 0.5).mean(-1, keepdim=True))
+
+
+def mean_added(x: Tensor) -> Tensor:
+    return scaled_by(x + x.mean(-1, keepdim=True))
+
+
+def pooled_in_two_windows(x: Tensor) -> Tensor:
+    return scaled_by((x.view(-1, 2, D // 2) - functional.avg_pool1d(x, D // 2).unsqueeze(-1)).flatten(1)) + x
+
+
+def unbiased_and_put_back(x: Tensor) -> Tensor:
+    deviation, mean = torch.std_mean(x, -1, keepdim=True)
+    return (x - mean) / (deviation + EPS) * 1.1 + mean
+
+
 FALSE_FRIENDS: list[Norm] = [
-    unbiased, unbiased_by_correction, unbiased_by_sums, annotated_transformer, l2, normalize, rms, scaler,
-    centered_only, centered_only_in_place, absolute_deviation, range_of_values, variance_of_something_else,
+    l2, normalize, rms, scaler, centered_only, centered_only_in_place, range_of_values, variance_of_something_else,
     deviation_subtracted, mean_is_scaled, mean_with_alpha, sum_is_not_the_mean, sum_is_read_too,
-    squares_without_their_mean, squares_swapped, mean_of_a_square_grid_without_its_dimension, batch_norm, mean_of_all,
-    flag_in_place_of_a_dimension, overwritten_between, mean_overwritten, in_place_and_read_by_the_old_name,
+    squares_without_their_mean, squares_swapped, mean_of_a_square_grid_without_its_dimension, batch_norm,
+    mean_of_all, flag_in_place_of_a_dimension, overwritten_between, mean_overwritten,
+    in_place_and_read_by_the_old_name, scaled_by_the_norm_of_the_tensor, clamped_by_the_tensor,
+    normalized_along_the_batch, product_with_too_much, product_with_ones_overwritten,
+    product_with_different_weights, linear_with_a_bias, einsum_over_the_batch, einsum_of_squares,
+    mean_of_half_the_tensor, mean_added, pooled_in_two_windows, unbiased_and_put_back,
 ]  # fmt: skip

@@ -150,7 +150,8 @@ def find_handwritten_norms(graph: fx.Graph) -> Chains:
     for mean in means:
         if not mean.is_normalised:
             helpers[mean.moment.subject] += mean.differences
-            why.setdefault(mean.moment.subject, (mean.differences[0], mean.why_not))
+            if not any(normalisation.layer_norm for normalisation in mean.normalisations):
+                why.setdefault(mean.moment.subject, (mean.differences[0], mean.why_not))
     normalised = {mean.moment.subject for mean in means if mean.is_normalised}
     computed = _computed_by_layers(graph)
     lookalikes = [

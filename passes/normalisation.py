@@ -16,6 +16,7 @@ from torch import fx
 from lncompile.passes.canonical import Operation, canonicalise, value_of
 from lncompile.passes.decisions import Blocked
 from lncompile.passes.moments import Moment, same_shape
+from lncompile.passes.norm_calls import LAYER_NORMS
 from lncompile.passes.operands import dimensions_of, shape
 
 # What hands a difference on, element by element, to what may scale it.
@@ -33,11 +34,13 @@ class Normalisation:
         quotients: the nodes in which it, or its product with weights, is scaled by a function of the difference.
         products: the products on the way there.
         raw: a node that scales it by something that reads ``x`` itself; None where there is none.
+        layer_norm: a LayerNorm of the difference, which subtracts its mean once more; None where there is none.
     """
 
     quotients: list[fx.Node] = field(default_factory=list)
     products: list[fx.Node] = field(default_factory=list)
     raw: fx.Node | None = None
+    layer_norm: fx.Node | None = None
 
 
 class Reader:
@@ -66,6 +69,8 @@ class Reader:
                 if _is_normalisation(operation, current, moment):
                     found.quotients.append(user)
                     continue
+                if operation.name in LAYER_NORMS and operation["input"] is current:
+                    found.layer_norm = user
                 scale = _scale_of(operation, current)
                 if scale is not None and is_constant_in_rows(scale, moment):
                     reads_difference, reads_source = self._dependence(scale, moment.source, shiftless)
@@ -81,7 +86,8 @@ class Reader:
 
     def _dependence(self, node: object, source: fx.Node, shiftless: Collection[fx.Node]) -> tuple[bool, bool]:
         """Whether a value is computed from nodes that do not notice a shift, and whether it is from ``x`` otherwise."""
-        first = self._position[source]
+        sources = _casts_behind(source)
+        first = min(self._position[cast] for cast in sources)
         reads_difference = False
         waiting = [node] if isinstance(node, fx.Node) else []
         seen = set(waiting)
@@ -90,7 +96,7 @@ class Reader:
             if current in shiftless:
                 reads_difference = True
                 continue
-            if current is source:
+            if current in sources:
                 return reads_difference, True
             operation = canonicalise(current)
             if self._position[current] < first or (operation is not None and operation.name == "metadata"):
@@ -103,6 +109,17 @@ class Reader:
                     seen.add(operand)
                     waiting.append(operand)
         return reads_difference, False
+
+
+def _casts_behind(node: fx.Node) -> set[fx.Node]:
+    """A tensor, and those that it is a cast of."""
+    found = {node}
+    while (operation := canonicalise(node)) is not None and operation.name in ("cast", "to", "type_as"):
+        node = operation["input"]
+        if not isinstance(node, fx.Node):
+            break
+        found.add(node)
+    return found
 
 
 def _is_normalisation(operation: Operation, value: fx.Node, moment: Moment) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
+import torch
 from torch import fx
 
 from lncompile.passes.axes import same_size
@@ -88,34 +89,32 @@ def scaled_tensor(node: fx.Node) -> tuple[fx.Node, Number] | None:
 
 
 def total_of(node: fx.Node) -> Total | None:
-    """Read a node as ``factor · Σ_A x``, in whatever shape, before or after a number scales it."""
+    """Read a node as ``factor · Σ_A x``, in whatever shape, before or after a number scales it.
+
+    It may be cast, but to no coarser dtype than that of ``x``: a mean that was rounded more is another number.
+    """
     factor: Number = Fraction(1)
+    coarsest = 0.0
     while True:
-        node = _behind_casts(node)
-        operation = settled(node)
+        node = behind_views(node)
+        operation, tensor = settled(node), tensor_of(node)
         if operation is None or operation.in_place:
             return None
         total = summed(operation)
+        if tensor is None or not tensor.is_floating_point():
+            return None
+        coarsest = max(coarsest, torch.finfo(tensor.dtype).eps)
         if total is not None:
-            return total.scaled(factor)
+            summand = tensor_of(total.moment.source)
+            fine = summand is not None and summand.is_floating_point() and coarsest <= torch.finfo(summand.dtype).eps
+            return total.scaled(factor) if fine else None
+        if operation.name in ("cast", "to", "type_as") and isinstance(operation["input"], fx.Node):
+            node = operation["input"]
+            continue
         scaled = scaled_tensor(node)
         if scaled is None:
             return None
         node, factor = scaled[0], times(factor, scaled[1])
-
-
-def _behind_casts(node: fx.Node) -> fx.Node:
-    """What a node holds in another shape or, rounded, in another floating dtype."""
-    while True:
-        node = behind_views(node)
-        operation = settled(node)
-        if operation is None or operation.in_place or operation.name not in ("cast", "to", "type_as"):
-            return node
-        source = operation["input"]
-        tensor = tensor_of(source) if isinstance(source, fx.Node) else None
-        if tensor is None or not tensor.is_floating_point():
-            return node
-        node = source
 
 
 def mean_in_any_shape(node: fx.Node) -> Moment | None:

@@ -74,7 +74,7 @@ def difference_of(operation: Operation) -> Difference | None:
         held = expanded(operation[mean])
         total = total_of(held)
         total = None if total is None else total.of(x)
-        if total is None or not total.moment.is_kept(held) or tensor_of(operation.node) is None:
+        if total is None or not total.broadcasts(held) or tensor_of(operation.node) is None:
             continue
         if not same_shape(shape(operation.node), shape(x)):
             continue

@@ -31,7 +31,7 @@ from lncompile.passes import provenance
 from lncompile.passes.axes import Axes
 from lncompile.passes.canonical import canonicalise, tensor_of
 from lncompile.passes.differences import Difference, MeanUses, difference_of_moments, differences_in, uses_of_mean
-from lncompile.passes.moments import Moment, Subject, behind_views, correction_of, spread_of
+from lncompile.passes.moments import Moment, behind_views, correction_of, exact_origin, spread_of
 from lncompile.passes.normalisation import Normalisation, Reader, factors, varying_dimensions
 from lncompile.passes.operands import WRITTEN
 
@@ -93,6 +93,19 @@ class Chains:
     lookalikes: tuple[Lookalike, ...]
 
 
+# What a chain is of, whatever casts the author wrote: the tensor before exact casts, its dtype where it counts, and A.
+_Values = tuple[fx.Node, Axes]
+_Typed = tuple[fx.Node, torch.dtype, Axes]
+
+
+def _values(moment: Moment) -> _Values:
+    return exact_origin(moment.source), moment.axes
+
+
+def _typed(moment: Moment) -> _Typed:
+    return exact_origin(moment.source), dtype_of(moment.source), moment.axes
+
+
 @dataclass
 class _Mean:
     """A reduction, the differences that its mean serves, and how each of them is scaled."""
@@ -133,66 +146,66 @@ def find_handwritten_norms(graph: fx.Graph) -> Chains:
     if not taken:
         return Chains((), ())
     means: list[_Mean] = []
-    why: dict[Subject, tuple[Difference, str]] = {}
+    why: dict[_Values, tuple[Difference, str]] = {}
     for node in graph.nodes:
         if node not in taken:
             continue
         first, uses = taken[node][0], uses_of_mean(node)
         obstacle = _obstacle(uses, first)
         if uses is None or obstacle:
-            why.setdefault(first.subject, (first, obstacle))
+            why.setdefault(_values(first.moment), (first, obstacle))
         else:
             means.append(_Mean(node, first.moment, uses.differences))
     spreads = _spreads(graph)
     _read_scales(graph, means, spreads)
     norms = [mean for mean in means if mean.is_over_features]
-    helpers: dict[Subject, list[Difference]] = defaultdict(list)
+    helpers: dict[_Typed, list[Difference]] = defaultdict(list)
     for mean in means:
         if not mean.is_normalised:
-            helpers[mean.moment.subject] += mean.differences
+            helpers[_typed(mean.moment)] += mean.differences
             if not any(normalisation.layer_norm for normalisation in mean.normalisations):
-                why.setdefault(mean.moment.subject, (mean.differences[0], mean.why_not))
-    normalised = {mean.moment.subject for mean in means if mean.is_normalised}
+                why.setdefault(_values(mean.moment), (mean.differences[0], mean.why_not))
+    normalised = {_values(mean.moment) for mean in means if mean.is_normalised}
     computed = _computed_by_layers(graph)
     lookalikes = [
         Lookalike(difference.node, reason)
-        for subject, (difference, reason) in why.items()
-        if subject not in normalised and subject[0] in computed and _are_plainly_features(difference.moment)
+        for values, (difference, reason) in why.items()
+        if values not in normalised and values[0] in computed and _are_plainly_features(difference.moment)
     ]
     return Chains(tuple(_norms(norms, helpers, spreads)), tuple(lookalikes))
 
 
-def _read_scales(graph: fx.Graph, means: Sequence[_Mean], spreads: Mapping[Subject, Sequence[Spread]]) -> None:
+def _read_scales(graph: fx.Graph, means: Sequence[_Mean], spreads: Mapping[_Values, Sequence[Spread]]) -> None:
     """Find out what scales the differences."""
-    shiftless: dict[Subject, set[fx.Node]] = defaultdict(set)
+    shiftless: dict[_Values, set[fx.Node]] = defaultdict(set)
     for mean in means:
-        shiftless[mean.moment.subject] |= {difference.node for difference in mean.differences}
-    for subject, found in spreads.items():
-        shiftless[subject] |= {spread.node for spread in found}
+        shiftless[_values(mean.moment)] |= {difference.node for difference in mean.differences}
+    for values, found in spreads.items():
+        shiftless[values] |= {spread.node for spread in found}
     reader = Reader(graph)
     for mean in means:
-        known = shiftless[mean.moment.subject]
+        known = shiftless[_values(mean.moment)]
         mean.normalisations = [reader.normalisation_of(d.node, mean.moment, known) for d in mean.differences]
 
 
 def _norms(
-    means: Sequence[_Mean], helpers: Mapping[Subject, Sequence[Difference]], spreads: Mapping[Subject, Sequence[Spread]]
+    means: Sequence[_Mean], helpers: Mapping[_Typed, Sequence[Difference]], spreads: Mapping[_Values, Sequence[Spread]]
 ) -> Iterator[HandwrittenNorm]:
     """Put the norms together. Two of one tensor may share a variance, and the differences it is made of."""
-    served: set[Subject] = set()
+    served: set[_Values] = set()
     for mean in means:
-        subject = mean.moment.subject
+        values = _values(mean.moment)
         differences = list(mean.differences)
         own: list[Spread] = []
-        if subject not in served:  # these are exchanged once
-            differences += helpers.get(subject, ())
-            own += spreads.get(subject, ())
-            served.add(subject)
+        if values not in served:  # these are exchanged once
+            differences += helpers.get(_typed(mean.moment), ())
+            own += spreads.get(values, ())
+            served.add(values)
         for difference in differences:
             if not difference.node.meta.get(WRITTEN):
-                own += spreads.get((difference.node, mean.moment.axes), ())
+                own += spreads.get((exact_origin(difference.node), mean.moment.axes), ())
         exchanged = tuple(spread for spread in own if spread.can_be_exchanged)
-        yield HandwrittenNorm(*subject, mean.node, tuple(differences), exchanged)
+        yield HandwrittenNorm(*mean.moment.subject, mean.node, tuple(differences), exchanged)
 
 
 def _obstacle(uses: MeanUses | None, difference: Difference) -> str:
@@ -208,13 +221,13 @@ def _obstacle(uses: MeanUses | None, difference: Difference) -> str:
     return ""
 
 
-def _spreads(graph: fx.Graph) -> dict[Subject, list[Spread]]:
+def _spreads(graph: fx.Graph) -> dict[_Values, list[Spread]]:
     """The variances and deviations of a graph, by what they are of."""
-    found: dict[Subject, list[Spread]] = defaultdict(list)
+    found: dict[_Values, list[Spread]] = defaultdict(list)
     for node in graph.nodes:
         spread = _spread(node)
         if spread is not None:
-            found[spread.moment.subject].append(spread)
+            found[_values(spread.moment)].append(spread)
     return found
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from lncompile.lowering import FOLDED_STATISTIC, emit
 from lncompile.passes.canonical import canonicalise, tensor_of
 from lncompile.passes.handwritten import HandwrittenNorm, Spread, dtype_of
-from lncompile.passes.moments import squared
+from lncompile.passes.moments import exact_origin, squared
 from lncompile.passes.operands import shape
 
 
@@ -71,8 +71,9 @@ def fold_handwritten_norm(graph: fx.Graph, norm: HandwrittenNorm, centered: fx.N
         centered: the node that carries its centered input.
     """
     chain: set[fx.Node] = set()
+    sources = {difference.moment.source for difference in norm.differences}
     for node in (*(d.node for d in norm.differences), *(spread.node for spread in norm.spreads)):
-        chain |= _lines_behind(node, {norm.input, centered})
+        chain |= _lines_behind(node, {exact_origin(norm.input), norm.input, centered, *sources})
     taken: dict[fx.Node, fx.Node] = {}
     for difference in norm.differences:
         node = difference.node
@@ -83,8 +84,9 @@ def fold_handwritten_norm(graph: fx.Graph, norm: HandwrittenNorm, centered: fx.N
             copy = graph.create_node("call_function", target, (centered,), name=f"{node.name}_copy")
         copy.meta["example_value"] = tensor_of(node)
         taken[node] = copy
+    of_differences = {exact_origin(node): copy for node, copy in taken.items()}
     for spread in norm.spreads:
-        source = taken.get(spread.moment.source, centered)
+        source = of_differences.get(exact_origin(spread.moment.source), centered)
         spread.node.replace_all_uses_with(_variance(graph, spread, source))
     for node, copy in taken.items():
         node.replace_all_uses_with(copy)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from lncompile.passes.axes import Axes, Size, same_size
@@ -79,6 +80,22 @@ def viewed(node: fx.Node) -> fx.Node | None:
 
 def _is_node(item: object) -> bool:
     return isinstance(item, fx.Node)
+
+
+def exact_origin(node: fx.Node) -> fx.Node:
+    """The tensor whose values a node has, element by element: what casts to dtypes as fine or finer were made of."""
+    while (operation := settled(node)) is not None and operation.name in ("cast", "to", "type_as"):
+        source = operation["input"]
+        if operation.in_place or not isinstance(source, fx.Node) or source.meta.get(WRITTEN):
+            break
+        before, after = tensor_of(source), tensor_of(node)
+        if before is None or after is None or not (before.is_floating_point() and after.is_floating_point()):
+            break
+        narrow, wide = torch.finfo(before.dtype), torch.finfo(after.dtype)
+        if wide.eps > narrow.eps or wide.max < narrow.max:
+            break
+        node = source
+    return node
 
 
 def settled(node: fx.Node) -> Operation | None:

@@ -13,14 +13,16 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from lncompile.passes.axes import Axes, PartlyConstant
 from lncompile.passes.canonical import Operation, canonicalise, value_of
 from lncompile.passes.decisions import Blocked
 from lncompile.passes.moments import Moment, same_shape
 from lncompile.passes.norm_calls import LAYER_NORMS
-from lncompile.passes.operands import dimensions_of, shape
+from lncompile.passes.operands import dimensions_of, result_shape, shape
 
 # What hands a difference on, element by element, to what may scale it.
 _CARRIERS = frozenset("cast to type_as neg identity dropout".split())
+_VIEWS = frozenset("view reshape flatten unflatten squeeze unsqueeze".split())
 
 # Operations that read no value of their second operand.
 _LIKE_ANOTHER = frozenset("expand_as view_as type_as".split())
@@ -58,39 +60,39 @@ class Reader:
             shiftless: the nodes that read ``x`` and do not notice a shift: all differences, variances, deviations.
         """
         found = Normalisation()
-        waiting, seen = [difference], {difference}
+        waiting, seen = [(difference, moment.axes)], {difference}
         while waiting:
-            current = waiting.pop()
+            current, axes = waiting.pop()
             for user in current.users:
                 operation = canonicalise(user)
                 if operation is None or user in seen:
                     continue
                 seen.add(user)
-                if _is_normalisation(operation, current, moment):
+                if _is_normalisation(operation, current, axes):
                     found.quotients.append(user)
                     continue
                 if operation.name in LAYER_NORMS and operation["input"] is current:
                     found.layer_norm = user
                 scale = _scale_of(operation, current)
-                if scale is not None and is_constant_in_rows(scale, moment):
+                if isinstance(scale, fx.Node) and is_constant_along(scale, axes):
                     reads_difference, reads_source = self._dependence(scale, moment.source, shiftless)
                     if reads_source:
                         found.raw = found.raw or user
                     elif reads_difference:
                         found.quotients.append(user)
                         continue
-                if (scale is not None or operation.name in _CARRIERS) and _keeps_shape(user, moment):
-                    waiting.append(user)
+                moved = _moved(operation, axes) if scale is not None or operation.name in _CARRIERS | _VIEWS else None
+                if moved is not None:
+                    waiting.append((user, moved))
                     found.products += [user] if scale is not None else []
         return found
 
-    def _dependence(self, node: object, source: fx.Node, shiftless: Collection[fx.Node]) -> tuple[bool, bool]:
+    def _dependence(self, node: fx.Node, source: fx.Node, shiftless: Collection[fx.Node]) -> tuple[bool, bool]:
         """Whether a value is computed from nodes that do not notice a shift, and whether it is from ``x`` otherwise."""
         sources = _casts_behind(source)
         first = min(self._position[cast] for cast in sources)
         reads_difference = False
-        waiting = [node] if isinstance(node, fx.Node) else []
-        seen = set(waiting)
+        waiting, seen = [node], {node}
         while waiting:
             current = waiting.pop()
             if current in shiftless:
@@ -114,60 +116,64 @@ class Reader:
 def _casts_behind(node: fx.Node) -> set[fx.Node]:
     """A tensor, and those that it is a cast of."""
     found = {node}
-    while (operation := canonicalise(node)) is not None and operation.name in ("cast", "to", "type_as"):
-        node = operation["input"]
-        if not isinstance(node, fx.Node):
-            break
-        found.add(node)
+    operation = canonicalise(node)
+    while operation is not None and operation.name in ("cast", "to", "type_as"):
+        found.add(operation["input"])
+        operation = canonicalise(operation["input"])
     return found
 
 
-def _is_normalisation(operation: Operation, value: fx.Node, moment: Moment) -> bool:
+def _is_normalisation(operation: Operation, value: fx.Node, axes: Axes) -> bool:
     """Whether a call normalises the value over exactly A, and subtracts nothing."""
-    if operation.name not in ("normalize", "rms_norm") or operation["input"] is not value:
+    if operation.name not in ("normalize", "rms_norm") or operation["input"] is not value or not axes.whole:
         return False
-    rank = len(shape(value))
+    normalised = set(axes.normalised_dimensions)
     if operation.name == "rms_norm":
         sizes = operation["normalized_shape"]
         sizes = value_of(sizes) if isinstance(sizes, fx.Node) else sizes
         count = len(sizes) if isinstance(sizes, tuple | list) else 1
-        return set(moment.dimensions) == set(range(rank - count, rank))
+        return normalised == set(range(axes.rank - count, axes.rank))
     try:
-        return set(moment.dimensions) == set(dimensions_of(operation["dim"], rank))
+        return normalised == set(dimensions_of(operation["dim"], axes.rank))
     except Blocked:
         return False
+
+
+def _moved(operation: Operation, axes: Axes) -> Axes | None:
+    """``A`` on the result of an operation that keeps the elements and their order; None where it cannot be told."""
+    try:
+        result = result_shape(operation)
+    except Blocked:
+        return None
+    if operation.name in _VIEWS:
+        return axes.reshape(result)
+    # What broadcasts the difference has more elements than it.
+    value = next((node for _, node in operation.operands() if len(shape(node)) == axes.rank), None)
+    return axes if value is not None and same_shape(shape(value), result) else None
 
 
 def _scale_of(operation: Operation, value: fx.Node) -> object:
     """What an operation multiplies a value with, or divides it by; None where it does neither."""
     if operation.name == "div":
         return operation["other"] if operation["input"] is value and operation["rounding_mode"] is None else None
+    if operation.name == "addcdiv":
+        return operation["tensor2"] if operation["tensor1"] is value else None
+    if operation.name == "addcmul" and operation["input"] is not value:
+        return operation["tensor2"] if operation["tensor1"] is value else operation["tensor1"]
     if operation.name != "mul":
         return None
     return operation["other"] if operation["input"] is value else operation["input"]
 
 
-def is_constant_in_rows(node: object, moment: Moment) -> bool:
-    """Whether an operand that broadcasts against ``x`` has one value for all elements that share a mean."""
-    if not isinstance(node, fx.Node):
-        return False
+def is_constant_along(node: fx.Node, axes: Axes) -> bool:
+    """Whether an operand that broadcasts against a tensor has one value for all elements that share a mean."""
     operation = canonicalise(node)
-    if operation is not None and operation.name in ("expand", "expand_as"):
+    if operation is not None and operation.name in ("expand", "expand_as") and isinstance(operation["input"], fx.Node):
         node = operation["input"]
-        if not isinstance(node, fx.Node):
-            return False
     try:
         sizes = shape(node)
-    except Blocked:
-        return False
-    missing = moment.axes.rank - len(sizes)
-    return all(d < missing or sizes[d - missing] == 1 for d in moment.dimensions)
-
-
-def _keeps_shape(node: fx.Node, moment: Moment) -> bool:
-    try:
-        return same_shape(shape(node), shape(moment.source))
-    except Blocked:
+        return len(sizes) <= axes.rank and axes.broadcast_operand(sizes) is None
+    except (Blocked, PartlyConstant):
         return False
 
 

@@ -14,11 +14,20 @@ from fractions import Fraction
 import torch
 from torch import fx
 
-from lncompile.passes.axes import same_size
+from lncompile.passes.axes import Size, same_size
 from lncompile.passes.canonical import Key, Operation, canonicalise, tensor_of
 from lncompile.passes.decisions import Blocked
 from lncompile.passes.einsum_labels import einsum_labels
-from lncompile.passes.moments import Moment, Subject, behind_views, over_dimensions, reduction, same_shape, settled
+from lncompile.passes.moments import (
+    Moment,
+    Subject,
+    behind_views,
+    exact_origin,
+    over_dimensions,
+    reduction,
+    same_shape,
+    settled,
+)
 from lncompile.passes.operands import result_shape, shape
 from lncompile.passes.uniform import Number, cancels, inverse, number, times, uniform_value
 
@@ -32,12 +41,16 @@ class Total:
         factor: a number, or a formula in dynamic sizes.
         key: where ``x`` stands in the operation that sums it.
         node: that operation.
+        is_spread: whether it stands at every element that is summed, as after a product with a whole matrix.
+        coarsest: the largest rounding step of the dtypes that it was in since.
     """
 
     moment: Moment
     factor: Number
     key: Key
     node: fx.Node
+    is_spread: bool = False
+    coarsest: float = 0.0
 
     @property
     def subject(self) -> Subject:
@@ -46,22 +59,35 @@ class Total:
 
     @property
     def is_mean(self) -> bool:
-        """Whether it is the mean."""
-        return cancels(self.factor, self.moment.axes.count)
+        """Whether it is the mean of what is summed."""
+        return cancels(self.factor, self.moment.axes.count) and self.is_as_fine_as(self.moment.source)
+
+    def is_as_fine_as(self, source: fx.Node) -> bool:
+        """Whether it was in no coarser dtype than a tensor: a mean that was rounded more is another number."""
+        tensor = tensor_of(source)
+        return tensor is not None and tensor.is_floating_point() and self.coarsest <= torch.finfo(tensor.dtype).eps
+
+    def broadcasts(self, node: fx.Node) -> bool:
+        """Whether a node that holds it has a shape in which it broadcasts against ``x``."""
+        if self.is_spread:
+            return same_shape(shape(node), shape(self.moment.source))
+        return self.moment.is_kept(node)
 
     def scaled(self, scale: Number) -> Total:
         """It times a number."""
         return replace(self, factor=times(self.factor, scale))
 
     def of(self, source: fx.Node) -> Total | None:
-        """It as a total of ``source``, which may be scaled before it is summed; None if it is not one."""
+        """It as a total of ``source``, which may be scaled or widened before it is summed; None if it is not one."""
         total = self
-        while total.moment.source is not source:
+        origin = exact_origin(source)
+        while exact_origin(total.moment.source) is not origin:
             scaled = scaled_tensor(total.moment.source)
             if scaled is None or not same_shape(shape(scaled[0]), shape(total.moment.source)):
                 return None
             total = replace(total, moment=replace(total.moment, source=scaled[0])).scaled(scaled[1])
-        return total
+        total = replace(total, moment=replace(total.moment, source=source))
+        return total if total.is_as_fine_as(source) else None
 
 
 def scaled_tensor(node: fx.Node) -> tuple[fx.Node, Number] | None:
@@ -89,10 +115,7 @@ def scaled_tensor(node: fx.Node) -> tuple[fx.Node, Number] | None:
 
 
 def total_of(node: fx.Node) -> Total | None:
-    """Read a node as ``factor · Σ_A x``, in whatever shape, before or after a number scales it.
-
-    It may be cast, but to no coarser dtype than that of ``x``: a mean that was rounded more is another number.
-    """
+    """Read a node as ``factor · Σ_A x``, in whatever shape, before or after a number scales it or a cast."""
     factor: Number = Fraction(1)
     coarsest = 0.0
     while True:
@@ -105,9 +128,7 @@ def total_of(node: fx.Node) -> Total | None:
             return None
         coarsest = max(coarsest, torch.finfo(tensor.dtype).eps)
         if total is not None:
-            summand = tensor_of(total.moment.source)
-            fine = summand is not None and summand.is_floating_point() and coarsest <= torch.finfo(summand.dtype).eps
-            return total.scaled(factor) if fine else None
+            return replace(total.scaled(factor), coarsest=coarsest)
         if operation.name in ("cast", "to", "type_as") and isinstance(operation["input"], fx.Node):
             node = operation["input"]
             continue
@@ -120,7 +141,7 @@ def total_of(node: fx.Node) -> Total | None:
 def mean_in_any_shape(node: fx.Node) -> Moment | None:
     """Read a node as ``mean_A(x)``, in whatever shape."""
     total = total_of(node)
-    return total.moment if total is not None and total.is_mean else None
+    return total.moment if total is not None and total.is_mean and not total.is_spread else None
 
 
 # --- the operations that sum ---
@@ -173,21 +194,28 @@ def _product(operation: Operation) -> Total | None:
         return None
     rows, columns = shape(left), shape(right)
     if (factor := uniform_value(right)) is not None and rows:
-        kept = (*rows[:-1], 1) if len(columns) > 1 else rows[:-1]
-        same = same_shape(result_shape(operation), kept)
-        return _total(operation, over_dimensions(left, -1), factor) if same else None
+        repeated = columns[-1:] if len(columns) > 1 else ()
+        same = same_shape(result_shape(operation), (*rows[:-1], *repeated))
+        return _spread(_total(operation, over_dimensions(left, -1), factor), repeated) if same else None
     if (factor := uniform_value(left)) is not None and len(columns) > 1:
-        kept = (*columns[:-2], 1, columns[-1]) if len(rows) > 1 else (*columns[:-2], columns[-1])
+        kept = (*columns[:-2], rows[-2], columns[-1]) if len(rows) > 1 else (*columns[:-2], columns[-1])
         same = same_shape(result_shape(operation), kept)
-        return _total(operation, over_dimensions(right, -2), factor, ("other", None)) if same else None
+        total = _total(operation, over_dimensions(right, -2), factor, ("other", None)) if same else None
+        return _spread(total, rows[-2:-1])
     return None
+
+
+def _spread(total: Total | None, repeated: tuple[Size, ...]) -> Total | None:
+    """A total that a matrix repeats as often as it says."""
+    return None if total is None else replace(total, is_spread=any(size != 1 for size in repeated))
 
 
 def _linear(operation: Operation) -> Total | None:
     factor = uniform_value(operation["weight"])
-    if factor is None or operation["bias"] is not None or shape(operation["weight"])[:-1] not in ((1,), ()):
+    if factor is None or operation["bias"] is not None:
         return None
-    return _total(operation, over_dimensions(operation["input"], -1), factor)
+    total = _total(operation, over_dimensions(operation["input"], -1), factor)
+    return _spread(total, shape(operation["weight"])[:-1])
 
 
 def _einsum(operation: Operation) -> Total | None:

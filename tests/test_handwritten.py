@@ -9,16 +9,20 @@ from collections.abc import Callable
 import pytest
 import torch
 from architectures import TEXT, causal, hf, randomise
+from false_friends import (
+    FALSE_FRIENDS,
+    centered_only,
+    centered_only_in_place,
+    squares_are_read_too,
+    variance_of_something_else,
+)
 from graphs import capture
 from spellings import (
     EPS,
-    FALSE_FRIENDS,
     SPELLINGS,
     D,
     Norm,
     annotated_transformer,
-    centered_only,
-    centered_only_in_place,
     cohere,
     dimension_put_back,
     divided_before_the_sum,
@@ -31,13 +35,11 @@ from spellings import (
     product_with_ones_divided_later,
     rms_norm,
     scaled_by,
-    squares_are_read_too,
     subtracted_from_the_mean,
     sum_subtracted_with_alpha,
     sums,
     unbiased,
     variance_and_mean,
-    variance_of_something_else,
 )
 from torch import Tensor, nn
 from torch.nn import functional
@@ -349,6 +351,7 @@ WHY: dict[str, str] = {
     "clamped_by_the_tensor": "reads the tensor itself and not the difference alone: truediv",
     "flag_in_place_of_a_dimension": "reads the tensor itself and not the difference alone: truediv",
     "squares_swapped": "the mean is not only subtracted",
+    "view_across_the_rows": "nothing scales the difference by a function of the difference",
     "overwritten_between": "written to before the mean is subtracted",
 }
 
@@ -363,7 +366,7 @@ def test_false_friends_are_listed_with_the_reason(norm: Norm) -> None:
     for difference in report.differences:
         assert expected is not None
         assert expected in difference.detail
-        assert difference.location.startswith("spellings.py:")
+        assert difference.location.startswith("false_friends.py:")
         assert expected in " ".join(str(report).split())
 
 

@@ -17,17 +17,18 @@ from lncompile.passes.affine import Absorption, parameters_centered_for, plan_ab
 from lncompile.passes.budget import Budgeted, limit_in_bytes, place_within
 from lncompile.passes.copying import copy_graph_module
 from lncompile.passes.costs import CostModel
-from lncompile.passes.decisions import PartKind, Reason, Site, Stream, StreamPart
+from lncompile.passes.decisions import PartKind, Reason, Site, Stream, StreamPart, UnrecognisedDifference
 from lncompile.passes.deferral import Deferral, plan_deferrals
 from lncompile.passes.expand import EXPANDED_FROM, closed_norms, expand_opaque_layers, find_opaque_layers
 from lncompile.passes.graph_facts import GraphFacts, trained_parameter, turns_gradients_on
+from lncompile.passes.handwritten import find_handwritten_norms
 from lncompile.passes.matrix_vector import MatrixVectors, plan_matrix_vectors
 from lncompile.passes.placement import Placement, place
 from lncompile.passes.sites import NormSite, find_sites
 from lncompile.passes.stream_map import map_streams
 from lncompile.passes.streams import Variable, VariableKey, build_streams
 from lncompile.passes.subgraphs import norms_in_subgraphs
-from lncompile.passes.verdicts import judge, left_alone, say_lowering
+from lncompile.passes.verdicts import describe_lookalikes, judge, left_alone, say_lowering
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Analysis:
         absorptions: norms whose γ and β go into the linear layers that read them.
         deferrals: norms whose scale goes behind these layers.
         matrix_vectors: products of one row that become sums, and norms that go into them.
+        differences: differences from a mean that are not recognised as norms.
     """
 
     graph_module: fx.GraphModule
@@ -61,6 +63,7 @@ class Analysis:
     absorptions: tuple[Absorption, ...] = ()
     deferrals: tuple[Deferral, ...] = ()
     matrix_vectors: MatrixVectors = field(default_factory=MatrixVectors)
+    differences: tuple[UnrecognisedDifference, ...] = ()
 
 
 def analyse(
@@ -150,7 +153,8 @@ def _analyse_expanded(
     trained = trained_parameter(copy.graph, example_inputs)
     # Facts before sites: what is written to in place decides what is read as a chain.
     facts = GraphFacts(copy.graph, example_inputs, training=trained is not None)
-    sites = tuple(find_sites(copy.graph))
+    chains = find_handwritten_norms(copy.graph)
+    sites, differences = tuple(find_sites(copy.graph, chains)), describe_lookalikes(chains.lookalikes)
     detail = ""
     if turns_gradients_on(copy.graph):
         detail = "the model is called without gradients and turns them on inside; turn them on around the call"
@@ -160,7 +164,8 @@ def _analyse_expanded(
             "torch.no_grad() or torch.inference_mode() to fold its norms"
         )
     if detail:
-        return Analysis(copy, sites, left_alone(sites, Reason.TRAINING, detail), {}, None)
+        verdicts = left_alone(sites, Reason.TRAINING, detail)
+        return Analysis(copy, sites, verdicts, {}, None, differences=differences)
     costs = CostModel(training=trained is not None, weighs_weights=options.training == "auto")
     variables = build_streams(sites, facts, costs)
     budgeted: Budgeted | None = None
@@ -202,4 +207,5 @@ def _analyse_expanded(
         absorptions=absorptions,
         deferrals=deferrals,
         matrix_vectors=one_row,
+        differences=differences,
     )

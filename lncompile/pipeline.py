@@ -180,6 +180,7 @@ def make_report(
         seconds,
         budgeted.budget if budgeted else None,
         analysis.streams,
+        analysis.differences,
     )
 
 

@@ -15,7 +15,15 @@ from rich.table import Table
 from rich.text import Text
 
 from lncompile.passes.budget import amount
-from lncompile.passes.decisions import REMEDIES, MemoryBudget, RuntimeCentering, Site, Stream, WeightRewrite
+from lncompile.passes.decisions import (
+    REMEDIES,
+    MemoryBudget,
+    RuntimeCentering,
+    Site,
+    Stream,
+    UnrecognisedDifference,
+    WeightRewrite,
+)
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,8 @@ class FoldReport:
         memory_budget: the limit on centered copies and what they would take without it, where one was set; of several
             graphs the sums.
         streams: what is added into each residual stream and which norms read it, for drawing; see :meth:`to_html`.
+        differences: where a mean of features is subtracted and no LayerNorm is recognised, with why. They are not
+            counted in ``total``: they may be anything.
 
     Example:
         >>> report = lncompile.explain(model, input_ids)
@@ -45,6 +55,7 @@ class FoldReport:
     seconds: float = 0.0
     memory_budget: MemoryBudget | None = None
     streams: tuple[Stream, ...] = ()
+    differences: tuple[UnrecognisedDifference, ...] = ()
 
     @property
     def total(self) -> int:
@@ -67,6 +78,8 @@ class FoldReport:
         for site, verdict in zip(data["sites"], self.sites, strict=True):
             site["reason"] = verdict.reason.value if verdict.reason is not None else None
             site["remedy"] = verdict.remedy
+        for entry, difference in zip(data["differences"], self.differences, strict=True):
+            entry["reason"], entry["remedy"] = difference.reason.value, difference.remedy
         return {"total": self.total, "folded": self.folded, "extra_bytes": self.extra_bytes, **data}
 
     def to_html(self, title: str = "", description: str = "") -> str:
@@ -91,13 +104,26 @@ class FoldReport:
 
     def __rich_console__(self, console: Console, options: Any) -> Iterable[Any]:
         """How rich prints it; ``print(report)`` gives the same without colours."""
-        if not self.sites:
-            yield Text("No LayerNorm in the graph: it goes to Inductor as it is.")
-            return
-        table = Table(box=None, pad_edge=False)
-        for header in ("site", "at", "lowered to"):
-            table.add_column(header, no_wrap=True)
-        table.add_column("why", overflow="fold")
+        yield from self._sites_in_words() if self.sites else [Text(self.nothing_to_fold())]
+        if self.differences:
+            table = _table("difference from a mean", "at")
+            for difference in self.differences:
+                why = Text(f"{difference.reason.value}: {difference.detail}")
+                table.add_row(Text(difference.name), Text(difference.location), why)
+            yield table
+            for reason in dict.fromkeys(difference.reason for difference in self.differences):
+                yield Text(f"{reason.value} would be a LayerNorm with {REMEDIES[reason]}")
+
+    def nothing_to_fold(self) -> str:
+        """One line, for a report without LayerNorms."""
+        if not self.differences:
+            return "No LayerNorm in the graph: it goes to Inductor as it is."
+        count = len(self.differences)
+        taken = "1 difference from a mean is" if count == 1 else f"{count} differences from a mean are"
+        return f"No LayerNorm is recognised in the graph, which goes to Inductor as it is; {taken} taken in it:"
+
+    def _sites_in_words(self) -> Iterable[Any]:
+        table = _table("site", "at", "lowered to")
         for site in self.sites:
             reason = "" if site.reason is None else f"{site.reason.value}: "
             style = "green" if site.folded else "yellow"
@@ -143,6 +169,15 @@ class FoldReport:
         return words + "."
 
 
+def _table(*headers: str) -> Table:
+    """A table with these columns and one that says why."""
+    table = Table(box=None, pad_edge=False)
+    for header in headers:
+        table.add_column(header, no_wrap=True)
+    table.add_column("why", overflow="fold")
+    return table
+
+
 def merge(reports: Iterable[FoldReport]) -> FoldReport:
     """Put the reports of several graphs together; a weight that several graphs share counts once."""
     listed = list(reports)
@@ -165,6 +200,7 @@ def merge(reports: Iterable[FoldReport]) -> FoldReport:
         tuple(
             _moved(stream, first) for report, first in zip(listed, before, strict=False) for stream in report.streams
         ),
+        tuple(difference for report in listed for difference in report.differences),
     )
 
 

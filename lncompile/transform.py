@@ -14,7 +14,7 @@ from lncompile.passes.affine import absorb
 from lncompile.passes.canonical import tensor_of
 from lncompile.passes.deferral import defer
 from lncompile.passes.expressions import Expression, closure, hoist
-from lncompile.passes.handwritten import fold_handwritten_norm
+from lncompile.passes.handwritten_fold import fold_handwritten_norm
 from lncompile.passes.matrix_vector import copy_transposed, write_as_sums
 from lncompile.passes.norm_calls import WITH_STATISTICS
 from lncompile.passes.rewrite import rewrite
@@ -59,7 +59,7 @@ def transform(analysis: Analysis, options: Options) -> Transformed:
         # changed now, with the input exchanged in one place and the raw mean in another.
         for site in analysis.placement.folded:
             if site.handwritten is not None:
-                fold_handwritten_norm(graph, site.handwritten, _input(site))
+                fold_handwritten_norm(graph, site.handwritten, site.current_input)
         absorbed = absorb(graph, analysis.absorptions, rewritten.weights)
         # Taking a mean out may have taken with it what was centered for the mean alone, and where parts of a weight are
         # read together the copies of single parts have no reader.
@@ -81,14 +81,9 @@ def transform(analysis: Analysis, options: Options) -> Transformed:
     return Transformed(graph_module, tuple(expressions), tuple(in_graph))
 
 
-def _input(site: NormSite) -> fx.Node:
-    # Read from the node, not from the site: the rewrite may have exchanged the input.
-    return next(node for key, node in site.current().operands() if key == ("input", None))
-
-
 def _call(site: NormSite) -> NormCall:
     operation = site.current()
-    stream, tensor = _input(site), tensor_of(site.input)
+    stream, tensor = site.current_input, tensor_of(site.input)
     assert tensor is not None  # what find_sites requires of a site
     one_axis = site.groups is None and len(site.normalized_shape) == 1
     # The result may take the memory of a stream that nobody else reads, unless slices of it are read side by side.

@@ -39,6 +39,8 @@ class Reason(enum.Enum):
     TRAINING = "training"
     #: The weights change or move at nearly every call, and centering them anew would cost more than folding saves.
     MOVING_WEIGHTS = "moving_weights"
+    #: A mean is subtracted, but that is not recognised as a LayerNorm: said of a difference, which is not a site.
+    UNRECOGNISED = "unrecognised"
     #: Our own passes failed; the graph was compiled untouched.
     INTERNAL_ERROR = "internal_error"
 
@@ -64,6 +66,8 @@ REMEDIES: dict[Reason, str] = {
     Reason.TRAINING: "more tokens a step, lnfold.training='on' whatever it costs, or, to predict, a call under "
     "torch.no_grad() or torch.inference_mode()",
     Reason.MOVING_WEIGHTS: "weights that stay where they are between calls (no offloading)",
+    Reason.UNRECOGNISED: "a mean that is subtracted and not used otherwise, and a difference that is multiplied or "
+    "divided by a function of itself (its deviation, its root mean square, its norm)",
     Reason.INTERNAL_ERROR: "a fix of ours: please report it with the log",
 }
 
@@ -121,6 +125,28 @@ class Site:
     def remedy(self) -> str | None:
         """What would let the site fold, in words; None for one that folds."""
         return None if self.reason is None else REMEDIES[self.reason]
+
+
+@dataclass(frozen=True)
+class UnrecognisedDifference:
+    """A difference from the mean of the features that is not recognised as a LayerNorm. It stays as it is.
+
+    Attributes:
+        name: module path and the graph's own name of the difference, as of a :class:`Site`.
+        location: ``"file.py:line"`` of the subtraction in the model's source, or ``""``.
+        reason: why it is not recognised.
+        detail: the reason in words, naming the operation in the way.
+    """
+
+    name: str
+    location: str
+    reason: Reason
+    detail: str
+
+    @property
+    def remedy(self) -> str:
+        """What would let it be recognised, in words."""
+        return REMEDIES[self.reason]
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,8 @@ def rewrite(
     for site in placement.folded:
         source = done.centered[(site.input, site.axes)]
         if source is not site.input:
-            site.operation.replace({("input", None): source})
+            for operation, place in site.places:
+                operation.replace({place: source})
     for node in done.dead:
         graph.erase_node(node)
     return done

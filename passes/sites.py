@@ -11,9 +11,9 @@ from torch import fx
 
 from lncompile.passes import provenance
 from lncompile.passes.axes import Axes
-from lncompile.passes.canonical import Operation, canonicalise, tensor_of, value_of
+from lncompile.passes.canonical import Key, Operation, canonicalise, tensor_of, value_of
 from lncompile.passes.decisions import Blocked
-from lncompile.passes.handwritten import HandwrittenNorm, find_handwritten_norms
+from lncompile.passes.handwritten import Chains, HandwrittenNorm, find_handwritten_norms
 from lncompile.passes.norm_calls import (
     GROUP_NORMS,
     LAYER_NORMS,
@@ -43,6 +43,21 @@ class NormSite:
     def node(self) -> fx.Node:
         """The call's node."""
         return self.operation.node
+
+    @property
+    def places(self) -> Sequence[tuple[Operation, Key]]:
+        """Where its input stands: in the call, or in the differences of a chain."""
+        if self.handwritten is None:
+            return [(self.operation, ("input", None))]
+        return [(difference.operation, difference.source) for difference in self.handwritten.differences]
+
+    @property
+    def current_input(self) -> fx.Node:
+        """Its input as it stands in the graph now, after rewrites."""
+        operation, place = self.places[0]
+        current = canonicalise(operation.node)
+        assert current is not None  # it was one when the site was found, and rewrites only exchange operands
+        return next(node for key, node in current.operands() if key == place)
 
     def current(self) -> Operation:
         """The call as it stands in the graph now, after rewrites."""
@@ -87,23 +102,28 @@ class NormSite:
         return dtype
 
 
-def find_sites(graph: fx.Graph) -> Sequence[NormSite]:
+def find_sites(graph: fx.Graph, chains: Chains | None = None) -> Sequence[NormSite]:
     """Return every LayerNorm of the graph, in order: calls in any spelling, and chains written by hand.
+
+    Args:
+        graph: the graph.
+        chains: what :func:`.find_handwritten_norms` finds in it, where that is known.
 
     A call whose input is no floating-point tensor of known shape is left out, it is no site for anybody; so is one
     whose mean is read (``native_layer_norm`` returns it) or whose output is not, and a group norm with spatial extent.
     """
     sites = []
-    handwritten = {norm.mean: norm for norm in find_handwritten_norms(graph)}
+    chains = find_handwritten_norms(graph) if chains is None else chains
+    handwritten = {norm.mean: norm for norm in chains.norms}
     for node in graph.nodes:
         operation = canonicalise(node)
         if operation is not None and node in handwritten:
             norm = handwritten[node]
-            sites.append(NormSite(operation, norm.input, norm.axes, _site_name(node), provenance.location(node), norm))
+            sites.append(NormSite(operation, norm.input, norm.axes, site_name(node), provenance.location(node), norm))
             continue
         axes = _axes_of_call(operation) if operation is not None else None
         if operation is not None and axes is not None:
-            sites.append(NormSite(operation, operation["input"], axes, _site_name(node), provenance.location(node)))
+            sites.append(NormSite(operation, operation["input"], axes, site_name(node), provenance.location(node)))
     return sites
 
 
@@ -123,7 +143,8 @@ def _axes_of_call(operation: Operation) -> Axes | None:
         return None
 
 
-def _site_name(node: fx.Node) -> str:
+def site_name(node: fx.Node) -> str:
+    """What a report calls the norm that a node is, or stands in."""
     given = node.meta.get(SITE_NAME)
     if given:
         return str(given)

@@ -115,7 +115,10 @@ def build_streams(
         ``successors`` of one that can be shifted.
     """
     differences = {
-        node: site.axes for site in sites if site.handwritten is not None for node in site.handwritten.differences
+        difference.node: site.axes
+        for site in sites
+        if site.handwritten is not None
+        for difference in site.handwritten.differences
     }
     explorer = _Explorer(facts, costs or CostModel(), differences)
     explorer.explore((site.input, site.axes) for site in sites)

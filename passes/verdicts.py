@@ -11,9 +11,10 @@ from torch import fx
 from lncompile.passes import provenance
 from lncompile.passes.affine import Absorption
 from lncompile.passes.costs import NOTHING, CostModel
-from lncompile.passes.decisions import Blocker, Reason, RuntimeCentering, Site
+from lncompile.passes.decisions import Blocker, Reason, RuntimeCentering, Site, UnrecognisedDifference
+from lncompile.passes.handwritten import Lookalike
 from lncompile.passes.placement import Placement, benefit
-from lncompile.passes.sites import NormSite
+from lncompile.passes.sites import NormSite, site_name
 from lncompile.passes.streams import Variable, VariableKey, describe_blocker, first_blocker
 
 
@@ -47,6 +48,14 @@ def judge(
 def left_alone(sites: Sequence[NormSite], reason: Reason, detail: str) -> tuple[Site, ...]:
     """Return verdicts for a graph that is compiled untouched for one reason."""
     return tuple(Site(s.name, s.location, False, "layer_norm", reason, detail, ()) for s in sites)
+
+
+def describe_lookalikes(lookalikes: Sequence[Lookalike]) -> tuple[UnrecognisedDifference, ...]:
+    """Return what the report says of the differences from a mean that are not recognised as norms, in order."""
+    return tuple(
+        UnrecognisedDifference(site_name(found.node), provenance.location(found.node), Reason.UNRECOGNISED, found.why)
+        for found in lookalikes
+    )
 
 
 def say_lowering(

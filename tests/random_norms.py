@@ -70,7 +70,10 @@ def handwritten_norm(w: Writer) -> str | None:
         f"{x}.mean(-1)[..., None]", f"{x}.mean(-1).unsqueeze(-1)", f"{x}.sum(-1, keepdim=True) / {width}",
         f"{x}.sum(-1, True) * (1 / {width})", f"({x}.sum(-1) / {width}).unsqueeze(-1)",
         f"torch.var_mean({x}, -1, keepdim=True)[1]", f"torch.std_mean({x}, -1, correction=0)[1][..., None]",
-        f"{x}.sum(-1, keepdim=True) / {width + 1}",
+        f"{x}.sum(-1, keepdim=True) / {width + 1}", f"torch.einsum('...d->...', {x})[..., None] / {width}",
+        f"{x} @ torch.full(({width}, 1), 1 / {width}, dtype={x}.dtype)", f"({x} / {width}).sum(-1, keepdim=True)",
+        f"F.linear({x}, torch.ones(1, {width}, dtype={x}.dtype)) / {width}", f"2 * ({x} * 0.5).mean(-1, keepdim=True)",
+        f"{x}.mean(-1, keepdim=True).expand_as({x})", f"{x} @ {w.parameter((width, 1))}",
     ]))  # fmt: skip
     if w.chance(6):
         w.do(w.pick([f"{mean} *= 0.5", f"{mean}.mul_(0.5)", f"{x}[:1] = 0.5", f"{x} += 1"]), x)
@@ -80,7 +83,10 @@ def handwritten_norm(w: Writer) -> str | None:
         if difference is not None and not w.chance(3):
             w.forget(x)
     else:
-        difference = mean and w.let(f"{x} - {mean}")
+        difference = mean and w.let(w.pick([
+            f"{x} - {mean}", f"{x} - {mean}", f"{x} - {mean}", f"{x} + -{mean}", f"torch.add({x}, {mean}, alpha=-1)",
+            f"{mean} - {x}", f"torch.rsub({mean}, {x})", f"{x} + {mean}",
+        ]))  # fmt: skip
     variance = difference and w.let(w.pick([
         f"{difference}.pow(2).mean(-1, keepdim=True)", f"torch.mean({difference} * {difference}, dim=-1, keepdim=True)",
         f"({difference} ** 2).mean(-1, True)", f"{x}.var(-1, keepdim=True, unbiased=False)", f"{x}.var(-1, keepdim=True)",
@@ -88,6 +94,11 @@ def handwritten_norm(w: Writer) -> str | None:
         f"{x}.std(-1, correction=0, keepdim=True) ** 2", f"torch.var_mean({x}, -1, correction=0)[0].unsqueeze(-1)",
         f"({x} * {x}).mean(-1, True) - {mean} * {mean}", f"({x}.pow(2).sum(-1, True) / {width} - {mean} ** 2).abs()",
         f"{x}.square().mean(-1, True) - {x}.mean(-1, True) ** 2", f"({difference} * {difference}).sum(-1, True) / {width - 1}",
+        f"{difference}.var(-1, keepdim=True)", f"{x}.std(-1, keepdim=True).clamp(min=0.01) ** 2",
+        f"{difference}.norm(dim=-1, keepdim=True)", f"torch.linalg.vector_norm({difference}, 2, -1, True).square()",
+        f"torch.var({x}, -1, correction=2, keepdim=True).abs()" if width > 2 else f"{x}.var(-1, keepdim=True)",
+        f"{difference}.abs().amax(-1, keepdim=True)", f"{x}.norm(dim=-1, keepdim=True)",
+        f"torch.maximum({x}.var(-1, keepdim=True), {difference}.abs().mean(-1, True))",
     ]))  # fmt: skip
     if variance is not None and float(w.tensor(variance).detach().min()) < SMALLEST_VARIANCE:
         return None
@@ -99,6 +110,13 @@ def handwritten_norm(w: Writer) -> str | None:
         return difference
     if w.chance(4):
         return w.let(f"{difference}.div_(torch.sqrt({variance} + 1e-5)) * {w.parameter((w.shape(x)[-1],))}")
+    if w.chance(4):
+        return w.let(w.pick([
+            f"F.normalize({difference}, dim=-1)", f"F.normalize({difference}, 1.0, -1, 1e-3) * 2",
+            f"F.rms_norm({difference}, ({width},), {w.parameter((width,))}, 1e-3)",
+            f"torch.rms_norm({difference}, ({width},)) * {w.parameter((width,))}",
+            f"{difference} / ({difference}.norm(dim=-1, keepdim=True) + 1e-3)", f"F.normalize({difference}, dim=0)",
+        ]))  # fmt: skip
     y = w.let(w.pick([
         f"{difference} * {root}", f"{difference} / ({variance} + 1e-5).sqrt()", f"{root} * {difference}",
         f"{difference} / ({variance}.sqrt() + 1e-3)", f"{difference} * (1 / torch.sqrt({variance} + 1e-5))",

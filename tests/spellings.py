@@ -1,4 +1,4 @@
-"""LayerNorms as people write them by hand, and what looks like one and is none."""
+"""LayerNorms as people write them by hand: a difference from the mean, scaled by a function of the difference."""
 
 from __future__ import annotations
 
@@ -194,19 +194,6 @@ def weight_before_the_quotient(x: Tensor) -> Tensor:
     return weight * (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True, unbiased=False) + EPS)
 
 
-SPELLINGS: list[Norm] = [
-    cohere, deberta, one_difference, powers, negative_power, reciprocal, torch_reciprocal, mean_written_twice,
-    two_differences_multiplied, upcast, variance, variance_with_correction, variance_by_position, variance_and_mean,
-    variance_and_mean_unbiased_flag, deviation_and_mean, standard_deviation, deviation_plus_epsilon, deviation_squared,
-    root_plus_epsilon, no_epsilon, sums, sums_times_a_fraction, mean_of_squares, mean_of_squares_by_sums,
-    mean_of_squares_with_two_means, dimension_put_back, dimension_put_back_by_a_view, several_dimensions, mean_of_means,
-    in_place, in_place_after_the_variance, quotient_in_place, weight_before_the_quotient,
-]  # fmt: skip
-
-
-# --- false friends ---
-
-
 def unbiased(x: Tensor) -> Tensor:
     return (x - x.mean(-1, keepdim=True)) / torch.sqrt(x.var(-1, keepdim=True) + EPS)
 
@@ -225,129 +212,238 @@ def annotated_transformer(x: Tensor) -> Tensor:
     return (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + EPS)
 
 
-def l2(x: Tensor) -> Tensor:
-    return x / x.norm(dim=-1, keepdim=True)
-
-
-def normalize(x: Tensor) -> Tensor:
-    return functional.normalize(x, dim=-1)
-
-
-def rms(x: Tensor) -> Tensor:
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS)
-
-
-def scaler(x: Tensor) -> Tensor:
-    mean = x.mean(-1, keepdim=True)
-    centered = x - mean
-    return centered / torch.sqrt((centered**2).mean(-1, keepdim=True) + EPS) + mean
-
-
-def centered_only(x: Tensor) -> Tensor:
-    return torch.relu(x - x.mean(-1, keepdim=True))
-
-
-def centered_only_in_place(x: Tensor) -> Tensor:
-    x = x * 1.0
-    x -= x.mean(-1, keepdim=True)
-    return torch.relu(x)
-
-
 def absolute_deviation(x: Tensor) -> Tensor:
     centered = x - x.mean(-1, keepdim=True)
     return centered / (centered.abs().mean(-1, keepdim=True) + EPS)
 
 
-def range_of_values(x: Tensor) -> Tensor:
-    return (x - x.mean(-1, keepdim=True)) / (x.amax(-1, keepdim=True) - x.amin(-1, keepdim=True) + EPS)
+def correction_of_two(x: Tensor) -> Tensor:
+    return (x - x.mean(-1, True)) / (torch.var(x, -1, correction=2, keepdim=True) + EPS).sqrt()
 
 
-def variance_of_something_else(x: Tensor) -> Tensor:
-    return (x - x.mean(-1, keepdim=True)) / torch.sqrt(torch.relu(x).var(-1, unbiased=False, keepdim=True) + EPS)
+def deviation_and_mean_unbiased(x: Tensor) -> Tensor:
+    deviation, mean = torch.std_mean(x, dim=-1)
+    return (x - mean.unsqueeze(-1)) / (deviation.unsqueeze(-1) + EPS)
 
 
-def deviation_subtracted(x: Tensor) -> Tensor:
-    return x.var(-1, unbiased=False, keepdim=True) / (x - x.mean(-1, keepdim=True)).abs().add(1)
+def deviation_of_the_difference(x: Tensor) -> Tensor:
+    centered = x - x.mean(-1, keepdim=True)
+    return centered / (centered.std(-1, keepdim=True) + EPS)
 
 
-def mean_is_scaled(x: Tensor) -> Tensor:
+def variance_of_the_difference(x: Tensor) -> Tensor:
+    centered = x - x.mean(-1, keepdim=True)
+    return centered * torch.rsqrt(centered.var(-1, unbiased=False, keepdim=True) + EPS)
+
+
+def variance_clamped(x: Tensor) -> Tensor:
+    return (x - x.mean(-1, keepdim=True)) / x.var(-1, unbiased=False, keepdim=True).clamp(min=EPS).sqrt()
+
+
+def variance_at_least_epsilon(x: Tensor) -> Tensor:
+    centered = x - x.mean(-1, keepdim=True)
+    variance = torch.maximum(centered.square().mean(-1, keepdim=True), torch.full((), EPS, dtype=x.dtype))
+    return centered * variance.rsqrt()
+
+
+def deviation_clamped(x: Tensor) -> Tensor:
+    return (x - x.mean(-1, keepdim=True)) / torch.clamp_min(x.std(-1, keepdim=True), EPS)
+
+
+def weight_normalised_and_cast(x: Tensor) -> Tensor:
+    centered = -(x - x.mean(-1, keepdim=True)).to(torch.promote_types(x.dtype, torch.float32))
+    return (centered / centered.pow(2).sum(-1, keepdim=True).sqrt().expand_as(x)).to(x.dtype)
+
+
+def normalized(x: Tensor) -> Tensor:
+    return functional.normalize(x - x.mean(-1, keepdim=True), dim=-1)
+
+
+def normalized_in_another_norm(x: Tensor) -> Tensor:
+    return functional.normalize(x - x.mean(-1, keepdim=True), p=1.0, dim=1, eps=EPS) * D
+
+
+def norm_of_the_difference(x: Tensor) -> Tensor:
+    return (x - x.mean(-1, keepdim=True)) / ((x - x.mean(-1, keepdim=True)).norm(dim=-1, keepdim=True) + EPS)
+
+
+def vector_norm(x: Tensor) -> Tensor:
+    centered = x - x.mean(-1, keepdim=True)
+    return centered / torch.linalg.vector_norm(centered, dim=-1, keepdim=True).clamp_min(EPS) * D**0.5
+
+
+def norm_function(x: Tensor) -> Tensor:
+    centered = x - x.mean(-1, keepdim=True)
+    return centered * torch.norm(centered, p=2, dim=-1, keepdim=True).add(EPS).reciprocal()
+
+
+def largest_difference(x: Tensor) -> Tensor:
+    centered = x - x.mean(-1, keepdim=True)
+    return centered / (centered.abs().amax(-1, keepdim=True) + EPS)
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    return functional.rms_norm(x - x.mean(-1, keepdim=True), (D,), eps=EPS)
+
+
+def rms_norm_of_torch(x: Tensor) -> Tensor:
+    centered = x - x.mean(-1, keepdim=True)
+    return torch.rms_norm(centered, (D,), torch.full((D,), 0.7, dtype=x.dtype), EPS)
+
+
+def scaled_by(centered: Tensor) -> Tensor:
+    return centered * torch.rsqrt(centered.pow(2).mean(-1, keepdim=True) + EPS)
+
+
+def einsum_of_the_last_axis(x: Tensor) -> Tensor:
+    return scaled_by(x - torch.einsum("...d->...", x)[..., None] / D)
+
+
+def einsum_with_named_axes(x: Tensor) -> Tensor:
+    return scaled_by(x - (torch.einsum("bd->b", x) / x.shape[-1]).unsqueeze(-1))
+
+
+def einsum_with_ones(x: Tensor) -> Tensor:
+    return scaled_by(x - torch.einsum("bd,de->be", x, torch.ones(D, 1, dtype=x.dtype) / D))
+
+
+def einsum_with_a_vector_first(x: Tensor) -> Tensor:
+    return scaled_by(x - torch.einsum("d,...d", x.new_full((D,), 1 / D), x)[:, None])
+
+
+def product_with_ones(x: Tensor) -> Tensor:
+    return scaled_by(x - x @ torch.full((D, 1), 1 / D, dtype=x.dtype))
+
+
+def product_with_ones_divided_later(x: Tensor) -> Tensor:
+    return scaled_by(x - torch.matmul(x, torch.ones_like(x[0]).unsqueeze(-1)) / D)
+
+
+def product_with_a_vector(x: Tensor) -> Tensor:
+    return scaled_by(x - torch.mv(x, x.new_ones(D) / D).view(-1, 1))
+
+
+def linear_with_ones(x: Tensor) -> Tensor:
+    return scaled_by(x - functional.linear(x, torch.ones(1, D, dtype=x.dtype).div(D)))
+
+
+def scaled_before_the_sum(x: Tensor) -> Tensor:
+    return scaled_by(x - x.mul(1 / D).sum(-1, keepdim=True))
+
+
+def divided_before_the_sum(x: Tensor) -> Tensor:
+    return scaled_by(x - (x / D).sum(-1)[:, None])
+
+
+def mean_of_twice_the_tensor(x: Tensor) -> Tensor:
+    return scaled_by(x - 0.5 * (x * 2).mean(-1, keepdim=True))
+
+
+def pooled(x: Tensor) -> Tensor:
+    return scaled_by(x - functional.adaptive_avg_pool1d(x, 1))
+
+
+def pooled_in_one_window(x: Tensor) -> Tensor:
+    return scaled_by(x - functional.avg_pool1d(x, D))
+
+
+def mean_expanded(x: Tensor) -> Tensor:
+    return scaled_by(x - x.mean(-1, keepdim=True).expand_as(x))
+
+
+def mean_expanded_to_sizes(x: Tensor) -> Tensor:
+    return scaled_by(x - x.mean(-1).unsqueeze(-1).expand(-1, D))
+
+
+def negative_mean_added(x: Tensor) -> Tensor:
+    return scaled_by(x + -x.mean(-1, keepdim=True))
+
+
+def negative_mean_first(x: Tensor) -> Tensor:
+    return scaled_by((-x.mean(-1, keepdim=True)).add(x))
+
+
+def mean_added_with_alpha(x: Tensor) -> Tensor:
+    return scaled_by(torch.add(x, x.mean(-1, keepdim=True), alpha=-1))
+
+
+def sum_subtracted_with_alpha(x: Tensor) -> Tensor:
+    return scaled_by(torch.sub(x, x.sum(-1, keepdim=True), alpha=1 / D))
+
+
+def subtracted_from_the_mean(x: Tensor) -> Tensor:
+    return scaled_by(x.mean(-1, keepdim=True) - x)
+
+
+def reversed_subtraction(x: Tensor) -> Tensor:
+    return scaled_by(torch.rsub(x.mean(-1, keepdim=True), x))
+
+
+def variance_by_the_reversed_difference(x: Tensor) -> Tensor:
     mean = x.mean(-1, keepdim=True)
-    return (x - 0.9 * mean) / torch.sqrt(x.var(-1, unbiased=False, keepdim=True) + EPS)
+    return (x - mean) / torch.sqrt((mean - x).pow(2).mean(-1, keepdim=True) + EPS)
 
 
-def mean_with_alpha(x: Tensor) -> Tensor:
-    mean = x.mean(-1, keepdim=True)
-    return torch.sub(x, mean, alpha=2) / torch.sqrt(x.var(-1, unbiased=False, keepdim=True) + EPS)
+def mean_in_a_wider_dtype(x: Tensor) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return scaled_by(x - x.mean(-1, keepdim=True, dtype=wide).to(x.dtype))
 
 
-def sum_is_not_the_mean(x: Tensor) -> Tensor:
-    return (x - x.sum(-1, keepdim=True) / (D + 1)) / torch.sqrt(x.var(-1, unbiased=False, keepdim=True) + EPS)
-
-
-def sum_is_read_too(x: Tensor) -> Tensor:
-    total = x.sum(-1, keepdim=True)
-    return (x - total / D) / torch.sqrt(x.var(-1, unbiased=False, keepdim=True) + EPS) + total
-
-
-def squares_without_their_mean(x: Tensor) -> Tensor:
-    return (x - x.mean(-1, True)) / torch.sqrt((x * x).mean(-1, True) + EPS)
-
-
-def squares_are_read_too(x: Tensor) -> Tensor:
-    mean, square = x.mean(-1, True), x * x
-    return (x - mean) * torch.rsqrt(square.mean(-1, True) - mean**2 + EPS) + square
-
-
-def squares_swapped(x: Tensor) -> Tensor:
-    mean = x.mean(-1, True)
-    return (x - mean) * torch.rsqrt((mean**2 - (x * x).mean(-1, True)).abs() + EPS)
-
-
-def mean_of_a_square_grid_without_its_dimension(x: Tensor) -> Tensor:
-    square = x[:, :5]  # [5, 5]: the mean broadcasts along the wrong dimension and nobody complains
-    centered = square - square.mean(-1)
-    normed = centered / torch.sqrt(square.var(-1, unbiased=False) + EPS)
-    return functional.pad(normed, (0, D - 5))
-
-
-def batch_norm(x: Tensor) -> Tensor:
-    return (x - x.mean(0, keepdim=True)) / torch.sqrt(x.var(0, keepdim=True, unbiased=False) + EPS)
-
-
-def mean_of_all(x: Tensor) -> Tensor:
-    return (x - x.mean()) / torch.sqrt(x.var(unbiased=False) + EPS)
-
-
-def flag_in_place_of_a_dimension(x: Tensor) -> Tensor:
-    return (x - x.mean(-1, True)) / torch.sqrt(x.var(False) + EPS)
-
-
-def overwritten_between(x: Tensor) -> Tensor:
+def in_place_with_an_unbiased_variance(x: Tensor) -> Tensor:
     x = x * 1.0
-    mean = x.mean(-1, keepdim=True)
-    x[:, 0] = 3.0
-    return (x - mean) / torch.sqrt(x.var(-1, unbiased=False, keepdim=True) + EPS)
-
-
-def mean_overwritten(x: Tensor) -> Tensor:
-    mean = x.mean(-1)
-    kept = mean[:, None]
-    mean[0] = 3.0
-    return (x - kept) / torch.sqrt(x.var(-1, unbiased=False, keepdim=True) + EPS)
-
-
-def in_place_and_read_by_the_old_name(x: Tensor) -> Tensor:
-    x = x * 1.0
-    view = x.view(-1, 3, 4)
+    deviation = x.std(-1, keepdim=True)
     x -= x.mean(-1, keepdim=True)
-    x /= torch.sqrt(x.pow(2).mean(-1, keepdim=True) + EPS)
-    return x + view.flatten(1)
+    return x.div_(deviation + EPS)
 
 
-FALSE_FRIENDS: list[Norm] = [
-    unbiased, unbiased_by_correction, unbiased_by_sums, annotated_transformer, l2, normalize, rms, scaler,
-    centered_only, centered_only_in_place, absolute_deviation, range_of_values, variance_of_something_else,
-    deviation_subtracted, mean_is_scaled, mean_with_alpha, sum_is_not_the_mean, sum_is_read_too,
-    squares_without_their_mean, squares_swapped, mean_of_a_square_grid_without_its_dimension, batch_norm, mean_of_all,
-    flag_in_place_of_a_dimension, overwritten_between, mean_overwritten, in_place_and_read_by_the_old_name,
+def cast_in_each_line(x: Tensor) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    centered = x.to(wide) - x.to(wide).mean(-1, keepdim=True)
+    return (centered / (x.to(wide).std(-1, keepdim=True) + EPS)).to(x.dtype)
+
+
+def mean_of_a_cast(x: Tensor) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return scaled_by(x - x.to(wide).mean(-1, keepdim=True).to(x.dtype))
+
+
+def quotient_of_a_view(x: Tensor) -> Tensor:
+    centered = x - x.mean(-1, keepdim=True)
+    deviation = (centered.pow(2).mean(-1) + EPS).sqrt()
+    return (centered.view(-1, 3, 4) / deviation[:, None, None]).flatten(1)
+
+
+def quotient_added(x: Tensor) -> Tensor:
+    centered = x - x.mean(-1, keepdim=True)
+    return torch.addcdiv(torch.ones_like(x), centered, centered.std(-1, keepdim=True) + EPS)
+
+
+def product_added(x: Tensor) -> Tensor:
+    variance, mean = torch.var_mean(x, -1, keepdim=True)
+    return torch.addcmul(torch.ones_like(x), torch.rsqrt(variance + EPS), x - mean, value=0.5)
+
+
+def product_with_a_matrix_of_ones(x: Tensor) -> Tensor:
+    return scaled_by(x - x @ torch.full((D, D), 1 / D, dtype=x.dtype))
+
+
+SPELLINGS: list[Norm] = [
+    cohere, deberta, one_difference, powers, negative_power, reciprocal, torch_reciprocal, mean_written_twice,
+    two_differences_multiplied, upcast, variance, variance_with_correction, variance_by_position, variance_and_mean,
+    variance_and_mean_unbiased_flag, deviation_and_mean, standard_deviation, deviation_plus_epsilon,
+    deviation_squared, root_plus_epsilon, no_epsilon, sums, sums_times_a_fraction, mean_of_squares,
+    mean_of_squares_by_sums, mean_of_squares_with_two_means, dimension_put_back, dimension_put_back_by_a_view,
+    several_dimensions, mean_of_means, in_place, in_place_after_the_variance, quotient_in_place,
+    weight_before_the_quotient, unbiased, unbiased_by_correction, unbiased_by_sums, annotated_transformer,
+    absolute_deviation, correction_of_two, deviation_and_mean_unbiased, deviation_of_the_difference,
+    variance_of_the_difference, variance_clamped, variance_at_least_epsilon, deviation_clamped,
+    weight_normalised_and_cast, normalized, normalized_in_another_norm, norm_of_the_difference, vector_norm,
+    norm_function, largest_difference, rms_norm, rms_norm_of_torch, einsum_of_the_last_axis, einsum_with_named_axes,
+    einsum_with_ones, einsum_with_a_vector_first, product_with_ones, product_with_ones_divided_later,
+    product_with_a_vector, linear_with_ones, scaled_before_the_sum, divided_before_the_sum,
+    mean_of_twice_the_tensor, pooled, pooled_in_one_window, mean_expanded, mean_expanded_to_sizes,
+    negative_mean_added, negative_mean_first, mean_added_with_alpha, sum_subtracted_with_alpha,
+    subtracted_from_the_mean, reversed_subtraction, variance_by_the_reversed_difference, mean_in_a_wider_dtype,
+    in_place_with_an_unbiased_variance, cast_in_each_line, mean_of_a_cast, quotient_of_a_view,
+    quotient_added, product_added, product_with_a_matrix_of_ones,
 ]  # fmt: skip

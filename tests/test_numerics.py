@@ -8,6 +8,7 @@ import numerics
 import pytest
 import torch
 from architectures import ARCHITECTURES, Architecture, randomise
+from spellings import D, Norm, annotated_transformer, normalized, product_with_ones, rms_norm
 from torch import Tensor, nn
 
 BY_NAME = {architecture.name: architecture for architecture in ARCHITECTURES}
@@ -66,6 +67,36 @@ def test_a_mean_far_above_the_spread_costs_no_digits(dtype: torch.dtype) -> None
         eager, lnfold = errors(model, torch.arange(61))
         ratios.append(lnfold / eager)
     assert math.prod(ratios) ** (1 / len(ratios)) < 0.1
+
+
+class StreamByHand(Stream):
+    """The same with norms that are written out."""
+
+    def __init__(self, function: Norm) -> None:
+        super().__init__(D)
+        self.function = function
+
+    def forward(self, ids: Tensor) -> Tensor:
+        stream = self.embedding(ids)
+        stream = stream + self.one(torch.tanh(stream - stream.mean(-1, keepdim=True)))
+        inner = self.function(stream) * self.inner_norm.weight + self.inner_norm.bias
+        return self.function(stream + self.two(inner)) * self.norm.weight + self.norm.bias
+
+
+@pytest.mark.parametrize("dtype", [*NARROW, torch.float32])
+@pytest.mark.parametrize(
+    "function", [annotated_transformer, normalized, rms_norm, product_with_ones], ids=lambda norm: norm.__name__
+)
+def test_norms_by_hand_lose_no_digits(function: Norm, dtype: torch.dtype) -> None:
+    """Neither on plain weights nor where the mean is far above the spread; there the author's lines lose them."""
+    for stress, limit in ((numerics.as_they_are, numerics.BUDGET), (numerics.large_means, 0.5)):
+        ratios = []
+        for seed in range(4):
+            model = randomise(StreamByHand(function).to(dtype), seed)
+            stress(model)
+            eager, lnfold = errors(model, torch.arange(61))
+            ratios.append(lnfold / eager)
+        assert math.prod(ratios) ** (1 / len(ratios)) < limit
 
 
 def test_float16_stays_finite_where_a_common_mean_overflows() -> None:

@@ -31,11 +31,13 @@ from lncompile.passes.axes import Axes, Factor
 from lncompile.passes.canonical import Key, Operation, canonicalise
 from lncompile.passes.centering import center_weight
 from lncompile.passes.decisions import Blocked
+from lncompile.passes.differences import difference_of
 from lncompile.passes.graph_facts import GraphFacts
 from lncompile.passes.operands import WRITTEN
 from lncompile.passes.readings import follow_reading, resolve_reading
 from lncompile.passes.rules import INVARIANCES, RULES, ZERO_MEANS
 from lncompile.passes.streams import build_streams
+from lncompile.passes.totals import summed
 
 
 class Values(fx.Interpreter):
@@ -192,7 +194,7 @@ def check_downwards(
         except Blocked:
             unnoticed = False
         # A mean and the difference from it are invariant together only: that is what test_handwritten checks.
-        if unnoticed and operation.name not in ("mean", "sub"):
+        if unnoticed and summed(operation) is None and difference_of(operation) is None:
             actual = values.again(operation.node, shifted, operation)
             torch.testing.assert_close(actual, result, rtol=1e-9, atol=1e-9, equal_nan=True)
     if operation.name not in RULES or not isinstance(result, Tensor):
@@ -250,6 +252,18 @@ SINKS: dict[str, tuple[str, Callable[[Tensor], Any]]] = {
     "std": ("std", lambda x: x.std(1, keepdim=True)),
     "difference": ("mean sub", lambda x: x - x.mean(-1, keepdim=True)),
     "difference_from_sum": ("sum sub", lambda x: x - x.sum(-1, keepdim=True) / 6),
+    "negative_mean_added": ("mean add", lambda x: x + -x.mean(-1, keepdim=True)),
+    "reversed_subtraction": ("mean rsub", lambda x: torch.rsub(x.mean(-1, keepdim=True), x)),
+    "subtracted_from_the_mean": ("mean sub", lambda x: x.mean(1, keepdim=True) - x),
+    "difference_from_einsum": ("einsum sub", lambda x: x - torch.einsum("abc->ab", x)[..., None] / 6),
+    "difference_from_labels": (
+        "einsum",
+        lambda x: x - torch.einsum("abc,bd->ac", x, torch.full((6, 1), 1 / 6, dtype=x.dtype))[:, None],
+    ),
+    "difference_from_product": ("matmul", lambda x: x - x @ torch.full((6, 1), 1 / 6, dtype=x.dtype)),
+    "difference_from_left": ("matmul", lambda x: x - torch.full((1, 6), 1 / 6, dtype=x.dtype) @ x),
+    "difference_from_linear": ("linear", lambda x: x - functional.linear(x, torch.ones(1, 6, dtype=x.dtype) / 6)),
+    "difference_from_pool": ("average_pool_1d", lambda x: x - functional.adaptive_avg_pool1d(x, 1)),
     "var_and_mean": ("var_mean", lambda x: x - torch.var_mean(x, -1, keepdim=True)[1]),
     "std_and_mean": ("std_mean", lambda x: x - torch.std_mean(x, (1, 2), keepdim=True)[1]),
     "moments": ("mul", lambda x: (x * x).mean(-1) - x.mean(-1) ** 2),
@@ -257,6 +271,11 @@ SINKS: dict[str, tuple[str, Callable[[Tensor], Any]]] = {
     "moments_of_powers": ("pow", lambda x: (x**2).mean(-1, True) - x.mean(-1, True) ** 2),
     "shape": ("metadata", lambda x: torch.ones(2) * x.size(0) + torch.ones_like(x).sum()),
     "zeros": ("zeros", lambda x: torch.zeros_like(x) + 1),
+    "half_the_mean": ("", lambda x: x - 0.5 * x.mean(-1, keepdim=True)),
+    "mean_added": ("", lambda x: x + x.mean(-1, keepdim=True)),
+    "product_alone": ("", lambda x: x @ torch.full((6, 1), 1 / 6, dtype=x.dtype)),
+    "product_and_mean_of_others": ("", lambda x: x - x @ torch.full((6, 1), 1 / 5, dtype=x.dtype)),
+    "pool_of_halves": ("", lambda x: x.view(4, 12, 3) - functional.avg_pool1d(x, 3).view(4, 12, 1) * 2),
     "mean_alone": ("", lambda x: x.mean(-1)),
     "square_alone": ("", lambda x: (x * x).sum(-1)),
     "maximum": ("", lambda x: x.amax(-1)),

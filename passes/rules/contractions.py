@@ -9,13 +9,10 @@ from torch import fx
 from lncompile.passes.axes import Axes, Dimension, Size, same_size
 from lncompile.passes.canonical import Key, Operation
 from lncompile.passes.decisions import Blocked, Reason
+from lncompile.passes.einsum_labels import Label, einsum_labels
 from lncompile.passes.operands import result_shape, shape
 from lncompile.passes.rules.base import AxisMap, Linear, aligned, linear_rule, require_uncontracted
 from lncompile.passes.rules.products import one_dimension
-
-# A label of one dimension: a letter, or the number of a dimension of the ellipsis, counted from the right.
-Label = str | int
-_ELLIPSIS = "..."
 
 
 @linear_rule("einsum")
@@ -31,34 +28,10 @@ def einsum(operation: Operation) -> Sequence[Linear]:
         raise Blocked(Reason.UNKNOWN_OPERATION, "an einsum whose labels are not written as one equation")
     sizes = [shape(operand) for operand in operands]
     result = result_shape(operation)
-    inputs, output = _labels(operation["equation"], [len(operand) for operand in sizes], len(result))
+    inputs, output = einsum_labels(operation["equation"], [len(operand) for operand in sizes], len(result))
     # The operand that the result's last axis comes from is read first: where all readings fail, its reason is told.
     order = sorted(range(len(sizes)), key=lambda index: output[-1:] != [] and output[-1] not in inputs[index])
     return [Linear({("operands", index): _operand_map(index, inputs, output, sizes, result)}) for index in order]
-
-
-def _labels(equation: str, ranks: Sequence[int], result_rank: int) -> tuple[list[list[Label]], list[Label]]:
-    """Labels of each dimension of each operand and of the result. Raises Blocked for what is not understood."""
-    left, arrow, right = equation.replace(" ", "").partition("->")
-    terms = left.split(",")
-    if len(terms) != len(ranks):
-        raise Blocked(Reason.UNKNOWN_OPERATION, f"the equation '{equation}' of an einsum")
-    inputs = [_term(term, rank) for term, rank in zip(terms, ranks, strict=True)]
-    if any(len(set(term)) != len(term) for term in inputs):
-        raise Blocked(Reason.UNKNOWN_OPERATION, f"the diagonal that the einsum '{equation}' takes")
-    if not arrow:
-        # Without an arrow: the ellipsis, then the letters that stand once, in alphabetical order.
-        letters = sorted(label for label in left if label.isalpha() and left.count(label) == 1)
-        right = (_ELLIPSIS if _ELLIPSIS in left else "") + "".join(letters)
-    return inputs, _term(right, result_rank)
-
-
-def _term(term: str, rank: int) -> list[Label]:
-    before, ellipsis, after = term.partition(_ELLIPSIS)
-    hidden = rank - len(before) - len(after)
-    if hidden < 0 or (hidden and not ellipsis) or (not (before + after).isalpha() and before + after):
-        raise Blocked(Reason.UNKNOWN_OPERATION, f"the labels '{term}' of an einsum")
-    return [*before, *range(hidden - 1, -1, -1), *after]
 
 
 def _operand_map(

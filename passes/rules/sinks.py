@@ -5,10 +5,12 @@ from __future__ import annotations
 from lncompile.passes.axes import Axes
 from lncompile.passes.canonical import Key, Operation, canonicalise
 from lncompile.passes.decisions import Blocked, Reason
-from lncompile.passes.moments import difference_from_mean, reduction, serves_only_the_variance, uses_of_mean
+from lncompile.passes.differences import difference_of, serves_only_the_variance, uses_of_mean
+from lncompile.passes.moments import reduction
 from lncompile.passes.norm_calls import mean_is_read, normalised_axes
 from lncompile.passes.operands import WRITTEN, dimension_of, shape
 from lncompile.passes.rules.base import invariant, zero_mean
+from lncompile.passes.totals import summed
 
 
 @invariant("layer_norm", "native_layer_norm", "group_norm", "native_group_norm")
@@ -62,18 +64,21 @@ def other_result(operation: Operation, key: Key, axes: Axes) -> bool:
     return origin is not None and origin.name == "multi_head_attention" and operation["index"] != 0
 
 
-@invariant("mean", "sum")
+@invariant("mean", "sum", "matmul", "linear", "einsum", "average_pool_1d")
 def mean(operation: Operation, key: Key, axes: Axes) -> bool:
     """``(x + c) - mean_A(x + c) = x - mean_A(x)``: a mean over exactly A of which only that difference is taken."""
-    moment = reduction(operation)
-    return moment is not None and moment.axes == axes and uses_of_mean(operation.node) is not None
+    total = summed(operation)
+    if total is None or total.key != key or total.moment.axes != axes:
+        return False
+    uses = uses_of_mean(operation.node)
+    return uses is not None and uses.other is None
 
 
-@invariant("sub")
+@invariant("sub", "add", "rsub")
 def difference(operation: Operation, key: Key, axes: Axes) -> bool:
     """The other half of the difference from the mean."""
-    moment = difference_from_mean(operation)
-    return moment is not None and moment.axes == axes and key == ("input", None)
+    taken = difference_of(operation)
+    return taken is not None and taken.moment.axes == axes and key == taken.source
 
 
 @invariant("mul", "pow", "square")
@@ -88,18 +93,19 @@ def variance(operation: Operation, key: Key, axes: Axes) -> bool:
     moment = reduction(operation)
     if moment is None or moment.axes != axes:
         raise Blocked(Reason.DIFFERENT_AXES, f"{operation.name} runs over other axes than {axes}")
-    if operation.name in ("var_mean", "std_mean") and uses_of_mean(operation.node) is None:
+    uses = uses_of_mean(operation.node) if operation.name in ("var_mean", "std_mean") else None
+    if operation.name in ("var_mean", "std_mean") and (uses is None or uses.other is not None):
         raise Blocked(Reason.VISIBLE, f"the mean that {operation.name} returns is used")
     return True
 
 
-@zero_mean("sub")
+@zero_mean("sub", "add", "rsub")
 def centered_difference(operation: Operation, axes: Axes) -> bool:
     """``x - mean_A(x)`` has zero mean over A."""
     if any(node.meta.get(WRITTEN) for _, node in operation.operands()):
         return False  # between the mean and the difference one of them may have changed
-    moment = difference_from_mean(operation)
-    return moment is not None and moment.axes == axes
+    taken = difference_of(operation)
+    return taken is not None and taken.moment.axes == axes
 
 
 @zero_mean("layer_norm", "group_norm")

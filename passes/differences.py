@@ -13,7 +13,16 @@ from fractions import Fraction
 from torch import fx
 
 from lncompile.passes.canonical import Key, Operation, canonicalise, tensor_of
-from lncompile.passes.moments import Moment, Subject, behind_views, same_shape, settled, squared, viewed
+from lncompile.passes.moments import (
+    Moment,
+    Subject,
+    behind_views,
+    passes_gradients,
+    same_shape,
+    settled,
+    squared,
+    viewed,
+)
 from lncompile.passes.operands import WRITTEN, shape
 from lncompile.passes.totals import Total, mean_in_any_shape, summed, total_of
 from lncompile.passes.uniform import Number, cancels, number, times
@@ -76,7 +85,7 @@ def difference_of(operation: Operation) -> Difference | None:
         total = None if total is None else total.of(x)
         if total is None or not total.broadcasts(held) or tensor_of(operation.node) is None:
             continue
-        if not same_shape(shape(operation.node), shape(x)):
+        if not same_shape(shape(operation.node), shape(x)) or not passes_gradients(held, x):
             continue
         # x + c · T = x - mean(x) where c · T = -mean(x)
         weight = times(total.factor, times(scales[mean], Fraction(1 if is_negated else -1)))
@@ -112,6 +121,8 @@ def difference_of_moments(operation: Operation) -> Moment | None:
     if factors is None or factors[0] is not factors[1]:
         return None
     moment = Moment(factors[0], square_mean.axes, square_mean.dimensions)
+    if not all(passes_gradients(node, moment.source) for node in (first, *mean_square, second)):
+        return None
     means = [mean_in_any_shape(factor) for factor in mean_square]
     return moment if all(mean is not None and mean.subject == moment.subject for mean in means) else None
 

@@ -31,7 +31,7 @@ from lncompile.passes import provenance
 from lncompile.passes.axes import Axes
 from lncompile.passes.canonical import canonicalise, tensor_of
 from lncompile.passes.differences import Difference, MeanUses, difference_of_moments, differences_in, uses_of_mean
-from lncompile.passes.moments import Moment, behind_views, correction_of, exact_origin, spread_of
+from lncompile.passes.moments import Moment, behind_views, correction_of, exact_origin, passes_gradients, spread_of
 from lncompile.passes.normalisation import Normalisation, Reader, factors, varying_dimensions
 from lncompile.passes.operands import WRITTEN
 
@@ -55,6 +55,8 @@ class Spread:
     @property
     def can_be_exchanged(self) -> bool:
         """Whether it can be written as a sum of squares of a tensor without mean, divided by a known number."""
+        if not passes_gradients(self.node, exact_origin(self.moment.source)):
+            return False
         return self.correction == 0 or (self.correction is not None and isinstance(self.moment.axes.count, int))
 
 

@@ -98,6 +98,18 @@ def exact_origin(node: fx.Node) -> fx.Node:
     return node
 
 
+def passes_gradients(node: fx.Node, source: fx.Node) -> bool:
+    """Whether gradients pass from a value to the tensor that it is computed from by a chain of operations.
+
+    They do not where the chain is cut by ``detach`` or ``torch.no_grad()``. A mean that is cut off is a constant to the
+    gradient, and ``x`` without it has another gradient than ``x - mean(x)``.
+    """
+    if not torch.is_grad_enabled():
+        return True  # the graph computes none
+    value, origin = tensor_of(node), tensor_of(source)
+    return value is not None and origin is not None and value.requires_grad == origin.requires_grad
+
+
 def settled(node: fx.Node) -> Operation | None:
     """The operation of a node whose value stays what the operation made it."""
     return None if node.meta.get(WRITTEN) else canonicalise(node)

@@ -184,7 +184,8 @@ def mean_rounded(x: Tensor) -> Tensor:
 
 
 def view_across_the_rows(x: Tensor) -> Tensor:
-    centered = x[:4] - x[:4].mean(-1, keepdim=True)
+    rows = x[:4]
+    centered = rows - rows.mean(-1, keepdim=True)
     root = (centered.pow(2).mean(-1, keepdim=True) + EPS).sqrt()
     return functional.pad((centered.view(D, 4) / root.view(1, 4)).view(4, D), (0, 0, 0, 1))
 

@@ -24,6 +24,7 @@ from lncompile.passes.graph_facts import GraphFacts, trained_parameter, turns_gr
 from lncompile.passes.handwritten import find_handwritten_norms
 from lncompile.passes.matrix_vector import MatrixVectors, plan_matrix_vectors
 from lncompile.passes.placement import Placement, place
+from lncompile.passes.regions import find_regions, write_out_regions
 from lncompile.passes.sites import NormSite, find_sites
 from lncompile.passes.stream_map import map_streams
 from lncompile.passes.streams import Variable, VariableKey, build_streams
@@ -83,21 +84,31 @@ def analyse(
     Returns:
         The decisions, on a copy of the graph.
     """
-    opaque = {node.name for node in find_opaque_layers(graph_module.graph)}
-    verdicts: dict[str, list[Site]] = {**closed_norms(graph_module.graph), **norms_in_subgraphs(graph_module)}
+    regions = {node.name for node in find_regions(graph_module.graph)}
+    opaque = regions | {node.name for node in find_opaque_layers(graph_module.graph)}
+    verdicts: dict[str, list[Site]] = {**closed_norms(graph_module.graph), **norms_in_subgraphs(graph_module, regions)}
     first: Analysis | None = None
     while True:
         analysis = _analyse_expanded(graph_module, example_inputs, options, inductor, opaque)
         first = first or analysis
         analysis = _with_budget_of(first, analysis)
-        needed = {_layer(site) for site in (analysis.placement.folded if analysis.placement else ())} & opaque
+        needed = _needed(analysis.placement, regions) & opaque
         for site, verdict in zip(analysis.sites, analysis.verdicts, strict=True):
-            if _layer(site) in opaque - needed:
-                verdicts.setdefault(_layer(site), []).append(verdict)
+            if _origin(site.node) in opaque - needed:
+                verdicts.setdefault(_origin(site.node), []).append(verdict)
         if needed == opaque:
-            return _in_order(analysis, verdicts)
+            return _in_order(_with_reasons_of(first, analysis) if regions else analysis, verdicts)
         # An opaque layer in which nothing folds goes to Inductor as it was; leaving it closed may change the rest.
         opaque = needed
+
+
+def _needed(placement: Placement | None, regions: set[str]) -> set[str]:
+    """The opaque layers in which something folds, and the regions through which a stream goes, by their names."""
+    if placement is None:
+        return set()
+    streams = [node for node, _ in placement.streams]
+    through = {_origin(node) for stream in streams for node in (stream, *stream.users)}
+    return {_origin(site.node) for site in placement.folded} | (through & regions)
 
 
 def _with_budget_of(first: Analysis, analysis: Analysis) -> Analysis:
@@ -118,9 +129,19 @@ def _with_budget_of(first: Analysis, analysis: Analysis) -> Analysis:
     return dataclasses.replace(analysis, verdicts=verdicts, budgeted=budgeted)
 
 
-def _layer(site: NormSite) -> str:
-    """Name of the opaque operator that a site was written out of, or ``""``."""
-    return str(site.node.meta.get(EXPANDED_FROM, ""))
+def _with_reasons_of(first: Analysis, analysis: Analysis) -> Analysis:
+    """An analysis that says of each norm that stays why it stayed with all regions written out, where it did."""
+    reasons = {site.node.name: v for site, v in zip(first.sites, first.verdicts, strict=True) if not v.folded}
+    verdicts = tuple(
+        verdict if verdict.folded else reasons.get(site.node.name, verdict)
+        for site, verdict in zip(analysis.sites, analysis.verdicts, strict=True)
+    )
+    return dataclasses.replace(analysis, verdicts=verdicts)
+
+
+def _origin(node: fx.Node) -> str:
+    """Name of the opaque operator that a node was written out of, or ``""``."""
+    return str(node.meta.get(EXPANDED_FROM, ""))
 
 
 def _in_order(analysis: Analysis, closed: dict[str, list[Site]]) -> Analysis:
@@ -149,6 +170,7 @@ def _analyse_expanded(
     opaque: set[str],
 ) -> Analysis:
     copy = copy_graph_module(graph_module)
+    write_out_regions(copy.graph, opaque)
     expand_opaque_layers(copy.graph, opaque)
     trained = trained_parameter(copy.graph, example_inputs)
     # Facts before sites: what is written to in place decides what is read as a chain.

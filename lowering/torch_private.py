@@ -447,11 +447,6 @@ def schema_of(overload: Any) -> Any:
     return overload._schema
 
 
-def schemas_of(packet: Any) -> list[Any]:
-    """Return the schemas of all overloads of an operator."""
-    return [getattr(packet, name)._schema for name in packet.overloads()]
-
-
 def overload_for(packet: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Return the overload of an operator that a call with these (fake) arguments runs; None where none takes them."""
     try:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn import functional
 
 from lncompile.lowering import torch_private
 from lncompile.passes import sharding
+from lncompile.passes.bodies import Call, call_of, counterparts
 from lncompile.passes.canonical import canonicalise, tensor_of, value_of
 from lncompile.passes.operands import WRITTEN
 from lncompile.passes.parameter_expressions import Kind, find_autocast, is_settled, kind_of
@@ -49,7 +51,7 @@ class GraphFacts:
         self.written: dict[fx.Node, str] = {}
         self.assigned: dict[fx.Node, list[fx.Node]] = {}
         self.writers: dict[fx.Node, fx.Node] = {}
-        self.storages = self._storages(graph)
+        self.storages = storages_of(graph, self.examples)
         self.writes: dict[object, list[int]] = defaultdict(list)
         self._find_writes(graph)
         self._find_parameters(graph)
@@ -60,30 +62,6 @@ class GraphFacts:
         return any(position > self.position[moment] for position in written)
 
     # --- writes ---
-
-    def _storages(self, graph: fx.Graph) -> dict[fx.Node, object]:
-        """Storage of each node, where several that Dynamo's fake tensors take for distinct are really one.
-
-        Those are placeholders of one real storage (two Parameters on one tensor), and dropout in evaluation, which
-        returns its very operand. Views of either are views of the one storage.
-        """
-        identity: dict[fx.Node, object] = {}
-        same_as: dict[object, object] = {}
-        real: dict[int, object] = {}
-        for node in graph.nodes:
-            tensor = tensor_of(node)
-            fake: object = None if tensor is None else torch_private.storage_identity(tensor)
-            if fake is None:
-                continue
-            storage = same_as.get(fake, fake)
-            operation = canonicalise(node)
-            example = self.examples.get(node)
-            if operation is not None and operation.name == "dropout" and operation["input"] in identity:
-                storage = identity[operation["input"]]
-            elif isinstance(example, Tensor) and (held := torch_private.storage_identity(example)) is not None:
-                storage = real.setdefault(held, storage)
-            same_as[fake] = identity[node] = storage
-        return identity
 
     def _find_writes(self, graph: fx.Graph) -> None:
         storages = self.storages
@@ -218,6 +196,35 @@ class GraphFacts:
         return None
 
 
+def storages_of(graph: fx.Graph, examples: Mapping[fx.Node, Any] = MappingProxyType({})) -> dict[fx.Node, object]:
+    """Storage of each node, where several that Dynamo's fake tensors take for distinct are really one.
+
+    Those are placeholders of one real storage (two Parameters on one tensor), and dropout in evaluation, which returns
+    its very operand. Views of either are views of the one storage.
+
+    Args:
+        graph: any graph of Dynamo's.
+        examples: the real tensor of each placeholder, where there is one.
+    """
+    identity: dict[fx.Node, object] = {}
+    same_as: dict[object, object] = {}
+    real: dict[int, object] = {}
+    for node in graph.nodes:
+        tensor = tensor_of(node)
+        fake: object = None if tensor is None else torch_private.storage_identity(tensor)
+        if fake is None:
+            continue
+        storage = same_as.get(fake, fake)
+        operation = canonicalise(node)
+        example = examples.get(node)
+        if operation is not None and operation.name == "dropout" and operation["input"] in identity:
+            storage = identity[operation["input"]]
+        elif isinstance(example, Tensor) and (held := torch_private.storage_identity(example)) is not None:
+            storage = real.setdefault(held, storage)
+        same_as[fake] = identity[node] = storage
+    return identity
+
+
 def _has_sparse_gradient(node: fx.Node) -> bool:
     """Whether a look-up gives its table a gradient of the rows it read alone (``sparse=True``)."""
     operation = canonicalise(node)
@@ -288,11 +295,11 @@ def written_arguments(node: fx.Node) -> list[fx.Node]:
     module = getattr(target, "__module__", None) or ""
     if module in ("_operator", "operator"):
         return first if name in _IN_PLACE_OPERATORS else []
-    if isinstance(target, torch_private.OpOverloadPacket):
-        # Which of its overloads will run depends on the arguments: pure if all of them are.
-        pure = not any(schema.is_mutable for schema in torch_private.schemas_of(target))
-        return [] if pure else list(node.all_input_nodes)
-    if isinstance(target, torch_private.HigherOrderOperator) or not (
+    call = call_of(node)
+    if call is not None:
+        return _written_by_bodies(node, call)
+    # An operator whose overload is not known (see canonical.name_overloads) may write to anything.
+    if isinstance(target, torch_private.OpOverloadPacket | torch_private.HigherOrderOperator) or not (
         module.split(".")[0] in _TORCH_MODULES or module == ""
     ):
         return list(node.all_input_nodes)
@@ -307,6 +314,26 @@ def written_arguments(node: fx.Node) -> list[fx.Node]:
     if operation is not None and operation.name == "dropout" and operation["training"] is False:
         return []  # `nn.Dropout(inplace=True)` in evaluation gives back what it gets
     return (first if _asks_in_place(node, target) else []) + _out(node)
+
+
+def _written_by_bodies(node: fx.Node, call: Call) -> list[fx.Node]:
+    """What the graphs that an operator runs write into; everything where one of them hands out what it was given."""
+    written: dict[fx.Node, None] = {}
+    for body in call.bodies:
+        storages = storages_of(body.graph)
+        places: dict[object, list[Any]] = defaultdict(list)
+        for placeholder, operand in counterparts(call, body).items():
+            places[storages.get(placeholder, placeholder)].append(operand)
+        results = next(inner for inner in body.graph.nodes if inner.op == "output").all_input_nodes
+        for result in results:
+            if storages.get(result, result) in places and tensor_of(result) is not None:
+                return list(node.all_input_nodes)
+        for inner in body.graph.nodes:
+            for target in written_arguments(inner):
+                if target not in storages and target.op != "placeholder":
+                    return list(node.all_input_nodes)
+                written.update(dict.fromkeys(_nodes(places.get(storages.get(target, target), []))))
+    return list(written)
 
 
 def _out(node: fx.Node) -> list[fx.Node]:

@@ -28,7 +28,7 @@ from torch import Tensor, fx
 
 from lncompile.lowering import emit
 from lncompile.passes.axes import Axes
-from lncompile.passes.canonical import Key, Operation, aten, tensor_of, value_of
+from lncompile.passes.canonical import Key, Operation, tensor_of, value_of
 from lncompile.passes.centering import (
     EXACT,
     batch_norm_scale,
@@ -45,6 +45,7 @@ from lncompile.passes.centering import (
 from lncompile.passes.composed_sources import BatchNorm, ComposedSource
 from lncompile.passes.operands import CENTERED_ALONG
 from lncompile.passes.placement import Placement
+from lncompile.passes.spellings import aten
 from lncompile.passes.streams import Variable, VariableKey
 
 

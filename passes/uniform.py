@@ -14,8 +14,9 @@ import torch
 from torch import fx
 
 from lncompile.passes.axes import Size, same_size, size_of
-from lncompile.passes.canonical import aten, canonicalise, tensor_of, value_of
+from lncompile.passes.canonical import canonicalise, tensor_of, value_of
 from lncompile.passes.operands import WRITTEN
+from lncompile.passes.spellings import aten
 
 #: A number as the author means it: exact, or a formula in the dynamic sizes of the graph.
 Number = Any

@@ -1,4 +1,4 @@
-"""The operations that are known: each a stub with its name and parameters, under a decorator that lists its spellings."""
+"""The operations that are known: each a stub with its name and parameters, its spellings listed by a decorator."""
 
 from __future__ import annotations
 

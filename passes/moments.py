@@ -122,7 +122,7 @@ def reduction(operation: Operation) -> Moment | None:
 
 
 def over_dimensions(source: object, listed: object) -> Moment | None:
-    """The moment of a tensor over listed dimensions; None where they cannot be told, or hold one element together."""
+    """The moment of a tensor over listed dimensions; None where they cannot be told."""
     if not isinstance(source, fx.Node):
         return None
     try:

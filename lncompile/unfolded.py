@@ -8,12 +8,14 @@ fold is given up: stock Inductor compiles the graph as Dynamo captured it, and t
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import fx
 
+from lncompile.lowering import torch_private
 from lncompile.passes.copying import copy_graph_module
 from lncompile.passes.decisions import Reason
 from lncompile.report import FoldReport
@@ -28,25 +30,31 @@ class Unfolded:
     """The graph that Dynamo captured, compiled by stock Inductor when it is first called.
 
     Args:
-        graph_module: as Dynamo handed it out. A copy is kept, without its values.
+        graph_module: as Dynamo handed it out. A copy is kept, with fake values in place of the tensors.
         config: Inductor's configuration.
     """
 
     def __init__(self, graph_module: fx.GraphModule, config: Mapping[str, Any]) -> None:
         self._graph_module = copy_graph_module(graph_module)
-        for node in self._graph_module.graph.nodes:
-            node.meta.clear()
         self._config = dict(config)
         self._compiled: Callable[..., Any] | None = None
+        self._lock = threading.Lock()
 
     def __call__(self, *arguments: Any) -> Any:
         """Call it like the graph."""
-        if self._compiled is None:
-            # By way of Dynamo once more: it sees to sizes that differ from call to call.
-            self._compiled = torch.compile(self._graph_module, backend="inductor", options=self._config or None)
-        # Whatever the user allows of his own functions ("fail_on_recompile"): for him this one is compiled already.
-        with torch.compiler.set_stance("default"):
-            return self._compiled(*arguments)
+        compiled = self._compiled
+        if compiled is None:
+            with self._lock:
+                compiled = self._compiled = self._compiled or self._compile()
+        return compiled(*arguments)
+
+    def _compile(self) -> Callable[..., Any]:
+        compiled = torch_private.inductor_compile_later(self._graph_module, self._config)
+        if compiled is not None:
+            return compiled
+        # By way of Dynamo once more, which guards what has to be assumed of sizes.
+        again: Callable[..., Any] = torch.compile(self._graph_module, backend="inductor", options=self._config or None)
+        return again
 
 
 def given_up(report: FoldReport) -> FoldReport:

@@ -10,11 +10,12 @@ BLOCK = 1024
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def read_words(addresses, expected, flag, count, RECORD: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def read_words(addresses, masks, expected, flag, count, RECORD: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Read the 4-byte word at each address and keep it (``RECORD``), or set the flag where it is not the expected one.
 
     Args:
         addresses: int64 ``[count]``, of words in the device's memory.
+        masks: int32 ``[count]``, the bits of each word that count.
         expected: int32 ``[count]``.
         flag: one int32, possibly in pinned memory of the host.
         count: how many there are.
@@ -24,7 +25,7 @@ def read_words(addresses, expected, flag, count, RECORD: tl.constexpr, BLOCK: tl
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     exists = index < count
     places = tl.load(addresses + index, mask=exists, other=0).to(tl.pointer_type(tl.int32))
-    words = tl.load(places, mask=exists, other=0)
+    words = tl.load(places, mask=exists, other=0) & tl.load(masks + index, mask=exists, other=0)
     if RECORD:
         tl.store(expected + index, words, mask=exists)
     else:

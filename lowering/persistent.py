@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import fx
 
-from lncompile.lowering.torch_private import persistent_where
+from lncompile.lowering.torch_private_choices import persistent_where
 
 #: What the nodes of a folded norm's statistic carry in ``node.meta["custom"]``.
 FOLDED_STATISTIC: Mapping[str, bool] = {"lnfold_statistic": True}

@@ -1,17 +1,17 @@
 """Every private torch name that the backend uses, in one place, each with what it is for.
 
-Those that only tools use, which look at what Inductor generates, stand in :mod:`.torch_private_codegen`. Nothing
-outside these two modules may import or spell a name of torch that starts with an underscore (a test checks it), so that
-a new torch release is ported by reading them. It imports nothing of ours, and Triton and the larger parts of torch only
-inside the functions that need them. Run on torch 2.11, 2.13 and 2.15.
+Those that only tools use, which look at what Inductor generates, stand in :mod:`.torch_private_codegen`, those of
+Inductor's choices in :mod:`.torch_private_choices`. Nothing outside these modules may import or spell a name of torch
+that starts with an underscore (a test checks it), so that a new torch release is ported by reading them. It imports
+nothing of ours, and Triton and the larger parts of torch only inside the functions that need them. Run on torch 2.11,
+2.13 and 2.15.
 """
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -191,6 +191,11 @@ def is_opaque_tensor(value: Any) -> bool:
     return type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__ or torch.nn.parameter.is_lazy(value)
 
 
+def is_inside_backward() -> bool:
+    """Whether autograd is at work in this thread: what is called then may be a checkpoint's second computation."""
+    return int(torch._C._current_graph_task_id()) != -1
+
+
 def as_plain_tensors() -> Any:
     """Context in which tensors are computed with as plain ones, whatever ``__torch_function__`` their classes have.
 
@@ -211,6 +216,24 @@ def inductor_compile(
     # With other arguments compile_fx may return paths of packages; like this it returns a function.
     compiled: Any = compile_fx(graph_module, list(example_inputs), config_patches=config_patches)
     return compiled  # type: ignore[no-any-return]
+
+
+def inductor_compile_later(graph_module: fx.GraphModule, config_patches: dict[str, Any]) -> Callable[..., Any] | None:
+    """Make that call outside of Dynamo, for a graph that it captured, with the fake values that it computed then.
+
+    Returns:
+        The compiled function; None where compiling assumed something more of dynamic sizes, which Dynamo's guards, made
+        long since, do not check.
+    """
+    from torch._guards import TracingContext, tracing
+
+    examples = [node.meta["example_value"] for node in graph_module.graph.nodes if node.op == "placeholder"]
+    mode = fake_mode_of(examples)
+    environment = None if mode is None else mode.shape_env
+    before = len(environment.guards) if environment is not None else 0
+    with tracing(TracingContext(mode)):
+        compiled = inductor_compile(graph_module, examples, config_patches)
+    return compiled if environment is None or len(environment.guards) == before else None
 
 
 def inductor_config(mode: str | None, options: dict[str, Any]) -> dict[str, Any]:
@@ -277,74 +300,6 @@ def inductor_reset(config_patches: dict[str, Any]) -> None:
         from torch._inductor.cudagraph_trees import reset_cudagraph_trees
 
         reset_cudagraph_trees()
-
-
-# --- Inductor's choice between a row held in registers and a loop over it --------------------------------------------
-
-
-@contextlib.contextmanager
-def persistent_where(holds_its_row: Callable[..., bool], name: str) -> Iterator[None]:
-    """Context in which more reduction kernels hold their row in registers ("persistent") than Inductor's own choice.
-
-    Where the user has Inductor choose in another way (``inductor_choices_class``) it does nothing.
-
-    Args:
-        holds_its_row: asked about each kernel that Inductor would let loop over its row, with what `_facts_of` returns
-            as keywords. A function of a module, since Inductor may pickle it into another process.
-        name: of this choice for one graph. It goes into the keys of Inductor's and AOTAutograd's caches: the graph's
-            text, which is all that they compare, does not hold annotations.
-    """
-    from torch._inductor import config
-    from torch._inductor.choices import InductorChoices
-    from torch._inductor.virtualized import V
-
-    # A handler of the user's stays in force for the thread, whatever the option is by now.
-    if getattr(config, "inductor_choices_class", None) is not None or type(V.choices) is not InductorChoices:
-        yield
-        return
-    compiler_config: Any = torch.compiler.config
-    tag = ",".join(filter(None, [compiler_config.cache_key_tag, name]))
-    with V.set_choices_handler(_choices(holds_its_row)), compiler_config.patch(cache_key_tag=tag):
-        yield
-
-
-def _choices(holds_its_row: Callable[..., bool]) -> Any:
-    from torch._inductor import config
-    from torch._inductor.choices import InductorChoices
-
-    class Choices(InductorChoices):
-        def __reduce__(self) -> Any:
-            return _choices, (holds_its_row,)
-
-        @staticmethod
-        def should_use_persistent_reduction(features: Any, cooperative_reduction: bool) -> bool:
-            if InductorChoices.should_use_persistent_reduction(features, cooperative_reduction):
-                return True
-            if cooperative_reduction or not config.triton.persistent_reductions:
-                return False
-            return holds_its_row(**_facts_of(features))
-
-    return Choices()
-
-
-def _facts_of(features: Any) -> dict[str, Any]:
-    """Facts of a kernel in Inductor's description of it (`SIMDKernelFeatures`)."""
-    from torch._inductor.runtime.hints import ReductionHint
-    from torch._inductor.virtualized import V
-
-    nodes = features.scheduler_nodes()
-    made = {name for node in nodes for name in node.get_buffer_names()}
-    read = {dependency.name for node in nodes for dependency in node.read_writes.reads}
-    # Of a reduction's origins the last is what it is, those before are what was inlined into it.
-    operations = [max(node.node.origins, default=None) for node in features.reduction_nodes()]
-    return {
-        "width": int(features.reduction_numel) if features.reduction_numel.is_Integer else None,
-        "is_along_rows": features.get_reduction_hint() == ReductionHint.INNER,
-        "operands": len(read - made),
-        "annotations": tuple(node.meta.get("custom", {}) if node is not None else {} for node in operations),
-        "device": "hip" if torch.version.hip else nodes[0].get_device().type,
-        "is_backward": V.graph.is_backward,
-    }
 
 
 # --- Dynamo as seen from outside ------------------------------------------------------------------------------------

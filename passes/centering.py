@@ -124,6 +124,8 @@ def is_centered(weight: Tensor, axes: Axes | Sequence[Axes]) -> bool:
 
 
 def _is_centered(weight: Tensor, axes: Axes) -> bool:
+    if weight.numel() == 0:
+        return True
     information = torch.finfo(weight.dtype)
     means = means_of(weight, axes)
     if means.abs().max() > 4 * information.eps * weight.abs().max() + information.smallest_normal:

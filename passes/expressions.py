@@ -49,7 +49,8 @@ class Expression:
         """Compute the value from the parameters' tensors; it shares no storage with them."""
         # Out of inference mode as well: the value may later serve a call that records gradients for its inputs.
         with torch.inference_mode(False), torch.no_grad(), torch_private.as_plain_tensors():
-            value: Tensor = self._module(*leaves)
+            # Aliases hold the memory that is read: another thread may give a parameter other memory meanwhile.
+            value: Tensor = self._module(*(leaf.detach() for leaf in leaves))
         return value
 
 

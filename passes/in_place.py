@@ -25,6 +25,7 @@ from lncompile.passes.axes import Axes
 from lncompile.passes.centering import add_means, center_weight, means_of
 from lncompile.passes.parameter_identity import Place
 from lncompile.passes.parameter_state import version_of
+from lncompile.passes.weight_samples import lies_within
 
 #: Held while weights are looked at to be centered, written or restored.
 lock = threading.RLock()
@@ -65,7 +66,9 @@ class Written:
     def describes(self, tensor: Tensor) -> bool:
         """Whether a tensor is all of what was written: on the storage, in the same layout."""
         layout = tuple(tensor.shape) == self.shape and tensor.stride() == self.strides
-        return layout and self.storage() is tensor.untyped_storage()
+        storage = tensor.untyped_storage()
+        # Memory that was given back (``storage.resize_(0)``) holds nothing of what was written.
+        return layout and self.storage() is storage and lies_within(tensor, storage)
 
 
 # By the identity of the storage: a conversion gives a parameter another one, and then it is no longer what was written.
@@ -209,6 +212,8 @@ def give_back(uses: Iterable[tuple[Any, tuple[Axes, ...] | None]]) -> bool:
             if record is None or record.axes == axes:
                 continue
             del _written[identity]
+            if not lies_within(parameter, parameter.untyped_storage()):
+                continue  # its memory was given back, and what was written with it
             whole = parameter if record.describes(parameter) else _whole(record, parameter)
             if _fingerprint(whole) == record.fingerprint:  # or somebody wrote to it since, and it is his
                 _put_back(record, whole)

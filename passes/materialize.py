@@ -31,9 +31,12 @@ from lncompile.passes.axes import Axes
 from lncompile.passes.centering import is_centered
 from lncompile.passes.expressions import Expression
 from lncompile.passes.ownership import Ownership, Survey
-from lncompile.passes.parameter_state import ParameterState, version_of
+from lncompile.passes.parameter_identity import LifetimeReference, watch
+from lncompile.passes.parameter_state import ParameterState, addresses_of, version_of
 from lncompile.passes.renewals import Renewals, say_given_up, say_written_unseen
 from lncompile.passes.sharding import local_bytes
+from lncompile.passes.stream_order import StreamOrder
+from lncompile.passes.weight_samples import lies_within, local
 
 log = logging.getLogger("lncompile")
 
@@ -86,7 +89,7 @@ class _Store:
             # An id() is used again after its owner is freed; the entry's state knows.
             known = self._entries.get(key)
             believed = known is not None and known.is_current(leaves)
-            if known is not None and believed and torch.equal(known.value, fresh.value):
+            if known is not None and believed and _are_equal(known.value, fresh.value):
                 return known, False
             self._entries[key] = fresh
             return fresh, believed
@@ -94,6 +97,11 @@ class _Store:
     def clear(self) -> None:
         with in_place.lock:
             self._entries.clear()
+
+
+def _are_equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two values are the same, those that are not numbers included."""
+    return torch.equal(one, other) or torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 _store = _Store()
@@ -149,10 +157,23 @@ class _ParameterSet:
         copies = itertools.count(arguments)
         places = tuple(value if isinstance(value, int) else next(copies) for value in values)
         self._choose = None if len(self.values) == len(places) else chooser(places)
+        on_gpus = [local(value) for value in self.values if value.device.type == "cuda"]
+        self._order = StreamOrder(on_gpus) if on_gpus else None
 
     def take(self, arguments: Sequence[Any]) -> Sequence[Tensor]:
         """The values, some of which may be among the arguments."""
+        if self._order is not None:
+            self._order.join()
         return self.values if self._choose is None else self._choose((*arguments, *self.values))
+
+
+def _keeps_nothing(leaf: Tensor) -> bool:
+    """Whether nothing that is computed of a parameter at this moment may be kept for other calls.
+
+    Changes of what was made under ``inference_mode`` cannot be seen, and what is computed while a CUDA graph is
+    captured has no value until that graph is replayed.
+    """
+    return leaf.is_inference() or (leaf.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
 def _asked_plainly(is_current: Callable[[tuple[Tensor, ...]], bool]) -> Callable[[tuple[Tensor, ...]], bool]:
@@ -174,12 +195,12 @@ class Materializer:
         expressions: of the graph.
         names: of the graph's placeholders, for messages.
         check: how every call looks whether a parameter has changed since its values were computed: by ``"values"``, by
-            ``"versions"``, or not at all (``"off"``), where a set of parameters is recognised by its first one alone.
+            ``"versions"``, or not at all (``"off"``), where a set of parameters is recognised by which ones they are.
         ownership: where parameters are to be overwritten with their centered weights, says which may be.
 
     Attributes:
-        keeps_up: whether values last for more than a few calls. Once they did not, no more are supplied until
-            :func:`forget_all`.
+        keeps_up: whether values last for more than a few calls. Where they did not, no more are supplied until the
+            parameters have stayed for a while (:class:`Renewals`), or :func:`forget_all`.
     """
 
     def __init__(
@@ -198,8 +219,10 @@ class Materializer:
         self._renewals = Renewals()
         self._leaves = tuple(sorted({leaf for expression in expressions for leaf in expression.leaves}))
         self._choose_leaves = chooser(self._leaves)
-        # By the id of the first parameter: one compiled graph may serve many equal blocks in turn.
-        self._sets: dict[int, _ParameterSet] = {}
+        # By the identities of the parameters: one compiled graph may serve many equal blocks in turn.
+        self._sets: dict[bytes, _ParameterSet] = {}
+        # The first parameter of each set that there was, for reports: also of those whose values did not last.
+        self._served: dict[int, LifetimeReference] = {}
         _materializers.add(self)
 
     def __call__(self, arguments: Sequence[Any]) -> Sequence[Tensor] | None:
@@ -210,32 +233,40 @@ class Materializer:
         """
         if not self._leaves:
             return []
-        known = self._sets.get(id(arguments[self._leaves[0]]))
-        if known is not None and (not self._check or known.is_current(self._choose_leaves(arguments))):
+        if not self.keeps_up:
+            if not self._renewals.have_ended(arguments[self._leaves[0]]) or torch_private.is_inside_backward():
+                return None
+            self.keeps_up = True
+        leaves = self._choose_leaves(arguments)
+        known = self._sets.get(addresses_of(leaves))
+        if known is not None and (not self._check or known.is_current(leaves)):
             self._renewals.spared()
             return known.take(arguments)
-        return self._renewed(arguments, known)
+        return self._renewed(arguments, leaves, known)
 
-    def _renewed(self, arguments: Sequence[Any], known: _ParameterSet | None) -> Sequence[Tensor] | None:
+    def _renewed(
+        self, arguments: Sequence[Any], leaves: tuple[Tensor, ...], known: _ParameterSet | None
+    ) -> Sequence[Tensor] | None:
         """The values for parameters that were not seen before or have changed."""
-        if not self.keeps_up:
-            return None
-        leaves = self._choose_leaves(arguments)
-        with in_place.lock, torch_private.as_plain_tensors():
-            current = self._sets.get(id(leaves[0]))
+        with torch_private.as_plain_tensors(), in_place.lock:
+            current = self._sets.get(addresses_of(leaves))
             if current is not None and current is not known and current.is_current(leaves):
                 return current.take(arguments)  # another thread was faster
-            if self._renewals.are_too_many(len(self._sets)):
+            # What a checkpoint computes again has to be what it computed before.
+            if self._renewals.are_too_many(len(self._sets)) and not torch_private.is_inside_backward():
                 self.keeps_up = False
                 self._sets.clear()
                 say_given_up(self._name(0), len(leaves))
                 return None
-            if any(leaf.is_inference() for leaf in leaves):
-                # Their changes cannot be seen, so nothing may be kept.
+            if any(map(_keeps_nothing, leaves)):
                 return [e.evaluate([arguments[index] for index in e.leaves]) for e in self.expressions]
             written = [] if known is None else known.state.written_unseen(leaves)
             if written:
-                say_written_unseen(self._name(written[0]), len(written), late=leaves[written[0]].device.type == "cuda")
+                # torch counts no update of running statistics either, which is not a write of the user's.
+                by_user = [index for index in written if isinstance(leaves[index], torch.nn.Parameter)]
+                late = leaves[written[0]].device.type == "cuda"
+                name = self._name((by_user or written)[0])
+                say_written_unseen(name, len(written), late=late, by_user=bool(by_user))
             return self._refresh(arguments).take(arguments)
 
     def _name(self, leaf: int) -> str:
@@ -250,10 +281,12 @@ class Materializer:
 
     def seen(self) -> set[int]:
         """Ids of the living parameters that values were supplied for."""
-        return {parameter for known in list(self._sets.values()) for parameter in known.state.living()}
+        sets = {parameter for known in list(self._sets.values()) for parameter in known.state.living()}
+        return sets | {parameter for parameter, lifetime in list(self._served.items()) if lifetime() is not None}
 
     def refresh(self) -> None:
         """Forget all values, so that the next call computes them anew."""
+        self._renewals.excuse(len(self._sets))
         self._sets.clear()
 
     def begin_anew(self) -> None:
@@ -269,7 +302,13 @@ class Materializer:
 
     def _refresh(self, arguments: Sequence[Any]) -> _ParameterSet:
         leaves = self._choose_leaves(arguments)
-        first = id(leaves[0])
+        for index, leaf in enumerate(leaves):
+            if not lies_within(local(leaf), local(leaf).untyped_storage()):
+                raise RuntimeError(
+                    f"weight '{self._name(index)}' has no memory: its storage was given back or made smaller (resize_)"
+                )
+        first = addresses_of(leaves)
+        self._served[id(leaves[0])] = watch(leaves[0])
         own = weakref.ref(self)
 
         def forget(ended: ParameterState) -> None:
@@ -291,7 +330,7 @@ class Materializer:
                 if stored.version is not None:
                     (leaf,) = expression.leaves
                     values.append(leaf)
-                    state.expect(self._leaves.index(leaf), stored.version)
+                    state.expect(self._leaves.index(leaf), stored.version, leaves)
                 else:
                     entry, outdated = _store.get(expression, tuple(arguments[leaf] for leaf in expression.leaves))
                     values.append(entry)
@@ -358,7 +397,7 @@ class Materializer:
             return Stored("inplace", record.nbytes, version=record.version) if record.axes == axes else None
         with torch_private.as_plain_tensors():
             version = version_of(parameter)
-            return Stored("centered", 0, version=version) if is_centered(parameter, axes) else None
+            return Stored("centered", 0, version=version) if is_centered(parameter.detach(), axes) else None
 
     def _obstacle(self, index: int, arguments: Sequence[Any], survey: Survey) -> str | None:
         """Why a parameter may not be overwritten with the value of an expression; "" where nobody asked for it."""

@@ -18,18 +18,20 @@ Up to five things are compared, none of which keeps a parameter alive:
 from __future__ import annotations
 
 import ctypes
+import operator
 import struct
 import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lncompile.lowering import torch_private
 from lncompile.passes.parameter_identity import watch
 from lncompile.passes.sharding import is_sharded
-from lncompile.passes.weight_samples import WeightSamples, local
+from lncompile.passes.weight_samples import WeightSamples, lies_within, local
 
 version_of = torch_private.version_of
 
@@ -94,44 +96,59 @@ class ParameterState:
 
         def end(_: object) -> None:
             state = own()
-            if state is not None and state._addresses != _ENDED:
+            if state is not None and state._addresses is not _ENDED:
                 state._addresses = _ENDED
                 ended(state)
 
+        # Held while memory is read by address: another thread may exchange a parameter's storage, which would free it.
+        storages = [local(tensor).untyped_storage() for tensor in tensors]
         self._addresses = addresses_of(tensors)
         self._versions = list(map(version_of, tensors))
         self._lifetimes = [(id(tensor), watch(tensor, end)) for tensor in tensors]
-        self._storages = [weakref.ref(tensor.untyped_storage(), end) for tensor in tensors]
+        self._storages = [weakref.ref(storage, end) for storage in storages]
         self._place_of: Callable[[Tensor], int] = _place_of_local if any(map(is_sharded, tensors)) else Tensor.data_ptr
         self._places = list(map(self._place_of, tensors)) if values else []
-        self._samples = WeightSamples(tensors) if values else None
+        # A tensor whose storage was exchanged since is not where it is said to be, and is never found there.
+        is_whole = all(map(lies_within, map(local, tensors), storages))
+        self._samples = WeightSamples(tensors) if values and is_whole else None
+        del storages
 
     def is_current(self, tensors: tuple[Tensor, ...]) -> bool:
         """Whether these are the same tensors, not written to since."""
-        return self._looks_current(tensors) and (self._samples is None or not self._samples.differ())
+        if (
+            addresses_of(tensors) != self._addresses
+            or list(map(version_of, tensors)) != self._versions
+            or self._storages[0]() is not local(tensors[0]).untyped_storage()
+        ):
+            return False
+        if self._samples is None:
+            return not self._places
+        held = self._hold(tensors)
+        return held is not None and not self._samples.differ()
 
-    def _looks_current(self, tensors: tuple[Tensor, ...]) -> bool:
-        return (
-            addresses_of(tensors) == self._addresses
-            and list(map(version_of, tensors)) == self._versions
-            and self._storages[0]() is tensors[0].untyped_storage()
-            and (self._samples is None or list(map(self._place_of, tensors)) == self._places)
-        )
+    def _hold(self, tensors: tuple[Tensor, ...]) -> list[torch.UntypedStorage | None] | None:
+        """The storages, held so that no other thread frees what is read by address; None where a tensor has moved."""
+        held = list(map(operator.call, self._storages))
+        is_there = self._addresses is not _ENDED and list(map(self._place_of, tensors)) == self._places
+        return held if is_there else None
 
     def written_unseen(self, tensors: tuple[Tensor, ...]) -> list[int]:
         """Return the positions of tensors that were written to though torch counted no write, as far as it shows."""
-        return self._samples.different() if self._samples is not None and self._looks_current(tensors) else []
+        if self._samples is None or list(map(version_of, tensors)) != self._versions:
+            return []
+        held = self._hold(tensors)
+        return [] if held is None else self._samples.different()
 
-    def expect(self, index: int, version: int) -> None:
-        """Take a write of our own into account: the version that it left a tensor with."""
+    def expect(self, index: int, version: int, tensors: tuple[Tensor, ...]) -> None:
+        """Take a write of our own to one of the tensors into account: the version that it left it with."""
         self._versions[index] = version
-        if self._samples is not None:
+        if self._samples is not None and self._hold(tensors) is not None:
             self._samples.record()
 
     def has_storages_of(self, tensors: tuple[Tensor, ...]) -> bool:
         """Whether these tensors have the same storages, freed or not: a closer look than each call can pay for."""
         pairs = zip(self._storages, tensors, strict=True)
-        return all(storage() is tensor.untyped_storage() for storage, tensor in pairs)
+        return all(storage() is local(tensor).untyped_storage() for storage, tensor in pairs)
 
     def living(self) -> set[int]:
         """The ``id()`` of each of the tensors that were not freed since."""

@@ -6,6 +6,10 @@ from __future__ import annotations
 
 import logging
 
+from torch import Tensor
+
+from lncompile.lowering import torch_private
+
 log = logging.getLogger("lncompile")
 
 
@@ -20,10 +24,15 @@ class Renewals:
     """
 
     _POINTS, _ENOUGH = 8, 8
+    # For how many calls a weight has to stay until folding is tried again; then for twice as many, and so on.
+    _PATIENCE = 64
 
     def __init__(self) -> None:
         self._points = 0
         self._sets = 1
+        self._patience = self._PATIENCE
+        self._calm = 0
+        self._seen: object = None
 
     def spared(self) -> None:
         """Count a call that found its values."""
@@ -40,22 +49,49 @@ class Renewals:
         self._points += self._POINTS
         return self._points > self._POINTS * (self._ENOUGH + 2 * self._sets)
 
+    def excuse(self, sets: int) -> None:
+        """Take back what will be counted because values were forgotten though their parameters did not change."""
+        self._points = max(0, self._points - self._POINTS * sets)
+
+    def have_ended(self, weight: Tensor) -> bool:
+        """Count a call for which nothing was computed any more, and say whether to try again.
+
+        Args:
+            weight: the first one that the call has. It is looked at in one call of eight: that it is another one then,
+                or elsewhere, or was written to, starts the count anew.
+        """
+        self._calm += 1
+        if self._calm % 8:
+            return False
+        with torch_private.as_plain_tensors():
+            version = 0 if weight.is_inference() else torch_private.version_of(weight)
+            seen = id(weight), weight.data_ptr(), version
+        if seen != self._seen:
+            self._calm, self._seen = 0, seen
+        if self._calm < self._patience:
+            return False
+        self._calm, self._seen, self._patience = 0, None, 2 * self._patience
+        # A few more and it is given up again.
+        self._points = self._POINTS * (self._ENOUGH + 2 * self._sets - 2)
+        return True
+
 
 _told = False
 
 
-def say_written_unseen(name: str, count: int, *, late: bool) -> None:
+def say_written_unseen(name: str, count: int, *, late: bool, by_user: bool = True) -> None:
     """Log that weights were written to in a way that torch does not count: a warning the first time, later debugging.
 
     Args:
         name: of one of the weights.
         count: how many weights show it.
         late: whether an answer may have been given with the old values.
+        by_user: whether one of them is a parameter: then it is worth a warning.
     """
     global _told
     which = f"weight '{name}' was" if count == 1 else f"{count} weights, among them '{name}', were"
     log.log(
-        logging.DEBUG if _told else logging.WARNING,
+        logging.DEBUG if _told or not by_user else logging.WARNING,
         "%s written to in a way that torch does not count (.data, NumPy, a collective, another process, a CUDA graph). "
         "lnfold noticed it by a few elements and centers the weights anew.%s Call lncompile.refresh() after such a "
         "write, or write to the parameter itself under torch.no_grad(): a write that changes few elements may go "
@@ -63,7 +99,7 @@ def say_written_unseen(name: str, count: int, *, late: bool) -> None:
         which,
         " The last answer may have been computed with the old values." if late else "",
     )
-    _told = True
+    _told = _told or by_user
 
 
 def tell_again() -> None:
@@ -81,8 +117,8 @@ def say_given_up(name: str, count: int) -> None:
     """
     log.warning(
         "the weights of a graph (%d, among them '%s') changed or moved at nearly every call, and centering them anew "
-        "costs more than folding saves. From here on the graph runs as stock torch.compile compiles it; "
-        "lncompile.refresh() lets it fold again.",
+        "costs more than folding saves. From here on the graph runs as stock torch.compile compiles it, until its "
+        "weights have stayed for a while; lncompile.refresh() lets it fold at once.",
         count,
         name,
     )

@@ -23,9 +23,10 @@ from __future__ import annotations
 import collections
 import itertools
 import logging
+import sys
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -44,6 +45,8 @@ _WORD = 4
 _LEAST, _MOST, _TOGETHER = 4, 16, 1024
 # Knuth's multiplicative hash: scatters the places, so that they do not all stand at the beginning of a row or a head.
 _SCATTER = 2654435761
+_LITTLE = sys.byteorder == "little"
+_ALL_BITS = 0xFFFFFFFF
 
 
 def place_count(weights: int) -> int:
@@ -56,20 +59,31 @@ def local(tensor: Tensor) -> Tensor:
     return torch_private.local_tensor(tensor) if is_sharded(tensor) else tensor
 
 
-def word_addresses(tensor: Tensor, places: int) -> list[int]:
-    """Return the addresses of the words that hold some elements of a tensor, scattered over it.
+def lies_within(tensor: Tensor, storage: torch.UntypedStorage) -> bool:
+    """Whether a tensor's elements lie within a storage: not where it was given back (``storage.resize_(0)``)."""
+    extent = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    end = (tensor.storage_offset() + extent) * tensor.element_size()
+    return tensor.numel() == 0 or (tensor.data_ptr() != 0 and end <= storage.nbytes())
+
+
+def word_places(tensor: Tensor, places: int) -> dict[int, int]:
+    """Return the addresses of the words that hold some elements of a tensor, scattered over it, and which bits are its.
 
     Args:
         tensor: strided, with memory of its own; views and transposed tensors as well.
         places: how many elements; all of them where there are fewer.
 
+    Returns:
+        For each address of a word a mask: in a flat buffer of half precision a word may be shared with a neighbour.
+
     Example:
-        >>> len(word_addresses(torch.zeros(8, 8), 4))
-        4
+        >>> list(word_places(torch.zeros(8, 8), 4).values())
+        [4294967295, 4294967295, 4294967295, 4294967295]
     """
     count, size = tensor.numel(), tensor.element_size()
     places = min(places, count)
-    addresses: dict[int, None] = {}
+    words: dict[int, int] = {}
+    begin, close = tensor.data_ptr(), tensor.data_ptr() + count * size if tensor.is_contiguous() else 0
     for part in range(places):
         first, end = part * count // places, (part + 1) * count // places
         index = first + (part + 1) * _SCATTER % (end - first)
@@ -78,9 +92,20 @@ def word_addresses(tensor: Tensor, places: int) -> list[int]:
             index, position = divmod(index, length)
             offset += position * stride
         start = tensor.data_ptr() + offset * size
-        # Two words for a double; one for two elements of half precision.
-        addresses.update(dict.fromkeys(range(start - start % _WORD, start + size, _WORD)))
-    return list(addresses)
+        # Two words for a double; one for two elements of half precision, whose neighbours count as well.
+        first, last = (begin, close) if close else (start, start + size)
+        for word in range(start - start % _WORD, start + size, _WORD):
+            own = range(max(word, first) - word, min(word + _WORD, last) - word)
+            words[word] = words.get(word, 0) | sum(0xFF << 8 * (byte if _LITTLE else _WORD - 1 - byte) for byte in own)
+    return words
+
+
+class _Word(NamedTuple):
+    """A word that is looked at: where, which of its bits count, and of which weight it is."""
+
+    address: int
+    mask: int
+    owner: int
 
 
 class _Memory(Protocol):
@@ -112,13 +137,12 @@ class WeightSamples:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         places = place_count(len(tensors))
-        by_device: dict[torch.device, tuple[list[int], list[int]]] = {}
+        by_device: dict[torch.device, list[_Word]] = {}
         for index, tensor in enumerate(map(local, tensors)):
             if tensor.device.type in ("cpu", "cuda"):
-                addresses, owners = by_device.setdefault(tensor.device, ([], []))
-                found = word_addresses(tensor, places)
-                addresses += found
-                owners += [index] * len(found)
+                found = word_places(tensor, places)
+                words = (_Word(address, mask, index) for address, mask in found.items())
+                by_device.setdefault(tensor.device, []).extend(words)
         self._memories = [memory for memory in itertools.starmap(_memory, by_device.items()) if memory is not None]
         if len(self._memories) == 1:
             self.differ = self._memories[0].differ  # type: ignore[method-assign]  # this is asked at every call
@@ -141,13 +165,11 @@ class WeightSamples:
         return sorted({index for memory in self._memories for index in memory.different()})
 
 
-def _memory(device: torch.device, words: tuple[list[int], list[int]]) -> _Memory | None:
+def _memory(device: torch.device, words: Sequence[_Word]) -> _Memory | None:
     if device.type == "cpu":
-        return _HostMemory(*words)
-    if torch.cuda.is_current_stream_capturing():
-        return None  # what is captured is replayed without us, and may outlive the addresses
+        return _HostMemory(words)
     try:
-        return _DeviceMemory(*words, device=device)
+        return _DeviceMemory(words, device)
     except Exception as error:
         log.warning(
             "weights on %s are looked at by torch's version counters alone, because the kernel that compares their "
@@ -180,21 +202,27 @@ _memory_words: Any = np.asarray(_WholeMemory())
 class _HostMemory:
     """Words in the host's memory. Whoever asks has to know that the weights are still where they were."""
 
-    def __init__(self, addresses: Sequence[int], owners: Sequence[int]) -> None:
-        self._index = np.array([address // _WORD - 1 for address in addresses], dtype=np.intp)
-        self._owners = np.array(owners, dtype=np.intp)
+    def __init__(self, words: Sequence[_Word]) -> None:
+        self._index = np.array([word.address // _WORD - 1 for word in words], dtype=np.intp)
+        self._owners = np.array([word.owner for word in words], dtype=np.intp)
+        masks = np.array([word.mask for word in words], dtype=np.uint32)
+        self._masks: Any = None if (masks == _ALL_BITS).all() else masks
         self.record()
 
+    def _read(self) -> Any:
+        words = _memory_words[self._index]
+        return words if self._masks is None else words & self._masks
+
     def record(self) -> None:
-        self._expected: bytes = _memory_words[self._index].tobytes()
+        self._expected: bytes = self._read().tobytes()
 
     def differ(self) -> bool:
-        seen: bytes = _memory_words[self._index].tobytes()
+        seen: bytes = self._read().tobytes()
         return seen != self._expected
 
     def different(self) -> Iterator[int]:
         expected = np.frombuffer(self._expected, dtype=np.uint32)
-        yield from map(int, self._owners[_memory_words[self._index] != expected])
+        yield from map(int, self._owners[self._read() != expected])
 
 
 # --- on a GPU ---
@@ -229,12 +257,14 @@ _flags = _Flags()
 class _DeviceMemory:
     """Words in a GPU's memory, compared by a kernel on the current stream."""
 
-    def __init__(self, addresses: Sequence[int], owners: Sequence[int], device: torch.device) -> None:
+    def __init__(self, words: Sequence[_Word], device: torch.device) -> None:
         self._device = device
         self._is_gpu = device.type == "cuda"
-        self._owners = list(owners)
-        self._addresses = torch.tensor(addresses, dtype=torch.int64).to(device)
-        self._expected = torch.empty(len(addresses), dtype=torch.int32, device=device)
+        self._owners = [word.owner for word in words]
+        self._addresses = torch.tensor([word.address for word in words], dtype=torch.int64).to(device)
+        masks = np.array([word.mask for word in words], dtype=np.uint32).view(np.int32)  # Triton reads signed ones
+        self._masks = torch.from_numpy(masks).to(device)
+        self._expected = torch.empty_like(self._masks)
         self._flag = _flags.take(pinned=self._is_gpu)
         self._flag_in_host: Any = self._flag.numpy()
         weakref.finalize(self, _flags.give_back, self._flag)
@@ -242,28 +272,26 @@ class _DeviceMemory:
         self.record()
 
     def record(self) -> None:
-        record_words(self._addresses, self._expected)
+        record_words(self._addresses, self._masks, self._expected)
         self._flag_in_host[0] = 0
 
     def differ(self) -> bool:
+        if self._is_gpu and torch.cuda.is_current_stream_capturing():
+            return False  # nothing may wait now, and replayed, the look could outlive the addresses that it reads
         if self._flag_in_host[0]:
             self._flag_in_host[0] = 0
             # A look that was under way when the words were recorded anew, or that another owner of the flag started,
             # says nothing of these.
             if next(self.different(), None) is not None:
                 return True
-        if self._is_gpu:
-            if torch.cuda.is_current_stream_capturing():
-                return False  # replayed by itself, the look could outlive the addresses that it reads
-            stream = torch.cuda.current_stream(self._device)
-            if stream != self._stream:
-                # Freed, their memory is to stay theirs until this stream is through as well.
-                for tensor in (self._addresses, self._expected):
-                    tensor.record_stream(stream)
-        compare_words(self._addresses, self._expected, self._flag)
+        if self._is_gpu and (stream := torch.cuda.current_stream(self._device)) != self._stream:
+            # Freed, their memory is to stay theirs until this stream is through as well.
+            for tensor in (self._addresses, self._masks, self._expected):
+                tensor.record_stream(stream)
+        compare_words(self._addresses, self._masks, self._expected, self._flag)
         return False
 
     def different(self) -> Iterator[int]:
         now = torch.empty_like(self._expected)
-        record_words(self._addresses, now)
+        record_words(self._addresses, self._masks, now)
         yield from (self._owners[word] for word in (now != self._expected).nonzero().flatten().tolist())

@@ -21,16 +21,13 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an N
 # One process cannot both interpret and compile Triton kernels.
 INTERPRETED = """
 import json, torch
-from lncompile.passes.weight_samples import _DeviceMemory, word_addresses
+from lncompile.passes.weight_samples import _DeviceMemory, _Word, word_places
 
 weights = [torch.randn(30, 40, dtype=dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16)]
 weights += [torch.randn(64, 64) for _ in range(400)]  # words for more than one program
-addresses, owners = [], []
-for index, weight in enumerate(weights):
-    found = word_addresses(weight, 4)
-    addresses, owners = addresses + found, owners + [index] * len(found)
-words = _DeviceMemory(addresses, owners, torch.device("cpu"))
-seen = {"words": len(addresses), "at first": [words.differ(), words.differ()]}
+places = [_Word(*at, index) for index, weight in enumerate(weights) for at in word_places(weight, 4).items()]
+words = _DeviceMemory(places, torch.device("cpu"))
+seen = {"words": len(places), "at first": [words.differ(), words.differ()]}
 for index in (0, 1, 2, len(weights) - 1):
     weights[index].data.mul_(2)
     seen[index] = [words.differ(), words.differ(), sorted(set(words.different()))]
@@ -64,11 +61,11 @@ def test_compiled_for_sm_90() -> None:
 
     from lncompile.lowering.device_words_kernel import BLOCK, read_words
 
-    types = {"addresses": "*i64", "expected": "*i32", "flag": "*i32", "count": "i32"}
+    types = {"addresses": "*i64", "masks": "*i32", "expected": "*i32", "flag": "*i32", "count": "i32"}
     source = triton.compiler.ASTSource(
         fn=read_words,
         signature={**types, "RECORD": "constexpr", "BLOCK": "constexpr"},
-        constexprs={(4,): False, (5,): BLOCK},
+        constexprs={(5,): False, (6,): BLOCK},
     )
     code = triton.compile(source, target=GPUTarget("cuda", 90, 32))
     assembly = code.asm["ptx"]

@@ -251,8 +251,10 @@ class Peak(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = function(*args, **(kwargs or {}))
+        read = {value.untyped_storage()._cdata for value in args if type(value) in (Tensor, nn.Parameter)}
         for tensor in made if isinstance(made, tuple | list) else [made]:
-            if type(tensor) is Tensor and tensor.untyped_storage()._cdata not in self._seen:
+            # An alias of what there was is no memory.
+            if type(tensor) is Tensor and tensor.untyped_storage()._cdata not in self._seen | read:
                 self._add(tensor.untyped_storage())
         return made
 

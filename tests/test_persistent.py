@@ -19,6 +19,7 @@ import lncompile
 from lncompile.lowering import FOLDED_STATISTIC, persistent_norms, torch_private
 from lncompile.lowering.inspection import Kernel
 from lncompile.lowering.persistent import WIDEST_ROW, ReductionKernel, holds_its_row
+from lncompile.lowering.torch_private_choices import persistent_where
 from lncompile.lowering.triton_without_gpu import RetargetedCode, compile_kernel, retargeted_to_gpu, triton_for_sm90
 
 needs_triton = pytest.mark.usefixtures("triton")
@@ -239,7 +240,7 @@ def test_caches_tell_graphs_of_one_text_apart(cache: str, monkeypatch: pytest.Mo
 def test_the_choice_can_be_pickled() -> None:
     from torch._inductor.virtualized import V
 
-    with torch_private.persistent_where(holds_its_row, "name"):
+    with persistent_where(holds_its_row, "name"):
         assert torch.compiler.config.cache_key_tag == "name"
         again = pickle.loads(pickle.dumps(V.choices))
         assert type(again).__name__ == type(V.choices).__name__

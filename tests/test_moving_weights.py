@@ -210,3 +210,114 @@ def test_the_count() -> None:
             renewals.spared()
     renewals = Renewals()
     assert not any(renewals.are_too_many(sets) for sets in range(48)), "each has to be computed once"
+
+
+def test_weights_that_stay_fold_again() -> None:
+    """A sweep over checkpoints or steps is over at some time; what is served then folds."""
+    model = block()
+    compiled = torch.compile(model, backend="lnfold")
+    for _ in range(12):
+        data_exchanged(model)
+        compiled(VALUE)
+    assert states(compiled) == [(0, 1, Reason.MOVING_WEIGHTS)]
+    for _ in range(90):
+        compiled(VALUE)
+    assert states(compiled) == [(1, 1, None)]
+    torch.testing.assert_close(compiled(VALUE), model(VALUE), **TOLERANCE)
+
+
+def test_trying_again_gets_rarer() -> None:
+    renewals, weight = Renewals(), torch.zeros(2)
+    for _ in range(11):
+        renewals.are_too_many(1)
+    calls = []
+    for _ in range(3):
+        count = 1
+        while not renewals.have_ended(weight):
+            count += 1
+        calls.append(count)
+        assert not renewals.are_too_many(1)
+        assert [renewals.are_too_many(1) for _ in range(2)] == [False, True], "given up at once if they move on"
+    assert calls[0] < 80
+    assert calls[1] > 1.5 * calls[0]
+    assert calls[2] > 1.5 * calls[1]
+
+
+def test_a_weight_that_moves_is_never_calm() -> None:
+    renewals = Renewals()
+    assert not any(renewals.have_ended(torch.zeros(2)) or renewals.have_ended(torch.zeros(3)) for _ in range(300))
+
+
+def test_a_checkpoint_computes_the_same_twice() -> None:
+    """Frozen weights come before each use and are gone behind it, in the second computation of a checkpoint as well."""
+    model = block().requires_grad_(False)
+    model.outer.requires_grad_(True)
+    compiled = torch.compile(model, backend="lnfold")
+
+    def fetched(value: Tensor) -> Tensor:
+        data_exchanged(model)
+        return compiled(value)
+
+    with torch.enable_grad():
+        for _ in range(12):
+            value = VALUE.clone().requires_grad_()
+            torch.utils.checkpoint.checkpoint(fetched, value, use_reentrant=False).sin().sum().backward()
+            mine = value.grad.clone()
+            value.grad = None
+            model(value).sin().sum().backward()
+            torch.testing.assert_close(mine, value.grad, **TOLERANCE)
+    assert states(compiled) == [(0, 1, Reason.MOVING_WEIGHTS)]
+
+
+def test_every_block_is_told() -> None:
+    blocks = [block(seed) for seed in range(3)]
+    for each in blocks:
+        each.compile(backend="lnfold")
+    for _ in range(12):
+        for each in blocks:
+            data_exchanged(each)
+            each(VALUE)
+    assert [states(each) for each in blocks] == [[(0, 1, Reason.MOVING_WEIGHTS)]] * 3
+
+
+def test_sets_that_share_their_first_weight_do_not_take_turns() -> None:
+    model = block()
+    compiled = torch.compile(model, backend="lnfold")
+    biases = [nn.Parameter(torch.randn(8, dtype=torch.float64)) for _ in range(2)]
+    counters = torch._dynamo.utils.counters["lnfold"]
+    for index in range(24):
+        model.inner.bias = biases[index % 2]
+        torch.testing.assert_close(compiled(VALUE), model(VALUE), **TOLERANCE)
+        if index == 3:
+            before = counters["materialized"]
+    assert states(compiled) == [(1, 1, None)]
+    assert counters["materialized"] == before
+
+
+def test_the_callers_stance_stays() -> None:
+    model = block()
+    compiled = torch.compile(model, backend="lnfold")
+    compiled(VALUE)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for _ in range(14):
+            data_exchanged(model)
+            compiled(VALUE)
+        with pytest.raises(RuntimeError, match="fail_on_recompile"):
+            torch.compile(block(), backend="lnfold")(VALUE.float())
+
+
+class Branching(Block):
+    def forward(self, value: Tensor) -> Tensor:
+        chosen = torch.cond(value.sum() > 0, lambda x: x * 2, lambda x: x - 1, (value,))
+        return super().forward(chosen)
+
+
+def test_graphs_within_graphs() -> None:
+    """The graph is compiled as Dynamo captured it: captured once more, these operators would not be understood."""
+    model = randomise(Branching().double()).eval()
+    compiled = torch.compile(model, backend="lnfold")
+    for index in range(14):
+        data_exchanged(model)
+        value = VALUE if index % 2 else -VALUE
+        torch.testing.assert_close(compiled(value), model(value), **TOLERANCE)
+    assert states(compiled) == [(0, 1, Reason.MOVING_WEIGHTS)]

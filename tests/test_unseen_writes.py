@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -184,3 +185,119 @@ def test_writes_that_torch_counts_are_no_warning(caplog: pytest.LogCaptureFixtur
     model.load_state_dict({name: changed(value) for name, value in model.state_dict().items()})
     _check(compiled, model)
     assert "does not count" not in caplog.text
+
+
+# --- what is read by address ---
+
+
+def test_memory_that_was_given_back_is_an_error() -> None:
+    """As with stock torch.compile; the look reads memory by address, and must not read what is not there."""
+    model = decoder()
+    compiled = torch.compile(model, backend="lnfold")
+    before = compiled(IDS)
+    storage = model.down[0].weight.untyped_storage()
+    values, size = model.down[0].weight.detach().clone(), storage.nbytes()
+    storage.resize_(0)
+    with pytest.raises(RuntimeError, match=r"'down.0.weight' has no memory"):
+        compiled(IDS)
+    storage.resize_(size)
+    model.down[0].weight.data.copy_(values)
+    torch.testing.assert_close(compiled(IDS), before, **TOLERANCE)
+
+
+def test_restoring_weights_whose_memory_was_given_back() -> None:
+    model = decoder()
+    compiled = torch.compile(model, backend="lnfold", options={"lnfold.weights": "inplace"})
+    compiled(IDS)
+    model.down[0].weight.untyped_storage().resize_(0)
+    assert "down.0.weight" not in lncompile.restore(model)
+
+
+def test_a_neighbour_in_the_same_word_is_no_write(caplog: pytest.LogCaptureFixture) -> None:
+    """Elements of half precision share words of memory with what lies beside them in a flat buffer."""
+    flat = torch.randn(7 * 7 + 7 + 1 + 4, dtype=torch.bfloat16)
+    model = nn.Sequential(nn.Linear(7, 7), nn.LayerNorm(7), nn.Linear(7, 7)).bfloat16().eval()
+    start = 1  # so that words begin in the middle of elements' pairs
+    for parameter in (model[0].weight, model[0].bias):
+        parameter.data = flat[start : start + parameter.numel()].view_as(parameter)
+        start += parameter.numel()
+    compiled = torch.compile(model, backend="lnfold")
+    value = torch.randn(2, 7, dtype=torch.bfloat16)
+    compiled(value)
+    counters = torch._dynamo.utils.counters["lnfold"]
+    before = counters["materialized"]
+    flat[0] += 1
+    flat[start:] += 1
+    compiled(value)
+    assert counters["materialized"] == before
+    flat[start - 1] += 1  # the control: the last one of the bias
+    compiled(value)
+    assert counters["materialized"] > before
+    assert "does not count" in caplog.text
+
+
+def test_running_statistics_are_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+    """torch counts no update of them; they are sources where a batch norm is composed into a layer."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.LayerNorm(6), nn.Linear(6, 2)).double()
+    randomise(model).eval()
+    compiled, value = torch.compile(model, backend="lnfold"), torch.randn(5, 6, dtype=torch.float64)
+    for _ in range(2):
+        torch.testing.assert_close(compiled(value), model(value), **TOLERANCE)
+        assert folded(compiled) == 1
+        model.train()(value)
+        model.eval()
+    torch.testing.assert_close(compiled(value), model(value), **TOLERANCE)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_values_that_are_no_numbers_do_not_look_written() -> None:
+    model, value = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)).double(), torch.randn(2, 4, dtype=torch.float64)
+    model[0].bias[1] = float("nan")
+    graphs = [torch.compile(model, backend="lnfold", options=o) for o in (None, {"lnfold.nonfoldable": "eager"})]
+    counters = torch._dynamo.utils.counters["lnfold"]
+    for compiled in graphs:
+        compiled(value)
+    before = counters["materialized"]
+    for _ in range(3):
+        for compiled in graphs:
+            assert compiled(value).isnan().all()
+    assert counters["materialized"] == before
+
+
+def test_weights_without_elements() -> None:
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.none, self.norm = nn.Linear(4, 6), nn.Parameter(torch.zeros(0, 6)), nn.LayerNorm(6)
+
+        def forward(self, value: Tensor) -> Tensor:
+            return self.norm(torch.cat([self.inner(value), self.none]))
+
+    model, value = Joined().double(), torch.randn(3, 4, dtype=torch.float64)
+    model.norm.weight.copy_(torch.rand(6) + 0.5)
+    model.norm.bias.copy_(torch.randn(6))
+    compiled = torch.compile(model, backend="lnfold")
+    torch.testing.assert_close(compiled(value), model(value), **TOLERANCE)
+    assert folded(compiled) == 1
+
+
+def test_a_look_holds_what_it_reads() -> None:
+    """While memory is read by address its storage is held: another thread may exchange a parameter's meanwhile."""
+    from lncompile.passes.parameter_state import ParameterState
+
+    weight = nn.Parameter(torch.zeros(4, 4))
+    state = ParameterState((weight,), values=True)
+    held = []
+    samples = state._samples
+    assert samples is not None
+
+    def exchanged_meanwhile() -> bool:
+        storage = weakref.ref(weight.untyped_storage())
+        weight.data = torch.ones(4, 4)
+        held.append(storage() is not None)
+        return False
+
+    samples.differ = exchanged_meanwhile  # type: ignore[method-assign]
+    assert state.is_current((weight,))
+    assert held == [True]
+    assert not state.is_current((weight,)), "and not any longer"

@@ -17,6 +17,7 @@ from lncompile.lowering.rms_norm import (
     slices_of_row,
 )
 from lncompile.lowering.target import target_of
+from lncompile.lowering.tensor_layout import places_of, tensor_layout
 
 __all__ = [
     "FOLDED_STATISTIC",
@@ -29,6 +30,7 @@ __all__ = [
     "matrix_vector",
     "normed_matrix_vector",
     "persistent_norms",
+    "places_of",
     "record_words",
     "rms_norm",
     "row_scale",
@@ -38,6 +40,7 @@ __all__ = [
     "slices_of_row",
     "stored",
     "target_of",
+    "tensor_layout",
     "torch_private",
     "transposed_copy",
 ]

@@ -426,6 +426,9 @@ def tensors_on(storage: torch.UntypedStorage) -> int:
     return int(torch._C._storage_Use_Count(storage._cdata)) - 1
 
 
+# The address of what a tensor's Python object holds (its TensorImpl).
+implementation_address: Callable[[Tensor], int] = operator.attrgetter("_cdata")
+
 # Counts the in-place writes to a tensor that autograd can see (not those through `.data`).
 version_of: Callable[[Tensor], int] = operator.attrgetter("_version")
 

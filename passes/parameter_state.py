@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from lncompile.lowering import torch_private
+from lncompile.passes.parameter_counters import counters_of
 from lncompile.passes.parameter_identity import watch
-from lncompile.passes.sharding import is_sharded
 from lncompile.passes.weight_samples import WeightSamples, lies_within, local
 
 version_of = torch_private.version_of
@@ -58,10 +58,6 @@ def _choose_reader() -> Callable[[tuple[Any, ...]], bytes]:
 
 #: The identities of a tuple's items, to be compared with those of others.
 addresses_of: Callable[[tuple[Any, ...]], bytes] = _choose_reader()
-
-
-def _place_of_local(tensor: Tensor) -> int:
-    return local(tensor).data_ptr()
 
 
 # What the addresses of no tuple are.
@@ -103,46 +99,41 @@ class ParameterState:
         # Held while memory is read by address: another thread may exchange a parameter's storage, which would free it.
         storages = [local(tensor).untyped_storage() for tensor in tensors]
         self._addresses = addresses_of(tensors)
-        self._versions = list(map(version_of, tensors))
+        self._counters = counters_of(tensors, places=values)
         self._lifetimes = [(id(tensor), watch(tensor, end)) for tensor in tensors]
         self._storages = [weakref.ref(storage, end) for storage in storages]
-        self._place_of: Callable[[Tensor], int] = _place_of_local if any(map(is_sharded, tensors)) else Tensor.data_ptr
-        self._places = list(map(self._place_of, tensors)) if values else []
         # A tensor whose storage was exchanged since is not where it is said to be, and is never found there.
         is_whole = all(map(lies_within, map(local, tensors), storages))
         self._samples = WeightSamples(tensors) if values and is_whole else None
+        self._values = values
         del storages
 
     def is_current(self, tensors: tuple[Tensor, ...]) -> bool:
         """Whether these are the same tensors, not written to since."""
-        if (
-            addresses_of(tensors) != self._addresses
-            or list(map(version_of, tensors)) != self._versions
-            or self._storages[0]() is not local(tensors[0]).untyped_storage()
-        ):
-            return False
-        if self._samples is None:
-            return not self._places
+        if not self._values:
+            return (
+                addresses_of(tensors) == self._addresses
+                and self._counters.are_same(tensors)
+                and self._storages[0]() is local(tensors[0]).untyped_storage()
+            )
         held = self._hold(tensors)
-        return held is not None and not self._samples.differ()
+        return held is not None and self._samples is not None and not self._samples.differ()
 
     def _hold(self, tensors: tuple[Tensor, ...]) -> list[torch.UntypedStorage | None] | None:
-        """The storages, held so that no other thread frees what is read by address; None where a tensor has moved."""
+        """The storages, held so that no other thread frees what is read by address; None if torch counts a change."""
         held = list(map(operator.call, self._storages))
-        is_there = self._addresses is not _ENDED and list(map(self._place_of, tensors)) == self._places
-        return held if is_there else None
+        return held if addresses_of(tensors) == self._addresses and self._counters.are_same(tensors) else None
 
     def written_unseen(self, tensors: tuple[Tensor, ...]) -> list[int]:
         """Return the positions of tensors that were written to though torch counted no write, as far as it shows."""
-        if self._samples is None or list(map(version_of, tensors)) != self._versions:
-            return []
         held = self._hold(tensors)
-        return [] if held is None else self._samples.different()
+        return [] if held is None or self._samples is None else self._samples.different()
 
     def expect(self, index: int, version: int, tensors: tuple[Tensor, ...]) -> None:
         """Take a write of our own to one of the tensors into account: the version that it left it with."""
-        self._versions[index] = version
-        if self._samples is not None and self._hold(tensors) is not None:
+        self._counters.expect(index, version)
+        held = self._hold(tensors)
+        if held is not None and self._samples is not None:
             self._samples.record()
 
     def has_storages_of(self, tensors: tuple[Tensor, ...]) -> bool:

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from lncompile.lowering import compare_words, record_words, torch_private
+from lncompile.passes.memory import HALF_WORDS, index_of_half_word
 from lncompile.passes.sharding import is_sharded
 
 log = logging.getLogger("lncompile")
@@ -183,34 +184,18 @@ def _memory(device: torch.device, words: Sequence[_Word]) -> _Memory | None:
 # --- on a CPU ---
 
 
-class _WholeMemory:
-    """This process's memory, as an array of words that begins at the second one: NumPy takes no address 0."""
-
-    __array_interface__ = {  # noqa: RUF012  # NumPy's protocol
-        "version": 3,
-        "typestr": np.dtype(np.uint32).str,
-        "shape": (2**62 // _WORD,),
-        "data": (_WORD, True),
-    }
-
-
-# Reading by address, and not through views, for two reasons: a view keeps the memory of a weight alive that its owner
-# has given up, and a gather from 200 views takes ten times as long as one by address.
-_memory_words: Any = np.asarray(_WholeMemory())
-
-
 class _HostMemory:
     """Words in the host's memory. Whoever asks has to know that the weights are still where they were."""
 
     def __init__(self, words: Sequence[_Word]) -> None:
-        self._index = np.array([word.address // _WORD - 1 for word in words], dtype=np.intp)
+        self._index = np.array([index_of_half_word(word.address) for word in words], dtype=np.intp)
         self._owners = np.array([word.owner for word in words], dtype=np.intp)
         masks = np.array([word.mask for word in words], dtype=np.uint32)
         self._masks: Any = None if (masks == _ALL_BITS).all() else masks
         self.record()
 
     def _read(self) -> Any:
-        words = _memory_words[self._index]
+        words = HALF_WORDS[self._index]
         return words if self._masks is None else words & self._masks
 
     def record(self) -> None:

@@ -100,7 +100,8 @@ class _Store:
 
 
 def _are_equal(one: Tensor, other: Tensor) -> bool:
-    """Whether two values are the same, those that are not numbers included."""
+    """Whether two values are the same, those that are not numbers included; of sharded ones what this process holds."""
+    one, other = local(one), local(other)
     return torch.equal(one, other) or torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
 
 
@@ -302,7 +303,9 @@ class Materializer:
 
     def _refresh(self, arguments: Sequence[Any]) -> _ParameterSet:
         leaves = self._choose_leaves(arguments)
-        for index, leaf in enumerate(leaves):
+        # DDP has the pieces of a model compiled with fake parameters: no call has these.
+        are_real = torch_private.fake_mode_of(leaves) is None
+        for index, leaf in enumerate(leaves if are_real else ()):
             if not lies_within(local(leaf), local(leaf).untyped_storage()):
                 raise RuntimeError(
                     f"weight '{self._name(index)}' has no memory: its storage was given back or made smaller (resize_)"
@@ -324,7 +327,7 @@ class Materializer:
         anything_outdated = False
         with in_place.lock, torch_private.as_plain_tensors():
             # Before the values are computed, see _Entry.
-            state = ParameterState(leaves, forget, values=self._samples)
+            state = ParameterState(leaves, forget, values=self._samples and are_real)
             for index, expression in enumerate(self.expressions):
                 stored = self._in_parameter(index, arguments, survey)
                 if stored.version is not None:

@@ -103,8 +103,8 @@ class ParameterState:
         self._lifetimes = [(id(tensor), watch(tensor, end)) for tensor in tensors]
         self._storages = [weakref.ref(storage, end) for storage in storages]
         # A tensor whose storage was exchanged since is not where it is said to be, and is never found there.
-        is_whole = all(map(lies_within, map(local, tensors), storages))
-        self._samples = WeightSamples(tensors) if values and is_whole else None
+        is_whole = values and all(map(lies_within, map(local, tensors), storages))
+        self._samples = WeightSamples(tensors) if is_whole else None
         self._values = values
         del storages
 

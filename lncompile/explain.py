@@ -119,8 +119,11 @@ def refresh() -> None:
 
     Weights that :func:`restore` restored may be centered in place again.
 
-    Needed only after a write that torch does not count: ``parameter.data.copy_(...)`` or a write through NumPy.
-    In-place updates, optimizer steps, ``load_state_dict`` and swapped Parameters are noticed by themselves.
+    Graphs whose weights changed at nearly every call fold again.
+
+    Needed after a write that torch does not count and that leaves nearly all elements as they are, such as
+    ``parameter.data[row] = ...`` of a large table, and, with ``lnfold.check="versions"`` or ``"off"``, after any that is
+    not looked for. All others are noticed by themselves.
     """
     forget_all()
 

@@ -122,8 +122,8 @@ def refresh() -> None:
     Graphs whose weights changed at nearly every call fold again.
 
     Needed after a write that torch does not count and that leaves nearly all elements as they are, such as
-    ``parameter.data[row] = ...`` of a large table, and, with ``lnfold.check="versions"`` or ``"off"``, after any that is
-    not looked for. All others are noticed by themselves.
+    ``parameter.data[row] = ...`` of a large table. With ``lnfold.check="versions"`` or ``"off"`` needed after any write
+    that is not looked for. All others are noticed by themselves.
     """
     forget_all()
 

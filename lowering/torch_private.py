@@ -191,11 +191,6 @@ def is_opaque_tensor(value: Any) -> bool:
     return type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__ or torch.nn.parameter.is_lazy(value)
 
 
-def is_inside_backward() -> bool:
-    """Whether autograd is at work in this thread: what is called then may be a checkpoint's second computation."""
-    return int(torch._C._current_graph_task_id()) != -1
-
-
 def as_plain_tensors() -> Any:
     """Context in which tensors are computed with as plain ones, whatever ``__torch_function__`` their classes have.
 

@@ -235,7 +235,7 @@ class Materializer:
         if not self._leaves:
             return []
         if not self.keeps_up:
-            if not self._renewals.have_ended(arguments[self._leaves[0]]) or torch_private.is_inside_backward():
+            if not self._renewals.have_ended(arguments[self._leaves[0]]):
                 return None
             self.keeps_up = True
         leaves = self._choose_leaves(arguments)
@@ -253,8 +253,9 @@ class Materializer:
             current = self._sets.get(addresses_of(leaves))
             if current is not None and current is not known and current.is_current(leaves):
                 return current.take(arguments)  # another thread was faster
-            # What a checkpoint computes again has to be what it computed before.
-            if self._renewals.are_too_many(len(self._sets)) and not torch_private.is_inside_backward():
+            # Where gradients are recorded a checkpoint may compute again later what was computed before, and has to get
+            # the same: there it goes on.
+            if self._renewals.are_too_many(len(self._sets)) and not torch.is_grad_enabled():
                 self.keeps_up = False
                 self._sets.clear()
                 say_given_up(self._name(0), len(leaves))

@@ -9,6 +9,7 @@ import logging
 from torch import Tensor
 
 from lncompile.lowering import torch_private
+from lncompile.passes.weight_samples import local
 
 log = logging.getLogger("lncompile")
 
@@ -65,7 +66,7 @@ class Renewals:
             return False
         with torch_private.as_plain_tensors():
             version = 0 if weight.is_inference() else torch_private.version_of(weight)
-            seen = id(weight), weight.data_ptr(), version
+            seen = id(weight), local(weight).data_ptr(), version
         if seen != self._seen:
             self._calm, self._seen = 0, seen
         if self._calm < self._patience:

@@ -21,7 +21,7 @@ import logging
 import struct
 import sys
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -169,6 +169,8 @@ def _search() -> TensorLayout | None:
 def _shows_every_change(layout: TensorLayout) -> bool:
     """Whether each way to write to a tensor, or to move it, changes a number, and nothing else does."""
 
+    swap_tensors: Any = torch.utils.swap_tensors  # it has no types
+
     def noticed(change: str) -> bool:
         tensor, other = torch.zeros(4, 4), torch.ones(4, 4)
         kept = tensor.untyped_storage()
@@ -186,7 +188,7 @@ def _shows_every_change(layout: TensorLayout) -> bool:
             case "another part":
                 tensor.data = tensor.data[1:3]
             case "swap":
-                torch.utils.swap_tensors(tensor, other)
+                swap_tensors(tensor, other)
             case "resized":
                 kept.resize_(1 << 16)
         return read(places) != before

@@ -241,8 +241,8 @@ def _fails_without_us(program: Program, compiler: str, writes: bool) -> str:
     """What goes wrong with the backend of torch that does the same without us, or ""."""
     torch._dynamo.reset()
     with torch.no_grad():
-        expected = _trace(program, writes=writes)
         try:
+            expected = _trace(program, writes=writes)  # eager does not write into what was loaded in inference mode
             model = program.build()
             backend_name = COMPILERS[compiler][1]
             compiled = torch.compile(model, backend=backend_name, fullgraph=True, dynamic=program.dynamic or None)

@@ -306,8 +306,9 @@ def copy_transposed(graph: fx.Graph, plan: MatrixVectors) -> list[fx.Node]:
         The copies, parameter expressions that can leave the graph.
     """
     copies: dict[fx.Node, fx.Node] = {}
+    present = set(graph.nodes)  # a mean that was a product with ones is gone where its norm folded
     for product in plan.products:
-        if product.copied is None:
+        if product.copied is None or product.node not in present:
             continue
         operation = canonicalise(product.node)
         assert operation is not None  # rewrites only exchange operands
@@ -335,6 +336,8 @@ def write_as_sums(graph: fx.Graph, plan: MatrixVectors) -> None:
             _store(graph, node)
     for product in plan.products:
         node = product.node
+        if node not in present:
+            continue  # a mean, taken as a product with ones, that was taken out with its norm
         operation, tensor = canonicalise(node), tensor_of(node)
         assert operation is not None  # rewrites only exchange operands
         assert tensor is not None  # its sizes were read

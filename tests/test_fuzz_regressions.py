@@ -275,3 +275,20 @@ def test_groups_of_unknown_size() -> None:
     model, value = randomise(GroupsOfUnknownSize().double()), torch.randn(2, 5, 7, dtype=torch.float64)
     compiled = torch.compile(model, backend="lnfold", fullgraph=True, dynamic=True)
     torch.testing.assert_close(compiled(value), model(value), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_a_mean_by_a_product_is_taken_out_before_products_become_sums() -> None:
+    class Standardised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(1, 12, dtype=torch.float64))
+
+        def forward(self) -> Tensor:
+            mean = nn.functional.linear(self.weight, torch.ones(1, 12, dtype=torch.float64)) / 12
+            variance = (self.weight.pow(2).sum(-1, True) / 12 - mean**2).abs()
+            return (mean - self.weight) * (variance + 1e-5).rsqrt()
+
+    model = Standardised()
+    compiled = torch.compile(model, backend="lnfold", options={"lnfold.matrix_vector": "on"})
+    torch.testing.assert_close(compiled(), model(), rtol=1e-10, atol=1e-10)

@@ -97,8 +97,6 @@ def lnfold(
     _publish(report)
     if prepared.graph_module is None:
         compiled = torch_private.inductor_compile(graph_module, example_inputs, inductor_config)
-        if not report.sites and ours.weights != "inplace":
-            return compiled
         return _remember(compiled, report, arguments, prepared.reader)
     try:
         inputs = [*example_inputs, *prepared.values]
@@ -163,18 +161,15 @@ def _remember(
     materializer: Materializer | None = None,
     unfolded: Unfolded | None = None,
 ) -> Callable[..., Any]:
-    """Return the function Dynamo calls, with the report tied to it and freed with it."""
+    """Return the function Dynamo calls, with the report tied to it and freed with it.
+
+    Where there are no weights to supply, Dynamo gets what Inductor made, so that a call costs what it costs with stock.
+    """
     code = torch_private.code_being_compiled()
     record = CompiledGraph(report, code, arguments, reader, materializer)
     compiled_graphs.add(record)
-
-    # A function of our own: Dynamo unwraps Inductor's, and would drop what is attached to it.
-    if materializer is None or unfolded is None:
-
-        def run(*arguments: Any) -> Any:
-            return compiled(*arguments)
-
-    else:
+    run = compiled
+    if materializer is not None and unfolded is not None and materializer.expressions:
 
         def run(*arguments: Any) -> Any:
             values = materializer(arguments)

@@ -312,7 +312,8 @@ class Materializer:
                     f"weight '{self._name(index)}' has no memory: its storage was given back or made smaller (resize_)"
                 )
         first = addresses_of(leaves)
-        self._served[id(leaves[0])] = watch(leaves[0])
+        living = {parameter: lifetime for parameter, lifetime in self._served.items() if lifetime() is not None}
+        self._served = {**living, id(leaves[0]): watch(leaves[0])}
         own = weakref.ref(self)
 
         def forget(ended: ParameterState) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import types
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -169,6 +170,11 @@ def _remember(
     record = CompiledGraph(report, code, arguments, reader, materializer)
     compiled_graphs.add(record)
     run = compiled
+    if isinstance(compiled, types.MethodType):  # nothing can be tied to it
+
+        def run(*arguments: Any) -> Any:
+            return compiled(*arguments)
+
     if materializer is not None and unfolded is not None and materializer.expressions:
 
         def run(*arguments: Any) -> Any:

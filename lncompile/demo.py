@@ -18,9 +18,9 @@ from lncompile.factories import ModelError
 from lncompile.latency import Latency, compare_latency
 from lncompile.machine import MachineError, describe_machine, require_compiler
 from lncompile.models import RANDOM_GPT2, LoadedModel, load_model
+from lncompile.processes import RepeatedTimings
 from lncompile.progress import Steps
 from lncompile.report import FoldReport
-from lncompile.timing import PairedTimings
 from lncompile.verify import Verification, verify
 
 
@@ -41,7 +41,7 @@ class Demonstration:
     machine: Mapping[str, Any]
     report: FoldReport
     verification: Verification | None = None
-    timings: PairedTimings | None = None
+    timings: RepeatedTimings | None = None
 
     @property
     def passed(self) -> bool:

@@ -3,41 +3,58 @@
 from __future__ import annotations
 
 import functools
+import gc
 import io
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torch import nn
 
+from lncompile.even_terms import compile_apart, settle
 from lncompile.explain import settings_of
-from lncompile.lowering import torch_private
+from lncompile.lowering import torch_private, torch_private_caches
 from lncompile.machine import describe_machine
+from lncompile.no_norm import no_norm, with_small_weights
 from lncompile.options import arms
+from lncompile.processes import RepeatedTimings, orders, run_processes
 from lncompile.progress import Say
 from lncompile.timing import PairedTimings, Ratio, measure
+
+#: The candidates: the model as it is, stock torch.compile, lnfold, and stock without any norm, which is the limit.
+EAGER, BASELINE, CANDIDATE, LIMIT = "eager", "inductor", "lnfold", "no norms"
+#: How many processes measure by default: an even number, half of which compile in the opposite order.
+PROCESSES = 4
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Seconds a call of ``eager``, ``inductor`` and ``lnfold``, interleaved. ``print`` shows a table.
+    """Seconds a call of each candidate, interleaved, in one process or in several. ``print`` shows a table.
 
     Attributes:
         timings: every call.
         machine: what it ran on, and how busy that was before the measurement began.
+        left_out: candidates without a number, and why.
     """
 
-    timings: PairedTimings
+    timings: RepeatedTimings
     machine: Mapping[str, Any]
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def speedup(self) -> Ratio:
         """Of lnfold over stock torch.compile, with a 95% interval."""
-        return self.timings.speedup("lnfold", "inductor")
+        return self.timings.speedup(CANDIDATE, BASELINE)
+
+    @property
+    def limit(self) -> Ratio | None:
+        """Of the model without norms over stock torch.compile, which nothing can exceed; None if unknown."""
+        return self.timings.speedup(LIMIT, BASELINE) if LIMIT in self.timings.names else None
 
     def verdict(self) -> str:
         """Say in a few words what the interval allows to say."""
@@ -45,7 +62,7 @@ class Latency:
             return "faster"
         if self.speedup.high < 1:
             return "slower"
-        return "the interval holds 1: no difference this measurement can tell from noise"
+        return "the interval contains 1: no measurable difference"
 
     def caveat(self) -> str:
         """Say that the machine was busy, where it was; else ``""``."""
@@ -59,8 +76,8 @@ class Latency:
     def sentence(self) -> str:
         """Say in one sentence what was measured."""
         return (
-            f"one call takes {1e3 * self.timings.median('lnfold'):.3g} ms, with stock torch.compile "
-            f"{1e3 * self.timings.median('inductor'):.3g} ms: a speed-up of {self.speedup}, "
+            f"one call takes {1e3 * self.timings.median(CANDIDATE):.3g} ms, with stock torch.compile "
+            f"{1e3 * self.timings.median(BASELINE):.3g} ms: a speed-up of {self.speedup}, "
             f"{self.verdict()}{self.caveat()}"
         )
 
@@ -69,14 +86,16 @@ class Latency:
         return {
             "sentence": self.sentence(),
             "timing": self.timings.to_dict(),
+            "median_s": {name: self.timings.median(name) for name in self.timings.names},
             "speedup_over_inductor": {
-                name: vars(self.timings.speedup(name, "inductor")) for name in ("eager", "lnfold")
+                name: vars(self.timings.speedup(name, BASELINE)) for name in self.timings.names if name != BASELINE
             },
+            "left_out": dict(self.left_out),
         }
 
     def __str__(self) -> str:
         buffer = io.StringIO()
-        Console(file=buffer, width=120).print(self)
+        Console(file=buffer, width=80).print(self)
         return buffer.getvalue().rstrip()
 
     def __rich_console__(self, console: Console, options: Any) -> Iterable[Any]:
@@ -84,13 +103,88 @@ class Latency:
         table = Table(box=None, pad_edge=False)
         for header in ("", "median ms", "speed-up over inductor [95% interval]"):
             table.add_column(header)
-        for name in self.timings.seconds:
-            ratio = "1" if name == "inductor" else str(self.timings.speedup(name, "inductor"))
+        for name in self.timings.names:
+            ratio = "1" if name == BASELINE else str(self.timings.speedup(name, BASELINE))
             table.add_row(name, f"{1e3 * self.timings.median(name):.3f}", ratio)
         yield table
-        rounds = len(self.timings.seconds["lnfold"])
+        for name, why in self.left_out.items():
+            yield Text(f"{name}: not measured, {why}")
+        count = len(self.timings.processes)
         where = f"{self.machine['threads']} CPU threads" if self.machine["device_type"] == "cpu" else "a GPU"
-        yield Text(f"{rounds} rounds of interleaved calls on {where}: {self.machine['device']}", style="dim")
+        yield Text(
+            f"{self.timings.rounds} rounds of interleaved calls in {count} process{'' if count == 1 else 'es'} on "
+            f"{where}: {self.machine['device']}",
+            style="dim",
+        )
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What is to be timed.
+
+    Attributes:
+        calls: by name, in the order in which they were compiled.
+        left_out: those that could not be compiled, and why.
+        functions: what ``torch.compile`` returned for those that are compiled.
+    """
+
+    calls: Mapping[str, Callable[[], Any]]
+    left_out: Mapping[str, str]
+    functions: Mapping[str, Callable[..., Any]]
+
+
+def compile_candidates(
+    model: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    names: Sequence[str],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    device: torch.device | str = "cpu",
+    say: Callable[[str], None] = lambda words: None,
+) -> Candidates:
+    """Compile and call each candidate once, on even terms.
+
+    Args:
+        model: not compiled yet.
+        args: what it is called with, by position.
+        kwargs: what it is called with, by name.
+        names: of the candidates, in the order in which they are to be compiled.
+        mode: of ``torch.compile``.
+        options: of ``torch.compile``, ours included.
+        device: what they run on.
+        say: called before each compilation.
+
+    Returns:
+        The candidates. The limit is left out, with its reason, where norms cannot be taken out of the graph.
+    """
+    settle(device)
+    given = arms(mode, options)
+    calls: dict[str, Callable[[], Any]] = {}
+    functions: dict[str, Callable[..., Any]] = {}
+    left_out: dict[str, str] = {}
+    for name in names:
+        function = model
+        if name in given:
+            function = compile_apart(model, backend=name, **given[name])
+        elif name == LIMIT and isinstance(model, nn.Module):
+            function = compile_apart(with_small_weights(model), backend=no_norm(mode, given[BASELINE].get("options")))
+        if function is not model:
+            functions[name] = function
+            say(f"compiling {name}")
+            gc.collect()  # what earlier compilations left would be holes to fill
+        call = functools.partial(function, *args, **kwargs)
+        try:
+            with torch_private.many_recompiles(), torch_private_caches.without_autograd_cache():
+                call()
+        except Exception as error:
+            if name != LIMIT:
+                raise
+            left_out[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            continue
+        calls[name] = call
+    return Candidates(calls, left_out, functions)
 
 
 def compare_latency(
@@ -103,7 +197,10 @@ def compare_latency(
     machine: Mapping[str, Any] | None = None,
     progress: Say | None = None,
 ) -> Latency:
-    """Measure eager, stock Inductor and lnfold in turn, call by call, under ``torch.no_grad()``.
+    """Measure eager, stock Inductor and lnfold in turn, call by call, under ``torch.no_grad()``, in this process.
+
+    The interval is over rounds: it holds for this process. Another one, where weights and code lie elsewhere in memory,
+    differs by some tenths of a percent to some percent. :func:`compare_in_processes` measures in several.
 
     Args:
         model: a module or function; one compiled with lnfold is measured with its mode and options.
@@ -122,15 +219,82 @@ def compare_latency(
     """
     say = progress or (lambda words, share=None: None)
     settings = settings_of(model) or {}
-    model = torch_private.original_callable(model)
     machine = machine or describe_machine(device)
-    calls: dict[str, Callable[[], Any]] = {"eager": functools.partial(model, *args, **(kwargs or {}))}
     with torch.no_grad():
-        for backend, arguments in arms(settings.get("mode"), settings.get("options")).items():
-            compiled = torch.compile(model, backend=backend, **arguments)
-            calls[backend] = functools.partial(compiled, *args, **(kwargs or {}))
-            say(f"torch.compile(backend={backend!r})")
-            with torch_private.many_recompiles():
-                calls[backend]()
-        timings = measure(calls, seconds=seconds, device=device, progress=lambda share: say("measuring", share))
-    return Latency(timings, machine)
+        candidates = compile_candidates(
+            torch_private.original_callable(model),
+            args,
+            kwargs or {},
+            (EAGER, BASELINE, CANDIDATE),
+            mode=settings.get("mode"),
+            options=settings.get("options"),
+            device=device,
+            say=say,
+        )
+        timings = measure(
+            candidates.calls, seconds=seconds, device=device, progress=lambda share: say("measuring", share)
+        )
+    return Latency(RepeatedTimings((timings,)), machine)
+
+
+def compare_in_processes(
+    name: str,
+    loading: Mapping[str, Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    limit: bool = False,
+    seconds: float = 10.0,
+    processes: int = PROCESSES,
+    machine: Mapping[str, Any] | None = None,
+    progress: Say | None = None,
+) -> Latency:
+    """Measure a model that can be named in several processes, half of which compile in the opposite order.
+
+    Args:
+        name: as for :func:`lncompile.models.load_model`.
+        loading: keyword arguments for it, a dtype by its name.
+        mode: of ``torch.compile``.
+        options: of ``torch.compile``, ours included.
+        limit: whether to measure the model without its norms as well.
+        seconds: how long to measure, over all processes, compilation and warm-up not counted.
+        processes: how many.
+        machine: :func:`lncompile.machine.describe_machine` as it was before other work began; by default as it is now.
+        progress: called before each process.
+
+    Returns:
+        The timings, with intervals over processes.
+
+    Raises:
+        ProcessError: if one ends without a result.
+
+    Example:
+        >>> print(compare_in_processes("gpt2", {"batch": 1, "length": 64}).sentence())
+    """
+    say = progress or (lambda words, share=None: None)
+    machine = machine or describe_machine(loading.get("device") or "cpu")
+    names = (BASELINE, CANDIDATE, *((LIMIT,) if limit else ()))
+    tasks = [
+        {
+            "model": name,
+            "loading": dict(loading),
+            "mode": mode,
+            "options": dict(options or {}),
+            # Eager compiles nothing, so it has no place in the order.
+            "candidates": [EAGER, *order],
+            "seconds": seconds / processes,
+            "threads": torch.get_num_threads(),
+        }
+        for order in orders(names, processes)
+    ]
+    results = run_processes(
+        "lncompile.latency_process",
+        tasks,
+        lambda number: say(f"process {number + 1} of {processes}", number / processes),
+    )
+    say("measured", 1.0)
+    timings = RepeatedTimings(
+        tuple(PairedTimings({key: tuple(value) for key, value in result["seconds"].items()}) for result in results)
+    )
+    left_out = {key: why for result in results for key, why in result["left_out"].items()}
+    return Latency(timings, machine, left_out)

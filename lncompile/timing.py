@@ -60,6 +60,14 @@ class PairedTimings:
         """
         return Ratio(*_bootstrapped_median(self._samples(baseline) / self._samples(name)))
 
+    def median_ratio(self, name: str, baseline: str) -> float:
+        """Median of the per-round ratios ``baseline / name``."""
+        return float(numpy.median(self._samples(baseline) / self._samples(name)))
+
+    def median_difference(self, name: str, baseline: str) -> float:
+        """Median of the per-round differences ``baseline - name``, in seconds."""
+        return float(numpy.median(self._samples(baseline) - self._samples(name)))
+
     def share_removed(self, name: str, baseline: str, limit: str) -> Estimate | None:
         """How much of the way from a baseline to its limit a candidate goes, with a bootstrap interval over rounds.
 
@@ -169,7 +177,10 @@ def measure(
     stopwatch: Stopwatch | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> PairedTimings:
-    """Time several callables in turn, round after round, the order turning each round.
+    """Time several callables in turn, round after round, each round in a random order.
+
+    The order is random so that no candidate follows another one more often than the others do: what ran before decides
+    what is in the cache.
 
     Args:
         candidates: what to time, by name. They do the same work.
@@ -202,14 +213,13 @@ def measure(
         for name in candidates:
             once(name)
     names = list(candidates)
+    order = numpy.random.default_rng(0)
     samples: dict[str, list[float]] = {name: [] for name in names}
     started = time.perf_counter()
     rounds, share = 0, 0.0
     while share < 1.0:
-        # Turning the order keeps "who ran after whom" from favouring one of them.
-        turn = rounds % len(names)
-        for name in names[turn:] + names[:turn]:
-            samples[name].append(once(name))
+        for index in order.permutation(len(names)):
+            samples[names[index]].append(once(names[index]))
         rounds += 1
         # Both the time and the rounds asked for have to be spent.
         share = min((time.perf_counter() - started) / seconds if seconds > 0 else 1.0, rounds / max(minimum_rounds, 1))

@@ -1,7 +1,8 @@
 """Every private torch name that the backend uses, in one place, each with what it is for.
 
 Those that only tools use, which look at what Inductor generates, stand in :mod:`.torch_private_codegen`, those of
-Inductor's choices in :mod:`.torch_private_choices`. Nothing outside these modules may import or spell a name of torch
+Inductor's choices in :mod:`.torch_private_choices`, those of where compiled code is kept in
+:mod:`.torch_private_caches`. Nothing outside these modules may import or spell a name of torch
 that starts with an underscore (a test checks it), so that a new torch release is ported by reading them. It imports
 nothing of ours, and Triton and the larger parts of torch only inside the functions that need them. Run on torch 2.11,
 2.13 and 2.15.
@@ -326,16 +327,6 @@ def original_callable(compiled: Any) -> Any:
 def is_compiled(function: Any) -> bool:
     """Whether calling this runs compiled code: what torch.compile returned, or a module after ``module.compile()``."""
     return original_callable(function) is not function or getattr(function, "_compiled_call_impl", None) is not None
-
-
-def separate_recompile_limits() -> dict[str, Any]:
-    """Arguments for torch.compile that give it a recompile limit of its own.
-
-    Compiled twice, a function's code is kept in one list, and both count towards one limit. Before torch 2.13 there is
-    no way out.
-    """
-    known = inspect.signature(torch.compile).parameters
-    return {"isolate_recompiles": True} if "isolate_recompiles" in known else {}
 
 
 def many_recompiles() -> Any:

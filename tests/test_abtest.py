@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 import lncompile
-from lncompile.lowering import torch_private
+from lncompile.lowering import torch_private_caches
 
 # --- who answers ------------------------------------------------------------------------------------------------------
 
@@ -367,7 +367,7 @@ def test_a_model_in_both_arms(block: Block) -> None:
 
 def test_each_arm_has_its_own_recompile_limit(block: Block) -> None:
     """Fixed shapes: every new one is compiled by both arms, up to Dynamo's limit for each."""
-    apart = torch_private.separate_recompile_limits()
+    apart = torch_private_caches.separate_caches()
     if not apart:
         pytest.skip("this torch.compile has one limit for both")
     for arguments, expected in ((apart, 8), ({}, 4)):

@@ -175,6 +175,31 @@ def test_outcomes(time: SimulatedTime, factor: float, outcome: Outcome) -> None:
         assert ab.settle() == ("new" if outcome is Outcome.FASTER else "old")
 
 
+@pytest.mark.parametrize("factor", [0.99, 1.01])
+def test_a_difference_below_minimum_effect_never_makes_a_winner(time: SimulatedTime, factor: float) -> None:
+    """However many requests show it: one percent, of which two matter. It is looked at after every batch."""
+    random = numpy.random.default_rng(3)
+
+    def latency(scale: float) -> Callable[[Any], float]:
+        return lambda _: 0.1 * scale * (1.0 + 0.01 * float(random.standard_normal()))
+
+    ab = lncompile.ABTest(
+        arms=arms(time.arm(latency(1.0)), time.arm(latency(factor))), minimum_effect=0.02, bucket=lambda *_: "all"
+    )
+    for number in range(3000):
+        ab(number)
+        if number % 16 == 0:
+            verdict = ab.verdict()
+            assert verdict.winner is None, str(verdict)
+            assert not verdict.regression
+    verdict = ab.verdict()
+    assert verdict.outcome is Outcome.EQUIVALENT
+    assert verdict.speedup.low is not None
+    assert verdict.speedup.high is not None
+    # The control: that there is a difference is known.
+    assert not verdict.speedup.low <= 1 <= verdict.speedup.high
+
+
 def test_a_lucky_mix_decides_nothing(time: SimulatedTime) -> None:
     """Keys send all long requests to one arm. Latencies of the arms differ tenfold; of like requests, not at all."""
     random = numpy.random.default_rng(1)

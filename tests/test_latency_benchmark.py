@@ -30,9 +30,10 @@ from suite import measurement, peers, workloads
 from suite.candidates import BASELINE, CANDIDATE, EAGER, FOR_ONE_ROW, LIMIT, PEERS, RECIPES, Recipe
 from suite.decoding import decode_step
 from suite.measurement import Settings, WrongAnswer, measure_workload
-from suite.no_norm import no_norm, with_small_weights
 from suite.presentation import draw
 from suite.workloads import SUITES
+
+from lncompile.no_norm import no_norm, with_small_weights
 
 WORKLOADS = {(suite, workload.name): workload for suite, members in SUITES.items() for workload in members}
 ARCHITECTURES = {workload.architecture.name: workload.architecture for workload in WORKLOADS.values()}

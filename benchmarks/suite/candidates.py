@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from lncompile.no_norm import no_norm, with_small_weights
 from lncompile.options import arms
 from suite import peers
-from suite.no_norm import no_norm, with_small_weights
 
 BASELINE, CANDIDATE, LIMIT, EAGER = "inductor", "lnfold", "no norm", "eager"
 

@@ -15,8 +15,8 @@ from torch import Tensor, fx, nn
 from lncompile import safety_net, transform
 from lncompile.backend import lnfold
 from lncompile.lowering import NormCall, emit
+from lncompile.no_norm import NormsReplaced
 from lncompile.passes.sites import NormSite
-from suite.no_norm import NormsReplaced
 
 
 class Unavailable(Exception):

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from lncompile.lowering import torch_private
+from lncompile.even_terms import settle
+from lncompile.lowering import torch_private, torch_private_caches
 from lncompile.options import PREFIX, parse_options
 
 
@@ -92,9 +93,10 @@ def compiled_arms(
         raise ValueError("the model is compiled already: pass the original, or two compiled ones as arms={...}")
     parse_options(mode, options)  # raises here, and not at the first request
     inductors = {name: value for name, value in (options or {}).items() if not name.startswith(PREFIX)}
-    arguments = {**torch_private.separate_recompile_limits(), **compile_arguments}
+    arguments = {**torch_private_caches.separate_caches(), **compile_arguments}
     if mode is not None:
         arguments["mode"] = mode
+    settle(next((parameter.device for parameter in getattr(model, "parameters", tuple)()), "cpu"))
 
     def compiled(backend: str, chosen: Mapping[str, Any] | None) -> Callable[..., Any]:
         more: dict[str, Any] = {"options": dict(chosen)} if chosen else {}

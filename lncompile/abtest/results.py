@@ -62,20 +62,25 @@ class Verdict:
 
     @property
     def regression(self) -> bool:
-        """Whether to stay with the baseline: the candidate failed, answers otherwise, or is slower by what matters."""
-        estimate = self.speedup.estimate
-        slower = self.outcome is Outcome.SLOWER and estimate is not None and estimate * (1 + self.minimum_effect) < 1
-        return slower or self.outputs_agree is False or self.candidate in self.failed
+        """Whether to stay with the baseline.
+
+        So it is where the candidate failed, returns different outputs, or is slower by more than ``minimum_effect``.
+        """
+        return self.outcome is Outcome.SLOWER or self.outputs_agree is False or self.candidate in self.failed
 
     @property
     def improvement(self) -> bool:
-        """Whether to switch: the candidate is faster, never failed, and no answer compared differs."""
+        """Whether to switch.
+
+        So it is where the candidate is faster by more than ``minimum_effect``, never failed, and no output compared
+        differs.
+        """
         return self.outcome is Outcome.FASTER and not self.regression
 
     @property
     def winner(self) -> str | None:
         """The arm to send all requests to, as far as it is known: the better one, or the one that did not fail."""
-        if self.regression or self.outcome is Outcome.SLOWER:
+        if self.regression:
             return None if self.baseline in self.out_of_service else self.baseline
         return self.candidate if self.improvement or self.baseline in self.failed else None
 
@@ -124,13 +129,18 @@ class Verdict:
 
 
 def outcome_of(speedup: Interval, minimum_effect: float) -> Outcome:
-    """What an interval of the speed-up says."""
-    if speedup.low is None or speedup.high is None:
+    """What an interval of the speed-up says.
+
+    A winner needs both: an interval that does not contain 1, and an estimate that differs from 1 by more than
+    ``minimum_effect``. The second is needed for equal programs: with enough requests any difference shows, however
+    small, and in one process there always is one, for instance by where code lies in memory.
+    """
+    if speedup.estimate is None or speedup.low is None or speedup.high is None:
         return Outcome.UNDECIDED
-    if speedup.low > 1:
-        return Outcome.FASTER
-    if speedup.high < 1:
-        return Outcome.SLOWER
     if 1 / (1 + minimum_effect) <= speedup.low and speedup.high <= 1 + minimum_effect:
         return Outcome.EQUIVALENT
+    if speedup.low > 1 and speedup.estimate > 1 + minimum_effect:
+        return Outcome.FASTER
+    if speedup.high < 1 and speedup.estimate * (1 + minimum_effect) < 1:
+        return Outcome.SLOWER
     return Outcome.UNDECIDED

@@ -7,7 +7,7 @@ norms in this model on this device: their kernels, and what they keep Inductor f
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -82,29 +82,36 @@ class NormsReplaced:
     Args:
         replacement: as for :func:`replace_norms`.
         mode: as for ``torch.compile``.
+        options: Inductor's, likewise.
 
     Attributes:
         replaced: number of norms in the graphs compiled so far.
     """
 
-    def __init__(self, replacement: Callable[[fx.Graph, NormSite], fx.Node], mode: str | None = None) -> None:
+    def __init__(
+        self,
+        replacement: Callable[[fx.Graph, NormSite], fx.Node],
+        mode: str | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
         self._replacement = replacement
-        self._mode = mode
+        self._mode, self._options = mode, options
         self.replaced = 0
 
     def __call__(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile a graph."""
-        _, config = parse_options(self._mode, None)
+        _, config = parse_options(self._mode, self._options)
         own = copy_graph_module(graph_module)
         self.replaced += replace_norms(own, self._replacement)
         return torch_private.inductor_compile(own, list(example_inputs), config)
 
 
-def no_norm(mode: str | None = None) -> NormsReplaced:
+def no_norm(mode: str | None = None, options: Mapping[str, Any] | None = None) -> NormsReplaced:
     """Return a Dynamo backend that leaves every LayerNorm out. Its outputs are no predictions.
 
     Args:
         mode: as for ``torch.compile``.
+        options: Inductor's, likewise.
 
     Raises (when it compiles):
         NotImplementedError: for a model with norms written by hand.
@@ -112,7 +119,7 @@ def no_norm(mode: str | None = None) -> NormsReplaced:
     Example:
         >>> limit = torch.compile(model, backend=no_norm("reduce-overhead"))
     """
-    return NormsReplaced(identity, mode)
+    return NormsReplaced(identity, mode, options)
 
 
 def with_small_weights(model: nn.Module, factor: float = 0.05) -> nn.Module:

@@ -1,0 +1,198 @@
+"""How often do the project's own comparisons find a winner between equal programs?
+
+A model without any norm is compiled twice: by stock and by stock, and by stock and by lnfold, which has nothing to do
+there; in both orders; with sizes that make a call take about 0.1, 1 and 10 ms. Each pair is compared by ``ABTest`` and
+by ``timing.measure``. Pairs of all kinds come in each process, which compiles each pair anew; at the end the interval
+over processes, which is what ``lncompile bench`` prints, is made from the first pairs of each kind.
+
+    python benchmarks/equal_programs.py [--processes 17]
+
+Writes ``benchmarks/results/equal_programs.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import random
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import recording
+import torch
+from torch import Tensor, nn
+
+from lncompile import ABTest
+from lncompile.even_terms import compile_apart, settle
+from lncompile.lowering import torch_private_caches
+from lncompile.machine import describe_machine
+from lncompile.processes import RepeatedTimings, run_processes
+from lncompile.timing import PairedTimings, measure
+
+#: Width and rows that make a call of six layers take about so long, in milliseconds, on one thread.
+SIZES = {"0.1 ms": (144, 8), "1 ms": (512, 32), "10 ms": (768, 96)}
+#: Baseline and candidate.
+PAIRS = {"stock, stock": ("inductor", "inductor"), "stock, lnfold": ("inductor", "lnfold")}
+ORDERS = ("baseline first", "candidate first")
+#: How long each comparison of a pair takes, in seconds, by size.
+SECONDS = {"0.1 ms": 1.0, "1 ms": 2.0, "10 ms": 5.0}
+
+
+class Layers(nn.Module):
+    """Linear layers with GELU between them, and no norm.
+
+    Args:
+        width: of each layer.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[rows, width]`` to the same."""
+        for layer in self.layers:
+            x = nn.functional.gelu(layer(x))
+        return x
+
+
+def compare(size: str, pair: str, order: str) -> dict[str, Any]:
+    """Compile a pair and compare it both ways.
+
+    Args:
+        size: one of ``SIZES``.
+        pair: one of ``PAIRS``.
+        order: one of ``ORDERS``.
+
+    Returns:
+        What both comparisons say, ready for JSON.
+    """
+    width, rows = SIZES[size]
+    model, value = Layers(width).eval(), torch.randn(rows, width)
+    names = ("baseline", "candidate")
+    backends = dict(zip(names, PAIRS[pair], strict=True))
+    arms: dict[str, Callable[..., Any]] = {}
+    for name in names if order == ORDERS[0] else reversed(names):
+        arms[name] = compile_apart(model, backend=backends[name])
+        with torch_private_caches.without_autograd_cache():
+            arms[name](value)
+    ab = ABTest(arms={name: arms[name] for name in names}, warmup=10)
+    end = time.perf_counter() + SECONDS[size]
+    decided = None
+    while time.perf_counter() < end:
+        ab(value)
+        # Looked at after every batch of requests, as a server's page does.
+        decided = decided or ab.verdict().winner
+    timings = measure({name: functools.partial(arms[name], value) for name in names}, seconds=SECONDS[size])
+    verdict = ab.verdict()
+    return {
+        "size": size,
+        "pair": pair,
+        "order": order,
+        "abtest": {
+            "winner_at_any_look": decided,
+            "speedup": verdict.speedup.to_dict(),
+            "outcome": verdict.outcome.value,
+            "requests": verdict.requests,
+        },
+        "median_s": timings.median("baseline"),
+        "rounds": len(timings.seconds["baseline"]),
+        "median_ratio": timings.median_ratio("candidate", "baseline"),
+        "interval_over_rounds": vars(timings.speedup("candidate", "baseline")),
+    }
+
+
+def one_process(task: dict[str, Any]) -> dict[str, Any]:
+    """Compare a pair of every kind, in the order that the task gives."""
+    torch.set_num_threads(1)
+    settle()
+    with torch.no_grad():
+        return {"tests": [compare(*kind) for kind in task["kinds"]]}
+
+
+def summarise(processes: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
+    """Count the winners, and make the interval over processes of each kind.
+
+    Args:
+        processes: the tests of each.
+    """
+    tests = [test for process in processes for test in process]
+    winners = [test for test in tests if test["abtest"]["winner_at_any_look"] is not None]
+    kinds = []
+    for size, pair in itertools.product(SIZES, PAIRS):
+        ours = [test for test in tests if (test["size"], test["pair"]) == (size, pair)]
+        by_order = {
+            order: RepeatedTimings(
+                tuple(
+                    PairedTimings({"baseline": (test["median_ratio"],), "candidate": (1.0,)})
+                    for test in ours
+                    if test["order"] == order
+                )
+            ).speedup("candidate", "baseline")
+            for order in ORDERS
+        }
+        both = RepeatedTimings(
+            tuple(PairedTimings({"baseline": (test["median_ratio"],), "candidate": (1.0,)}) for test in ours)
+        ).speedup("candidate", "baseline")
+        kinds.append(
+            {
+                "size": size,
+                "pair": pair,
+                "tests": len(ours),
+                "median_s": float(torch.tensor([test["median_s"] for test in ours]).median()),
+                "abtest_winners": sum(test["abtest"]["winner_at_any_look"] is not None for test in ours),
+                "speedup_over_processes": vars(both),
+                "speedup_over_processes_by_order": {order: vars(ratio) for order, ratio in by_order.items()},
+            }
+        )
+    return {"tests": len(tests), "abtest_winners": len(winners), "kinds": kinds}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark as a command."""
+    parser = argparse.ArgumentParser(description="How often do comparisons find a winner between equal programs?")
+    parser.add_argument("--processes", type=int, default=17, help="each makes 12 tests (default: 17)")
+    parser.add_argument("--output", type=Path, default=recording.RESULTS / "equal_programs.json")
+    chosen = parser.parse_args(arguments)
+    machine = describe_machine()
+    kinds = list(itertools.product(SIZES, PAIRS, ORDERS))
+    tasks = []
+    for number in range(chosen.processes):
+        random.Random(number).shuffle(kinds)
+        tasks.append({"kinds": list(kinds)})
+    started = time.perf_counter()
+    results = run_processes(
+        str(Path(__file__)), tasks, lambda number: print(f"process {number + 1} of {len(tasks)}", flush=True)
+    )
+    processes = [result["tests"] for result in results]
+    found = {
+        "benchmark": "equal_programs",
+        "measured": recording.now(),
+        "commit": recording.commit(),
+        "machine": {**machine, "threads": 1},
+        "seconds": time.perf_counter() - started,
+        "load_average_after": describe_machine()["load_average"],
+        **summarise(processes),
+        "processes": processes,
+    }
+    path = recording.write_to(chosen.output, found)
+    for kind in found["kinds"]:
+        ratio = kind["speedup_over_processes"]
+        print(
+            f"{kind['size']:7} {kind['pair']:14} ABTest: {kind['abtest_winners']} winners in {kind['tests']} tests; "
+            f"over processes {ratio['median']:.4f} [{ratio['low']:.4f}, {ratio['high']:.4f}]"
+        )
+    print(f"written to {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 3 and sys.argv[1].endswith("task.json"):
+        Path(sys.argv[2]).write_text(json.dumps(one_process(json.loads(Path(sys.argv[1]).read_text()))))
+        sys.exit(0)
+    sys.exit(main())

@@ -21,13 +21,15 @@ class Kind(NamedTuple):
         task: what is wanted.
         length: what they are padded to, in tokens.
         new_tokens: how many are generated, rounded up.
-        arm: the one their users are assigned to; None where nobody asked for the same arm each time.
+        arm: the one their users are assigned to; None where a request names no user.
+        compiled: whether batches of this length are compiled; the model as it is answers others.
     """
 
     task: str
     length: int
     new_tokens: int = 0
     arm: str | None = None
+    compiled: bool = True
 
 
 @dataclass(eq=False)
@@ -62,7 +64,7 @@ class Batcher:
     """A queue of texts, answered batch by batch. Call it from one event loop.
 
     A batch begins when it is full, or when its first text has waited long enough; until the model is free texts go on
-    waiting, and batches grow. A text nobody waits for any more leaves the queue.
+    waiting, and batches grow. A text whose client has left leaves the queue.
 
     Args:
         answer: answers a batch.

@@ -194,7 +194,7 @@ def test_a_model_with_a_tokenizer_of_its_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("config", "words"),
-    [("T5Config", "an encoder and a decoder"), ("ViTConfig", "reads no text")],
+    [("T5Config", "an encoder and a decoder"), ("ViTConfig", "reads 'pixel_values', not text")],
 )
 def test_models_that_cannot_be_served(config: str, words: str, tmp_path: Path) -> None:
     import transformers
@@ -263,7 +263,8 @@ def test_sigterm_is_announced_before_connections_are_refused(tmp_path: Path) -> 
     try:
         port = process.ready()
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30, verify=False) as client:
-            assert client.get("/health/ready").status_code == 200
+            ready = client.get("/health/ready")
+            assert (ready.status_code, "Connection" in ready.headers) == (200, False)
             process.process.send_signal(signal.SIGTERM)
             began = time.monotonic()
             time.sleep(0.2)
@@ -272,7 +273,7 @@ def test_sigterm_is_announced_before_connections_are_refused(tmp_path: Path) -> 
             assert (ready.status_code, ready.json()["status"]) == (503, "shutting down")
             assert ready.json()["ready"] is False
             answer = httpx.post(f"{client.base_url}/embed", json={"texts": ["still taken"]}, verify=False)
-            assert answer.status_code == 200
+            assert (answer.status_code, answer.headers["Connection"]) == (200, "close")
             assert "serve_ready 0.0" in client.get("/metrics").text
             assert "Shutting down" in client.get("/").text
         assert process.end() in (0, -signal.SIGTERM)

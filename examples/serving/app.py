@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, StrictInt, StrictStr
 from starlette.exceptions import HTTPException as AnyHTTPException
 
 from serving.metrics import Metrics
-from serving.middleware import BodyLimit, Counted
+from serving.middleware import BodyLimit, ClosesWhileDraining, Counted
 from serving.report import HEADERS, Report
 from serving.service import Service
 from serving.settings import Refused
@@ -70,6 +70,7 @@ def create_app(service: Service) -> FastAPI:
 
     app = FastAPI(title="A model served by two compilers", lifespan=lifespan)
     app.add_middleware(BodyLimit, most=service.settings.max_body, seconds=service.settings.body_seconds)
+    app.add_middleware(ClosesWhileDraining, service=service)
     app.add_middleware(Counted, metrics=metrics, endpoints=("/embed", "/generate"))
     _errors_in_sentences(app)
 

@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.metrics import Metrics
+from serving.service import Service
 
 
 class BodyLimit:
@@ -58,6 +59,31 @@ class BodyLimit:
             return message
 
         await self._app(scope, limited, send)
+
+
+class ClosesWhileDraining:
+    """Closes each connection after its answer once the server is going to shut down.
+
+    A connection that is kept open and idle is closed at the end of that time, and a request that its client sends at
+    that moment is lost.
+
+    Args:
+        app: what answers.
+        service: says when that is.
+    """
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app, self._service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on."""
+
+        async def closing(message: Message) -> None:
+            if message["type"] == "http.response.start" and self._service.draining:
+                message = {**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]}
+            await send(message)
+
+        await self._app(scope, receive, closing)
 
 
 class Counted:

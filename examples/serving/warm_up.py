@@ -53,7 +53,7 @@ class WarmUp:
         """
         for name, arm in self._test.arms.items():
             began = time.perf_counter()
-            log.info("arm '%s' compiles %d shapes of batches", name, len(self._shapes))
+            log.info("arm '%s': warm-up with %d shapes of batches", name, len(self._shapes))
             try:
                 self._warm(name, arm)
             except Exception as error:
@@ -64,7 +64,7 @@ class WarmUp:
                     return f"no arm can answer, {name} raises {type(error).__name__}: {error}"
             if self.cancelled:
                 return None
-            log.info("arm '%s' is compiled after %.0f s", name, time.perf_counter() - began)
+            log.info("arm '%s': warm-up took %.0f s", name, time.perf_counter() - began)
         return None
 
     def _warm(self, name: str, arm: Callable[..., Any]) -> None:
@@ -73,9 +73,12 @@ class WarmUp:
             for shape in self._shapes:
                 if self.cancelled:
                     return
+                began, ticks = time.perf_counter(), compilation_watch.ticks()
                 if not all(self._settles(arm, shape, filled) for filled in (False, True)):
                     self.compiled.discard(shape)
                     log.warning("arm '%s' compiles %s at every call: eager will answer it", name, shape)
+                elif not compilation_watch.undisturbed(ticks):
+                    log.info("arm '%s' compiled %s in %.0f s", name, shape, time.perf_counter() - began)
                 self.done += 1
 
     def _settles(self, arm: Callable[..., Any], shape: Shape, filled: bool) -> bool:

@@ -1,7 +1,7 @@
-"""A server of a transformers model, half of whose requests are answered by stock Inductor and half by lnfold.
+"""Serves a transformers model. Stock Inductor answers half of the batches, lnfold the others, and they are compared.
 
     python examples/serve.py                                    # a small random GPT-2 over bytes, no network
-    python examples/serve.py --model my/folder --shadow 0.05    # yours, each twentieth batch answered by both
+    python examples/serve.py --model my/folder --shadow 0.05    # yours; both answer one batch in twenty
 
 POST /embed and /generate; GET / for a page of links: the test (/ab, /ab.json), /metrics, /health, and /docs for the
 endpoints.
@@ -57,7 +57,10 @@ def build(options: argparse.Namespace) -> Service:
         ValueError: for settings that do not go together.
     """
     served = load(options.model)
-    served.model.to(options.device)
+    try:
+        served.model.to(options.device)
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch that was built without CUDA
+        raise ValueError(f"device '{options.device}' cannot be used: {error}") from error
     settings = Settings(
         max_batch=options.max_batch,
         max_wait=options.max_wait_ms / 1e3,

@@ -224,7 +224,7 @@ def test_a_client_that_leaves_is_dropped(running: Running) -> None:
 
     assert more("serve_requests_total", "embed", "200") == 2
     assert more("serve_requests_total", "embed", "499") == 1
-    assert more("serve_batch_size_sum", "embed") == 2, "what the client left was begun"
+    assert more("serve_batch_size_sum", "embed") == 2, "the texts of the client that left were embedded"
 
 
 def test_a_client_that_leaves_in_the_middle_of_its_batch(running: Running) -> None:

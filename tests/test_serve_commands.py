@@ -152,6 +152,8 @@ def test_serve_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "max_texts must be at most max_queue (10), not 64" in capsys.readouterr().err
     assert serve.main(["--body-seconds", "0"]) == 2
     assert "body_seconds must be more than 0, not 0.0" in capsys.readouterr().err
+    assert serve.main(["--device", "abacus"]) == 2
+    assert "serve: device 'abacus' cannot be used: " in capsys.readouterr().err
     assert serve.main(["--ratio", "2"]) == 2
     assert "ratio is between 0.01 and 0.99" in capsys.readouterr().err
 

@@ -293,7 +293,7 @@ def test_code_that_is_not_compiled_is_given_up() -> None:
     torch.testing.assert_close(arms["a"]("embed", *pad([[1, 2, 3]], 16, 0, left=False), 0), expected[:1])
 
 
-def test_a_late_compilation_holds_nobody_up(without_inductor: None, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_late_compilation_holds_up_no_request(without_inductor: None, caplog: pytest.LogCaptureFixture) -> None:
     """A value that compiled code depends on changes: eager answers, without compiling, and no arm is at fault."""
     served = small_gpt2(layers=1, width=32, positions=64)
 

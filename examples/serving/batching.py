@@ -40,7 +40,7 @@ class Item:
         kind: what it may share a batch with.
         tokens: of the text.
         new_tokens: to generate.
-        user: who asked, if they want the same arm each time.
+        user: the client's name for itself, if it wants the same arm each time.
     """
 
     kind: Kind
@@ -81,7 +81,7 @@ class Batcher:
         return len(self._waiting)
 
     async def submit(self, items: Sequence[Item]) -> list[list[float] | list[int]]:
-        """Wait for the answers to some texts. If this is cancelled, or one of them fails, the others are not begun.
+        """Wait for the answers to some texts. If this is cancelled, or one of them fails, the others are not started.
 
         Raises:
             Refused: if the queue is full, or closed.

@@ -105,7 +105,7 @@ def load(name: str = BYTES_GPT2) -> Served:
             no tokenizer beside the model (a folder with nothing but ``config.json``), its tokens are bytes.
 
     Raises:
-        ModelError: if there is no such model, or it is of no use here.
+        ModelError: if there is not such a model, or it cannot be served.
     """
     if name == BYTES_GPT2:
         return small_gpt2()

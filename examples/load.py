@@ -1,4 +1,4 @@
-"""Traffic for examples/serve.py, and the verdict: a bounded number of requests, some at a time, of mixed lengths.
+"""Sends requests of mixed lengths to examples/serve.py, then prints how long they took and what the test says.
 
 python examples/load.py --requests 3000
 """
@@ -10,6 +10,7 @@ import asyncio
 import collections
 import contextlib
 import itertools
+import math
 import random
 import sys
 import time
@@ -19,7 +20,7 @@ import httpx
 from rich.console import Console
 from rich.progress import Progress
 
-_WORDS = "the norm of a stream is what its readers see when nobody looks at the mean that was taken away".split()
+_WORDS = "the norm of a stream is what its readers see after the mean has been taken away".split()
 
 
 def request(coin: random.Random, generate: float) -> tuple[str, dict[str, object]]:
@@ -47,20 +48,44 @@ async def wait_until_ready(client: httpx.AsyncClient, seconds: float) -> None:
             await asyncio.sleep(1)
 
 
-async def send(client: httpx.AsyncClient, options: argparse.Namespace, progress: Progress) -> collections.Counter[int]:
-    """Send all requests, and count the answers by status."""
-    coin, statuses = random.Random(0), collections.Counter[int]()
+async def send(
+    client: httpx.AsyncClient, options: argparse.Namespace, progress: Progress
+) -> tuple[collections.Counter[int], list[float]]:
+    """Send all requests.
+
+    Returns:
+        Answers counted by status, and how long each of them took, in seconds.
+    """
+    coin, statuses, seconds = random.Random(0), collections.Counter[int](), list[float]()
     numbers = itertools.repeat(None, options.requests)
     task = progress.add_task("requests", total=options.requests)
 
     async def worker() -> None:
         for _ in numbers:
             path, body = request(coin, options.generate)
+            began = time.perf_counter()
             statuses[(await client.post(path, json=body)).status_code] += 1
+            seconds.append(time.perf_counter() - began)
             progress.advance(task)
 
     await asyncio.gather(*(worker() for _ in range(options.concurrency)))
-    return statuses
+    return statuses, seconds
+
+
+def latencies(seconds: Sequence[float]) -> str:
+    """Describe how long requests took.
+
+    Example:
+        >>> latencies([0.1] * 98 + [0.5, 1.5])
+        'Half of them took at most 0.100 s, 99% at most 0.500 s, the slowest 1.500 s; 1 took over 1 s.'
+    """
+    ordered = sorted(seconds)
+    half, most = (ordered[math.ceil(share * len(ordered)) - 1] for share in (0.5, 0.99))
+    slow = sum(second > 1 for second in seconds)
+    return (
+        f"Half of them took at most {half:.3f} s, 99% at most {most:.3f} s, the slowest {ordered[-1]:.3f} s; "
+        f"{slow or 'none'} took over 1 s."
+    )
 
 
 async def run(options: argparse.Namespace) -> int:
@@ -71,28 +96,32 @@ async def run(options: argparse.Namespace) -> int:
             await wait_until_ready(client, options.wait)
         began = time.perf_counter()
         with Progress(console=console, transient=True) as progress:
-            statuses = await send(client, options, progress)
+            statuses, each = await send(client, options, progress)
         seconds = time.perf_counter() - began
         verdict = (await client.get("/ab.json")).json()["verdict"]
     answers = ", ".join(f"{count:,} × {status}" for status, count in sorted(statuses.items()))
     print(f"{options.requests:,} requests in {seconds:.0f} s: {answers}")
+    print(latencies(each))
     print(verdict["words"])
-    print(f"{options.url}/ab shows it.")
+    print(f"The report is at {options.url}/ab")
     return int(verdict["regression"])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the server")
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="where the server is")
     parser.add_argument("--requests", type=int, default=2000, help="how many")
     parser.add_argument("--concurrency", type=int, default=12, help="how many at a time")
     parser.add_argument("--generate", type=float, default=0.1, help="share of requests that continue a prompt")
     parser.add_argument("--wait", type=float, default=600, help="seconds to wait for the server")
+    options = parser.parse_args(arguments)
+    if options.requests < 1 or options.concurrency < 1:
+        parser.error("--requests and --concurrency must be at least 1")
     try:
-        return asyncio.run(run(parser.parse_args(arguments)))
+        return asyncio.run(run(options))
     except TimeoutError:
-        print("load: the server is not ready, see what it prints", file=sys.stderr)
+        print("load: the server is not ready; its log says why", file=sys.stderr)
     except httpx.TransportError as error:
         print(f"load: no answer: {type(error).__name__} {error}", file=sys.stderr)
     return 2

@@ -11,18 +11,17 @@ from typing import Any
 
 import httpx
 import torch
-import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 from torch import Tensor
 
-from serving.app import create_app
 from serving.arms import model_arms
 from serving.models import Served
+from serving.server import Server
 from serving.service import Service
 from serving.settings import Settings
 
-#: Calls of each arm before the first request.
-WARM_UP = 6
+#: Few shapes, so that a server is ready soon: texts of 16, 32 and 64 tokens, prompts of 16, 32 and 56.
+FEW_SHAPES = Settings(max_tokens=64, max_new_tokens=8)
 
 
 def as_they_are(function: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
@@ -41,24 +40,23 @@ class Gate:
         self.batches: list[tuple[int, ...]] = []
         self.tick: Callable[[], None] = lambda: None
 
-    def __call__(self, task: str, tokens: Tensor, mask: Tensor, new_tokens: int) -> Tensor:
+    def __call__(self, task: str, tokens: Tensor, *more: Any) -> Tensor:
         self.entered.set()
         assert self.open.wait(30)
         self.tick()
         self.batches.append(tuple(tokens.shape))
         if self.fails(tokens):
             raise RuntimeError("no such <kernel>")
-        return self._arm(task, tokens, mask, new_tokens)
+        return self._arm(task, tokens, *more)
 
 
 class Running:
     """A server in a thread of its own, at a free port of 127.0.0.1."""
 
-    def __init__(self, served: Served, settings: Settings | None = None, **test: Any) -> None:
+    def __init__(self, served: Served, settings: Settings = FEW_SHAPES, **test: Any) -> None:
         self.gates = {name: Gate(arm) for name, arm in model_arms(served, as_they_are).items()}
         self.service = Service(served, self.gates, settings, **test)
-        config = uvicorn.Config(create_app(self.service), log_config=None, timeout_graceful_shutdown=20)
-        self.server = uvicorn.Server(config)
+        self.server = Server(self.service)
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.address = self._socket.getsockname()
         self.url = f"http://127.0.0.1:{self.address[1]}"
@@ -76,6 +74,7 @@ class Running:
     def __enter__(self) -> Running:
         self.start()
         self.wait_until(lambda: self.service.ready)
+        self.forget()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -89,6 +88,17 @@ class Running:
         assert not self._thread.is_alive()
         self._pool.shutdown()
         self._client.close()
+
+    def forget(self) -> None:
+        """Let both arms answer as they do, and forget their batches: those of warm-up, or of another test."""
+        for gate in self.gates.values():
+            gate.fails, gate.tick = (lambda tokens: False), (lambda: None)
+            gate.batches.clear()
+        self.release()
+
+    def shapes(self) -> list[tuple[int, ...]]:
+        """The shapes of the batches that were answered, sorted."""
+        return sorted(shape for gate in self.gates.values() for shape in gate.batches)
 
     def samples(self) -> dict[tuple[str, ...], float]:
         """Metrics by name and labels' values, labels in the order of the alphabet."""

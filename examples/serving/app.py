@@ -12,11 +12,11 @@ from fastapi import FastAPI, Header, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
-from pydantic import BaseModel, StrictInt, StrictStr
+from pydantic import BaseModel, Field, StrictInt, StrictStr
 from starlette.exceptions import HTTPException as AnyHTTPException
 
 from serving.metrics import Metrics
-from serving.middleware import BodyLimit, Counted
+from serving.middleware import BodyLimit, ClosesWhileDraining, Counted
 from serving.report import HEADERS, Report
 from serving.service import Service
 from serving.settings import Refused
@@ -24,8 +24,10 @@ from serving.settings import Refused
 log = logging.getLogger("lncompile.serve")
 T = TypeVar("T")
 User = Annotated[str | None, Header(alias="X-User", description="Requests with one user go to the same arm.")]
-#: Who closed the connection gets no answer; nginx and Envoy log it as 499.
+#: A client that closed the connection gets no answer; nginx and Envoy log it as 499.
 _CLIENT_GONE = 499
+#: To generate, where a request does not say how many.
+_NEW_TOKENS = 16
 
 
 class EmbedRequest(BaseModel):
@@ -45,7 +47,7 @@ class GenerateRequest(BaseModel):
     """A prompt to continue."""
 
     prompt: StrictStr
-    max_new_tokens: StrictInt = 16
+    max_new_tokens: StrictInt | None = Field(None, description="Default: 16, or the most that the server takes.")
 
 
 class GenerateResponse(BaseModel):
@@ -67,7 +69,8 @@ def create_app(service: Service) -> FastAPI:
         await service.close()
 
     app = FastAPI(title="A model served by two compilers", lifespan=lifespan)
-    app.add_middleware(BodyLimit, most=service.settings.max_body)
+    app.add_middleware(BodyLimit, most=service.settings.max_body, seconds=service.settings.body_seconds)
+    app.add_middleware(ClosesWhileDraining, service=service)
     app.add_middleware(Counted, metrics=metrics, endpoints=("/embed", "/generate"))
     _errors_in_sentences(app)
 
@@ -80,20 +83,27 @@ def create_app(service: Service) -> FastAPI:
     @app.post("/generate")
     async def generate(body: GenerateRequest, request: Request, x_user: User = None) -> GenerateResponse:
         """Continue a prompt, each token the likeliest one."""
-        work = service.generate(body.prompt, body.max_new_tokens, x_user)
-        text, prompt_tokens, new_tokens = await _unless_gone(request, work)
-        return GenerateResponse(text=text, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+        most = service.settings.max_new_tokens
+        new_tokens = min(_NEW_TOKENS, most) if body.max_new_tokens is None else body.max_new_tokens
+        work = service.generate(body.prompt, new_tokens, x_user)
+        text, prompt_tokens, generated = await _unless_gone(request, work)
+        return GenerateResponse(text=text, prompt_tokens=prompt_tokens, new_tokens=generated)
+
+    @app.get("/", include_in_schema=False)
+    def index() -> HTMLResponse:
+        """What there is."""
+        return HTMLResponse(report.index(), headers=HEADERS)
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
-        """Whether the process lives (it answers) and is ready."""
+        """200 while the process is alive, and what it is doing."""
         return _health(service)
 
     @app.get("/health/ready")
     async def ready() -> Response:
-        """503 until requests can be answered."""
-        headers = {} if service.ready else {"Retry-After": "5"}
-        return JSONResponse(_health(service), 200 if service.ready else 503, headers)
+        """200 while new requests should be sent here: 503 until everything is compiled, and from SIGTERM on."""
+        ready = service.status == "ready"
+        return JSONResponse(_health(service), 200 if ready else 503, {} if ready else {"Retry-After": "5"})
 
     @app.get("/metrics")
     def scrape() -> Response:
@@ -114,8 +124,13 @@ def create_app(service: Service) -> FastAPI:
 
 
 def _health(service: Service) -> dict[str, Any]:
-    status = "ready" if service.ready else "broken" if service.broken else "warming up"
-    return {"status": status, "ready": service.ready, "reason": service.broken, "model": service.served.description}
+    return {
+        "status": service.status,
+        "ready": service.status == "ready",
+        "reason": service.broken,
+        "warm_up": {"done": service.warm_up.done, "total": service.warm_up.total},
+        "model": service.served.description,
+    }
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
@@ -148,7 +163,7 @@ def _errors_in_sentences(app: FastAPI) -> None:
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
-            return JSONResponse({"error": f"The body is no JSON: {first['ctx']['error']}."}, 400)
+            return JSONResponse({"error": f"The body is not valid JSON: {first['ctx']['error']}."}, 400)
         place = ".".join(str(part) for part in first["loc"][1:]) or "the body"
         return JSONResponse({"error": f"{first['msg']}: {place}."}, 422)
 

@@ -21,13 +21,15 @@ class Kind(NamedTuple):
         task: what is wanted.
         length: what they are padded to, in tokens.
         new_tokens: how many are generated, rounded up.
-        arm: the one their users are assigned to; None where nobody asked for the same arm each time.
+        arm: the one their users are assigned to; None where a request names no user.
+        compiled: whether batches of this length are compiled; the model as it is answers others.
     """
 
     task: str
     length: int
     new_tokens: int = 0
     arm: str | None = None
+    compiled: bool = True
 
 
 @dataclass(eq=False)
@@ -38,7 +40,7 @@ class Item:
         kind: what it may share a batch with.
         tokens: of the text.
         new_tokens: to generate.
-        user: who asked, if they want the same arm each time.
+        user: the client's name for itself, if it wants the same arm each time.
     """
 
     kind: Kind
@@ -62,7 +64,7 @@ class Batcher:
     """A queue of texts, answered batch by batch. Call it from one event loop.
 
     A batch begins when it is full, or when its first text has waited long enough; until the model is free texts go on
-    waiting, and batches grow. A text nobody waits for any more leaves the queue.
+    waiting, and batches grow. A text whose client has left leaves the queue.
 
     Args:
         answer: answers a batch.
@@ -79,7 +81,7 @@ class Batcher:
         return len(self._waiting)
 
     async def submit(self, items: Sequence[Item]) -> list[list[float] | list[int]]:
-        """Wait for the answers to some texts. If this is cancelled, or one of them fails, the others are not begun.
+        """Wait for the answers to some texts. If this is cancelled, or one of them fails, the others are not started.
 
         Raises:
             Refused: if the queue is full, or closed.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from lncompile.abtest.metrics import ABTestCollector
+from serving.arms import EMBED, GENERATE
 from serving.service import Service
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
@@ -35,8 +36,17 @@ class Metrics:
         )
         queue = Gauge("serve_queue_length", "Texts that wait", registry=self._registry)
         queue.set_function(lambda: len(service.batcher))
-        ready = Gauge("serve_ready", "1 once warm-up is over", registry=self._registry)
-        ready.set_function(lambda: float(service.ready))
+        ready = Gauge("serve_ready", "1 from the end of warm-up to SIGTERM", registry=self._registry)
+        ready.set_function(lambda: float(service.ready and not service.draining))
+        eager = Counter(
+            "serve_eager_batches",
+            "Batches answered by the model as it is, because their shape is not compiled",
+            ["task"],
+            registry=self._registry,
+        )
+        for task in (EMBED, GENERATE):
+            eager.labels(task)  # 0 from the start
+        service.on_eager = lambda task: eager.labels(task).inc()
         service.on_batch = lambda task, size: self._batches.labels(task).observe(size)
         self._registry.register(ABTestCollector(service.ab))
 

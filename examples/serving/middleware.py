@@ -1,7 +1,8 @@
-"""What happens around every request: too large a body is not read, and what was answered is counted."""
+"""What happens around every request: bodies that are too large or too slow are cut off, and answers are counted."""
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Any
 
@@ -10,18 +11,23 @@ from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.metrics import Metrics
+from serving.service import Service
 
 
 class BodyLimit:
-    """Refuses a body that is too large: by its announced length, and as it comes where none is announced.
+    """Cuts off a body that is too large (413) or takes too long to arrive (408), and closes its connection.
+
+    A large one is refused by its announced length, and as it comes where none is announced. The time is for the whole
+    body, however often a piece of it arrives.
 
     Args:
         app: what answers.
         most: bytes.
+        seconds: from the request's headers to the end of its body.
     """
 
-    def __init__(self, app: ASGIApp, most: int) -> None:
-        self._app, self._most = app, most
+    def __init__(self, app: ASGIApp, most: int, seconds: float) -> None:
+        self._app, self._most, self._seconds = app, most, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on."""
@@ -29,21 +35,55 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         announced = dict(scope["headers"]).get(b"content-length", b"0")
-        sentence = f"The body is larger than {self._most:,} bytes, what the server takes."
+        sentence = f"The body is larger than {self._most:,} bytes, the most that this server takes."
         if announced.isdigit() and int(announced) > self._most:
             await JSONResponse({"error": sentence}, 413, {"Connection": "close"})(scope, receive, send)
             return
-        seen = 0
+        seen, complete = 0, False
+        deadline = asyncio.get_running_loop().time() + self._seconds
 
-        async def counted() -> Message:
-            nonlocal seen
-            message = await receive()
+        async def limited() -> Message:
+            nonlocal seen, complete
+            if complete:  # what comes now is that the client leaves, and that may take any time
+                return await receive()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                late = f"The body did not arrive within {self._seconds:g} seconds."
+                raise HTTPException(408, late, {"Connection": "close"}) from None
             seen += len(message.get("body", b""))
             if seen > self._most:
-                raise HTTPException(413, sentence)
+                raise HTTPException(413, sentence, {"Connection": "close"})
+            complete = not message.get("more_body", False)
             return message
 
-        await self._app(scope, counted, send)
+        await self._app(scope, limited, send)
+
+
+class ClosesWhileDraining:
+    """Closes each connection after its answer once the server is going to shut down.
+
+    A connection that is kept open and idle is closed at the end of that time, and a request that its client sends at
+    that moment is lost.
+
+    Args:
+        app: what answers.
+        service: says when that is.
+    """
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app, self._service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on."""
+
+        async def closing(message: Message) -> None:
+            if message["type"] == "http.response.start" and self._service.draining:
+                message = {**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]}
+            await send(message)
+
+        await self._app(scope, receive, closing)
 
 
 class Counted:

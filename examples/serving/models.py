@@ -49,7 +49,7 @@ class ByteTokenizer:
         return list(text.encode())
 
     def decode(self, tokens: list[int]) -> str:
-        """The text of bytes; what is no UTF-8 becomes U+FFFD."""
+        """The text of bytes; what is not UTF-8 becomes U+FFFD."""
         return b"".join(bytes([token]) if token < _END else b"\xff" for token in tokens).decode(errors="replace")
 
 
@@ -105,7 +105,7 @@ def load(name: str = BYTES_GPT2) -> Served:
             no tokenizer beside the model (a folder with nothing but ``config.json``), its tokens are bytes.
 
     Raises:
-        ModelError: if there is no such model, or it is of no use here.
+        ModelError: if there is not such a model, or it cannot be served.
     """
     if name == BYTES_GPT2:
         return small_gpt2()
@@ -114,13 +114,15 @@ def load(name: str = BYTES_GPT2) -> Served:
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"'{name}' has an encoder and a decoder; this example serves models that have one of them")
     if loaded.model.main_input_name != "input_ids":
-        raise ModelError(f"'{name}' reads no text but '{loaded.model.main_input_name}'")
+        raise ModelError(f"'{name}' reads '{loaded.model.main_input_name}', not text")
     if "attention_mask" not in inspect.signature(loaded.model.forward).parameters:
         raise ModelError(f"'{name}' takes no attention mask, so texts of different lengths cannot share a batch")
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and config.model_type in ("roberta", "xlm-roberta", "camembert"):
         positions -= config.pad_token_id + 1  # they count from there
-    return Served(loaded.description, loaded.model, _tokenizer(name, config), positions)
+    # Its last words are on the inputs that load_model makes.
+    description = loaded.description.partition(", called with ")[0]
+    return Served(description, loaded.model, _tokenizer(name, config), positions)
 
 
 def small_gpt2(layers: int = 4, width: int = 128, positions: int = 512) -> Served:

@@ -1,4 +1,4 @@
-"""The test as a page for people: verdict, picture, arms, kinds of requests, comparisons."""
+"""The pages for people: what there is, and the test with verdict, picture, arms, kinds of batches, comparisons."""
 
 from __future__ import annotations
 
@@ -22,6 +22,11 @@ HEADERS = {
 }
 #: Drawing takes a good part of a second of a core that the model could use.
 _REDRAW_SECONDS = 5.0
+_STATUS = {
+    "ready": "Ready.",
+    "warming up": "Warming up: the model is being compiled.",
+    "shutting down": "Shutting down: requests are still answered.",
+}
 _TITLES = {
     "faster": "{candidate} is faster",
     "slower": "{candidate} is slower",
@@ -47,7 +52,7 @@ class Report:
             lstrip_blocks=True,
         )
         environment.filters.update(ms=_milliseconds, speedup=_speedup)
-        self._template = environment.get_template("ab.html")
+        self._template, self._index = (environment.get_template(name) for name in ("ab.html", "index.html"))
         self._lock = threading.Lock()
         self._plot, self._drawn = "", float("-inf")
 
@@ -58,19 +63,27 @@ class Report:
             refresh: seconds after which the browser asks again, 0 for never.
         """
         state = self._service.ab.to_dict()
-        state["buckets"].sort(key=lambda bucket: -sum(arm["requests"] for arm in bucket["seconds"].values()))
+        buckets = [bucket for bucket in state["buckets"] if _measured(bucket)]
+        buckets.sort(key=_measured, reverse=True)
         verdict = state["verdict"]
         return self._template.render(
             ab=state,
+            buckets=buckets,
+            without_measurements=len(state["buckets"]) - len(buckets),
             verdict=verdict,
             title=_title(verdict),
             scale=_scale(verdict["speedup"]),
             mood=_mood(verdict),
             service=self._service,
+            status=status_of(self._service),
             plot=self._picture(),
             refresh=max(0, refresh),
             now=datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
         )
+
+    def index(self) -> str:
+        """Render the page that says what there is."""
+        return self._index.render(service=self._service, status=status_of(self._service))
 
     def _picture(self) -> str:
         """The plot as a data URL, at most a few seconds old."""
@@ -83,12 +96,22 @@ class Report:
             return self._plot
 
 
+def _measured(bucket: dict[str, Any]) -> int:
+    """How many measurements a kind of batches has: none before each arm's first calls, which are not counted."""
+    return sum(int(arm["requests"]) for arm in bucket["seconds"].values())
+
+
 def _title(verdict: dict[str, Any]) -> str:
     if verdict["failed"]:
         return f"{' and '.join(verdict['failed'])} failed"
     if verdict["outputs_agree"] is False:
         return "Outputs differ"
     return _TITLES[verdict["outcome"]].format(**verdict)
+
+
+def status_of(service: Service) -> str:
+    """What the server is doing, as a sentence."""
+    return f"Not able to answer: {service.broken}." if service.broken else _STATUS[service.status]
 
 
 def _mood(verdict: dict[str, Any]) -> str:

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 import lncompile
-from serving.arms import EMBED, GENERATE, pad
+from serving.arms import EMBED, GENERATE, CompilationNeeded, eager_arm, nothing_compiled, pad
 from serving.batching import Batcher, Item, Kind
 from serving.models import Served
 from serving.settings import Refused, Settings
+from serving.shapes import Shape, Shapes, rounded
+from serving.warm_up import WarmUp
 
 log = logging.getLogger("lncompile.serve")
-_SHORTEST = 16
 
 
 class Service:
     """A model, its two arms, and the queue in front of them. Use it from one event loop.
+
+    Nothing is compiled for a request. The shapes of batches are a small set, all compiled before the server is ready.
+    A batch of another shape is answered by the model as it is, which is slower than compiled code and at once. So is a
+    batch for which Dynamo wants to compile something all the same, because a value that its code depends on has
+    changed. (Compiling on another thread was tried instead. Whether Dynamo may compile is one setting for the process,
+    and tracing keeps Python's lock: calls of a small compiled function waited for up to half a second.)
 
     Args:
         served: the model.
@@ -31,9 +41,13 @@ class Service:
     Attributes:
         ab: the test.
         batcher: the queue.
+        shapes: of batches.
         on_batch: called with task and number of texts before each batch.
+        on_eager: called with the task for each batch that the model as it is answers.
+        warm_up: what compiles each shape in each arm.
         ready: whether warm-up is over.
-        broken: why it never will be, or None.
+        draining: whether the server is going to shut down, and still takes requests.
+        broken: why it cannot answer, or None.
     """
 
     def __init__(
@@ -56,13 +70,25 @@ class Service:
             bucket=_bucket,
             name=type(served.model).__name__,
         )
+        longest = min(self.settings.max_tokens, served.positions or self.settings.max_tokens)
+        self.shapes = Shapes(self.settings, longest, served.generates)
         self.batcher = Batcher(self._answer, self.settings)
         self.on_batch: Callable[[str, int], None] = lambda task, size: None
-        self.ready = False
+        self.on_eager: Callable[[str], None] = lambda task: None
+        self.warm_up = WarmUp(self.ab, self.shapes, served)
+        self.ready = self.draining = False
         self.broken: str | None = None
-        self._closing = False
+        self._eager = eager_arm(served)
         self._running: asyncio.Task[None] | None = None
-        self._longest = min(self.settings.max_tokens, served.positions or self.settings.max_tokens)
+        # One thread calls the model, at warm-up and later: what Dynamo's guards read of a thread's state is the same.
+        self._model_thread = concurrent.futures.ThreadPoolExecutor(1, "model")
+
+    @property
+    def status(self) -> str:
+        """What the server is doing: ``"warming up"``, ``"ready"``, ``"shutting down"`` or ``"broken"``."""
+        if self.broken is not None:
+            return "broken"
+        return "shutting down" if self.draining else "ready" if self.ready else "warming up"
 
     # --- requests ---
 
@@ -99,10 +125,10 @@ class Service:
         if not 1 <= new_tokens <= self.settings.max_new_tokens:
             raise Refused(422, f"max_new_tokens is between 1 and {self.settings.max_new_tokens}, not {new_tokens}.")
         tokens = self._tokens("the prompt", prompt)
-        if len(tokens) + new_tokens > self._longest:
+        if len(tokens) + new_tokens > self.shapes.longest:
             raise Refused(
                 413,
-                f"{len(tokens)} tokens of the prompt and {new_tokens} new ones are more than {self._longest}, "
+                f"{len(tokens)} tokens of the prompt and {new_tokens} new ones are more than {self.shapes.longest}, "
                 "what the server takes.",
             )
         kind = self._kind(GENERATE, len(tokens), new_tokens, user)
@@ -117,100 +143,97 @@ class Service:
         if self.broken is not None:
             raise Refused(503, f"The server cannot serve: {self.broken}.")
         if not self.ready:
-            raise Refused(503, "The model is still being compiled. GET /health says when it is ready.", retry_after=5)
+            raise Refused(503, "The model is still being compiled. GET /health/ready says when it is.", retry_after=5)
 
     def _tokens(self, what: str, text: str) -> list[int]:
+        longest = self.shapes.longest
         # No character is more than four bytes, and tokens of more than sixteen characters are rare.
-        if len(text) > 16 * self._longest:
-            raise Refused(413, f"There are {len(text)} characters in {what}: far more than {self._longest} tokens.")
+        if len(text) > 16 * longest:
+            raise Refused(413, f"There are {len(text)} characters in {what}: far more than {longest} tokens.")
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise Refused(422, f"A character in {what} is half of a surrogate pair, which is no text.") from None
+            raise Refused(422, f"A character in {what} is half of a surrogate pair, which is not text.") from None
         tokens = self.served.tokenizer.encode(text)
         if not tokens:
             raise Refused(422, f"There are no tokens in {what}: it is empty.")
-        if len(tokens) > self._longest:
-            raise Refused(413, f"There are {len(tokens)} tokens in {what}: the server takes {self._longest} at most.")
+        if len(tokens) > longest:
+            raise Refused(413, f"There are {len(tokens)} tokens in {what}: the server takes {longest} at most.")
         return tokens
 
-    def _kind(self, task: str, length: int, new_tokens: int, user: str | None) -> Kind:
-        room = self._longest - _rounded(new_tokens, self.settings.max_new_tokens) if new_tokens else self._longest
-        # generate() hands the model other arguments for a batch without any padding, which would be compiled once more.
-        least = length + 1 if task == GENERATE else length
-        padded = max(length, min(_rounded(least, self._longest, _SHORTEST), room))
+    def _kind(self, task: str, tokens: int, new_tokens: int, user: str | None) -> Kind:
+        length = self.shapes.length(task, tokens, new_tokens)
         arm = None if user is None else self.ab.assigned_to(user)
-        return Kind(task, padded, _rounded(new_tokens, self._longest - padded) if new_tokens else 0, arm)
+        return Kind(task, length or tokens, rounded(new_tokens) if new_tokens else 0, arm, length is not None)
 
     # --- batches ---
 
     async def _answer(self, items: Sequence[Item]) -> list[Any]:
-        kind = items[0].kind
-        self.on_batch(kind.task, len(items))
-        left = kind.task == GENERATE
-        tokens, mask = pad([item.tokens for item in items], kind.length, self.served.tokenizer.padding, left)
+        self.on_batch(items[0].kind.task, len(items))
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._model_thread, self._call, items)
+
+    def _call(self, items: Sequence[Item]) -> list[Any]:
+        kind, texts = items[0].kind, [item.tokens for item in items]
+        if kind.compiled:
+            # More of a text that is there: a row of nothing but padding has no tokens to average or to attend to.
+            texts += [texts[0]] * (self.shapes.texts(len(texts)) - len(texts))
+        tokens, mask = pad(texts, kind.length, self.served.tokenizer.padding, left=kind.task == GENERATE)
         device = self.served.model.device
-        steps = max(item.new_tokens for item in items)
+        batch = kind.task, tokens.to(device), mask.to(device), max(item.new_tokens for item in items)
         # All users of a batch belong to one arm, so any of them stands for all.
-        answer = await self.ab.acall(kind.task, tokens.to(device), mask.to(device), steps, ab_key=items[0].user)
-        # Not here: it waits for a GPU to finish.
-        rows: list[Any] = await asyncio.to_thread(answer.tolist)
+        answer = self._compiled(kind, batch, items[0].user)
+        if answer is None:
+            self.on_eager(kind.task)
+            answer = self._eager(*batch)
+        rows: list[Any] = answer[: len(items)].tolist()
         return rows
 
-    # --- life ---
+    def _compiled(self, kind: Kind, batch: tuple[str, Tensor, Tensor, int], user: str | None) -> Tensor | None:
+        """What an arm answers; None if it would have to compile something."""
+        shape = Shape(kind.task, len(batch[1]), kind.length)
+        if not kind.compiled or shape not in self.warm_up.compiled:
+            return None
+        try:
+            with nothing_compiled():
+                answer: Tensor = self.ab(*batch, ab_key=user)
+        except CompilationNeeded as reason:
+            # Once is enough: each further try would run the model up to the same place for nothing.
+            self.warm_up.compiled.discard(shape)
+            log.warning("batches of %s are answered by eager from here on: %s", shape, reason)
+            return None
+        return answer
 
-    def warm_up(self) -> None:
-        """Let each arm compile what it needs, outside of the test: it takes no requests before."""
-        tokenizer, device = self.served.tokenizer, self.served.model.device
-        tokens = tokenizer.encode("Once upon a time")[: _SHORTEST // 2] or [tokenizer.padding]
-        tasks = [(EMBED, 0), *([(GENERATE, 2)] if self.served.generates else [])]
-        short, longer = (min(length, self._longest) for length in (_SHORTEST, 2 * _SHORTEST))
-        for name, arm in self.ab.arms.items():
-            try:
-                for task, new_tokens in tasks:
-                    # One text, several, and another length: Dynamo compiles sizes of 1 apart from others.
-                    for texts, length in ((1, short), (2, short), (3, longer)):
-                        if self._closing:
-                            return
-                        tensors = pad([tokens] * texts, length, tokenizer.padding, task == GENERATE)
-                        log.info("warm-up of %s: %s, %d × %d tokens", name, task, texts, length)
-                        arm(task, *(tensor.to(device) for tensor in tensors), new_tokens)
-            except Exception as error:
-                log.exception("arm '%s' fails at its warm-up", name)
-                try:
-                    self.ab.take_out(name, f"it raised {type(error).__name__} at its warm-up: {error}")
-                except ValueError:  # the last one in service
-                    self.broken = f"no arm can answer, {name} raises {type(error).__name__}: {error}"
-                    return
-        self.ready = True
+    # --- life ---
 
     def start(self) -> None:
         """Warm up and answer, until :meth:`close`."""
         self._running = asyncio.create_task(self._run())
 
     async def _run(self) -> None:
-        await asyncio.to_thread(self.warm_up)
+        loop = asyncio.get_running_loop()
+        self.broken = await loop.run_in_executor(self._model_thread, self.warm_up.run)
+        self.ready = self.broken is None and not self.warm_up.cancelled
         if self.ready:
-            log.info("ready")
+            log.info("ready: %d of %d shapes of batches are compiled", len(self.warm_up.compiled), len(self.shapes))
         await self.batcher.run()
+
+    def drain(self) -> None:
+        """Say from now on that the server is not ready, so that requests go elsewhere. Those that come are answered."""
+        self.draining = True
 
     async def close(self) -> None:
         """Take no more requests; those that wait are answered first."""
-        self._closing = True
+        self.warm_up.cancelled = True
         self.batcher.close()
         if self._running is not None:
             await self._running
-        await asyncio.to_thread(self.ab.close)
-
-
-def _rounded(size: int, limit: int = 1 << 30, least: int = 1) -> int:
-    """The next power of two, between a least and a largest size."""
-    return min(max(least, 1 << (size - 1).bit_length()), limit)
+        await asyncio.to_thread(self._model_thread.shutdown)
 
 
 def _bucket(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
     """A batch's kind, as the report shows it."""
     task, tokens, _, new_tokens = args
     rows, length = tokens.shape
-    words = f"{task} {_rounded(rows)} × {length}"
-    return f"{words} + {_rounded(new_tokens)}" if task == GENERATE else words
+    words = str(Shape(task, rows, length))
+    return f"{words} + {rounded(new_tokens)}" if task == GENERATE else words

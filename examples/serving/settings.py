@@ -16,7 +16,9 @@ class Settings:
         max_texts: texts in one request.
         max_tokens: tokens of a text, of a prompt with what is generated.
         max_new_tokens: tokens generated for one prompt.
-        max_body: bytes of a request.
+        max_body: bytes of a request's body.
+        body_seconds: how long a body may take to arrive; a slower one is cut off (408).
+        drain_seconds: after SIGTERM, how long the server says that it is not ready while it still takes requests.
     """
 
     max_batch: int = 8
@@ -26,18 +28,22 @@ class Settings:
     max_tokens: int = 512
     max_new_tokens: int = 64
     max_body: int = 1 << 20
+    body_seconds: float = 10.0
+    drain_seconds: float = 5.0
 
     def __post_init__(self) -> None:
+        if not self.body_seconds > 0:
+            raise ValueError(f"body_seconds must be more than 0, not {self.body_seconds}")
         for name, value in vars(self).items():
-            least = 0 if name == "max_wait" else 1
-            if value < least:
-                raise ValueError(f"{name} is at least {least}, not {value}")
+            least = 0 if isinstance(value, float) else 1
+            if not value >= least:  # neither is NaN
+                raise ValueError(f"{name} must be at least {least}, not {value}")
         if self.max_texts > self.max_queue:
-            raise ValueError(f"max_texts is at most max_queue, {self.max_queue}, not {self.max_texts}")
+            raise ValueError(f"max_texts must be at most max_queue ({self.max_queue}), not {self.max_texts}")
 
 
 class Refused(Exception):
-    """A request that is not answered. The message is a sentence for who sent it.
+    """A request that is not answered. The message is a sentence for its client.
 
     Args:
         status: of the HTTP response.

@@ -2,7 +2,7 @@
 
 Times GPT-2's MLP with its norm and its residual connection in real widths, with the scale in the norm's kernel
 (``"off"``) and behind the up-projection (``"on"``), stock ``torch.compile`` and the block without its norm beside them,
-interleaved in one process. On a CPU and, where there is one, an NVIDIA GPU.
+interleaved, in several processes. On a CPU and, where there is one, an NVIDIA GPU.
 
     python benchmarks/deferral.py [--seconds 10] [--widths 768 2048] [--rows 128 4096] [--threads N]
 
@@ -12,12 +12,14 @@ Prints a table and writes ``benchmarks/results/deferral-<device>.json``.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import recording
 import torch
+from one_process import SPEEDUPS_ARE, answer_task, compiled_in_order, in_processes, time_case
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -27,7 +29,6 @@ import lncompile
 from lncompile.lowering.inspection import generated_code
 from lncompile.machine import describe_machine
 from lncompile.models import randomise
-from lncompile.timing import PairedTimings, measure
 
 WIDTHS, ROWS = (768, 1024, 2048), (128, 1024, 4096)
 DTYPES = (torch.float32, torch.bfloat16)
@@ -53,43 +54,41 @@ class Block(nn.Module):
         return normed
 
 
-def measure_case(
-    width: int, rows: int, dtype: torch.dtype, device: str, seconds: float
-) -> tuple[PairedTimings, dict[str, Any]]:
-    """Time all candidates on one shape.
+#: What each candidate is compiled with.
+CANDIDATES: dict[str, dict[str, Any]] = {
+    STOCK: {"backend": "inductor"},
+    OFF: {"backend": "lnfold", "options": {"lnfold.defer": "off"}},
+    ON: {"backend": "lnfold", "options": {"lnfold.defer": "on"}},
+}
+
+
+def carry_out(task: dict[str, Any]) -> dict[str, Any]:
+    """Time all candidates on one shape, in this process.
 
     Args:
-        width: features of the stream.
-        rows: tokens.
-        dtype: of weights and stream.
-        device: ``"cpu"`` or ``"cuda"``.
-        seconds: how long to measure.
+        task: ``width``, ``rows``, ``dtype``, ``device``, ``seconds``, ``order``.
 
     Returns:
-        The timings; and for each candidate the launches counted in its code.
+        Seconds of each call; and for each candidate the launches counted in its code.
 
     Raises:
         RuntimeError: the norm is not deferred where it is to be, or is where it is not.
     """
-    torch.compiler.reset()  # one shape at a time, or the second would be compiled with dynamic sizes
+    width, device, dtype = task["width"], task["device"], getattr(torch, task["dtype"])
     model = randomise(Block(width)).eval().to(device, dtype)
-    value = torch.randn(rows, width, generator=torch.Generator().manual_seed(1)).to(device, dtype)
-    runs: dict[str, Callable[..., Any]] = {STOCK: torch.compile(model)}
+    value = torch.randn(task["rows"], width, generator=torch.Generator().manual_seed(1)).to(device, dtype)
     launches: dict[str, Any] = {}
-    for name, choice in ((OFF, "off"), (ON, "on")):
-        runs[name] = torch.compile(model, backend="lnfold", options={"lnfold.defer": choice})
-    for name, run in runs.items():
-        code = generated_code(run, value)
+    for name, arguments in CANDIDATES.items():
+        code = generated_code(torch.compile(model, **arguments), value)
         launches[name] = {"generated": code.launches, "extern": code.extern_calls}
+    torch.compiler.reset()
+    runs = compiled_in_order(model, lambda run: run(value), CANDIDATES, task["order"], device)
     for name, lowering in ((OFF, "rms_norm"), (ON, "rms_norm_deferred")):
         report = lncompile.explain(runs[name], value)
         if [site.lowering for site in report.sites] != [lowering, "rms_norm"]:
             raise RuntimeError(f"{name}: expected {lowering}, and got\n{report}")
-
-    def call(run: Callable[..., Any]) -> Callable[[], Any]:
-        return lambda: run(value)
-
-    return measure({name: call(run) for name, run in runs.items()}, seconds=seconds, device=device), launches
+    timed = time_case({name: functools.partial(run, value) for name, run in runs.items()}, task["seconds"], device)
+    return {**timed, "launches": launches}
 
 
 def run(device: str, widths: Sequence[int], rows: Sequence[int], seconds: float, console: Console) -> dict[str, Any]:
@@ -115,7 +114,9 @@ def run(device: str, widths: Sequence[int], rows: Sequence[int], seconds: float,
         for width in widths:
             for count in rows:
                 console.print(f"measuring {name} {count}x{width} ...")
-                timings, launches = measure_case(width, count, dtype, device, seconds)
+                case = {"width": width, "rows": count, "dtype": name, "device": device}
+                timings, found = in_processes(__file__, case, list(CANDIDATES), seconds)
+                launches = found["launches"]
                 ratios = {f"{a} over {b}": timings.speedup(a, b) for a, b in COMPARISONS}
                 cases.append(
                     {
@@ -123,7 +124,7 @@ def run(device: str, widths: Sequence[int], rows: Sequence[int], seconds: float,
                         "rows": count,
                         "width": width,
                         "launches": launches,
-                        "rounds": len(timings.seconds[STOCK]),
+                        "rounds": timings.rounds,
                         "load_average_after": describe_machine(device)["load_average"],
                         "speedups": {key: vars(ratio) for key, ratio in ratios.items()},
                         "timings": timings.to_dict(),
@@ -143,7 +144,7 @@ def run(device: str, widths: Sequence[int], rows: Sequence[int], seconds: float,
         "commit": measured,
         "machine": machine,
         "model": "residual add, LayerNorm, Linear(d, 4d), GELU, Linear(4d, d), residual add, LayerNorm; random weights",
-        "speedups_are": "medians of per-round ratios with 95% bootstrap intervals; above 1 the first is faster",
+        "speedups_are": SPEEDUPS_ARE,
         "cases": cases,
     }
 
@@ -167,4 +168,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(0 if answer_task(carry_out) else main())

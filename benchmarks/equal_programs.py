@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import json
 import random
 import sys
 import time
@@ -25,6 +24,7 @@ from typing import Any
 
 import recording
 import torch
+from one_process import answer_task
 from torch import Tensor, nn
 
 from lncompile import ABTest
@@ -107,12 +107,10 @@ def compare(size: str, pair: str, order: str) -> dict[str, Any]:
     }
 
 
-def one_process(task: dict[str, Any]) -> dict[str, Any]:
+def carry_out(task: dict[str, Any]) -> dict[str, Any]:
     """Compare a pair of every kind, in the order that the task gives."""
-    torch.set_num_threads(1)
     settle()
-    with torch.no_grad():
-        return {"tests": [compare(*kind) for kind in task["kinds"]]}
+    return {"tests": [compare(*kind) for kind in task["kinds"]]}
 
 
 def summarise(processes: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
@@ -164,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tasks = []
     for number in range(chosen.processes):
         random.Random(number).shuffle(kinds)
-        tasks.append({"kinds": list(kinds)})
+        tasks.append({"kinds": list(kinds), "threads": 1})
     started = time.perf_counter()
     results = run_processes(
         str(Path(__file__)), tasks, lambda number: print(f"process {number + 1} of {len(tasks)}", flush=True)
@@ -192,7 +190,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3 and sys.argv[1].endswith("task.json"):
-        Path(sys.argv[2]).write_text(json.dumps(one_process(json.loads(Path(sys.argv[1]).read_text()))))
-        sys.exit(0)
-    sys.exit(main())
+    sys.exit(0 if answer_task(carry_out) else main())

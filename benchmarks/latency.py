@@ -1,8 +1,8 @@
 """How fast are whole models with lnfold, next to stock torch.compile, to the same models without norms, and to eager?
 
-Every workload is a real model's shapes with random weights. Its candidates run in one process, interleaved; speed-ups
-are medians of per-round ratios. The share of the norms' cost that is removed is
-(T_inductor - T_lnfold) / (T_inductor - T_no_norm): 1 is as fast as a model without any norm.
+Every workload is a real model's shapes with random weights. Its candidates run interleaved, in several processes, half
+of which compile them in the opposite order; intervals are over processes. The share of the norms' cost that is removed
+is (T_inductor - T_lnfold) / (T_inductor - T_no_norm): 1 is as fast as a model without any norm.
 
     python benchmarks/latency.py --suite cpu|gpu|all [--minutes 10] [--only NAME ...] [--seconds 20]
     python benchmarks/latency.py --suite cpu --dry-run     # tiny models: shows that it works, times nothing
@@ -25,10 +25,12 @@ from typing import Any
 
 import recording
 import torch
+from one_process import answer_task
 from rich.console import Console
 from suite.candidates import FOR_ONE_ROW, PEERS, RECIPES, Recipe
-from suite.measurement import Settings, measure_workload, warm_up_compilers
+from suite.measurement import Settings, measure_workload
 from suite.presentation import draw, print_tables, summarise_run
+from suite.repeated import carry_out, measure_in_processes
 from suite.workloads import SUITES, Workload
 
 from lncompile.machine import describe_machine
@@ -38,6 +40,7 @@ log = logging.getLogger("lncompile.benchmarks")
 #: What each suite takes at most, unless asked otherwise.
 MINUTES = {"cpu": 10.0, "gpu": 8.0, "all": 120.0}
 SECONDS = {"cpu": 20.0, "gpu": 6.0, "all": 20.0}
+PROCESSES = {"cpu": 4, "gpu": 2, "all": 2}
 
 
 class Budget:
@@ -92,6 +95,8 @@ def run(
     write: Any,
     console: Console,
     with_peers: bool = True,
+    suite: str = "cpu",
+    processes: int = 1,
 ) -> dict[str, Any]:
     """Measure workload after workload.
 
@@ -102,6 +107,8 @@ def run(
         write: called with the result after each workload, so that nothing is lost if a later one takes the process.
         console: where to say what goes on.
         with_peers: whether peers run where a workload asks for them.
+        suite: of the workloads.
+        processes: for each workload; with 1 it is measured in this one.
 
     Returns:
         Everything measured, ready for JSON.
@@ -114,7 +121,9 @@ def run(
         "versions": versions(),
         "dry_run": any(workload.tiny for workload in workloads),
         "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k != "stopwatch"},
-        "speedups_are": "medians of per-round ratios with 95% bootstrap intervals; above 1 faster than inductor",
+        "speedups_are": "geometric means over processes of the medians of per-round ratios, with Student's 95% "
+        "interval over processes (of one process the median, with a bootstrap interval over rounds); above 1 faster "
+        "than inductor",
         "summary": {},
         "workloads": [],
         "not_measured": {},
@@ -131,7 +140,14 @@ def run(
             continue
         console.print(f"{number}/{len(workloads)}  {workload.name}", style="bold")
         try:
-            found = measure_workload(workload, recipes, settings, lambda words: console.print(f"     {words} ..."))
+
+            def say(words: str) -> None:
+                console.print(f"     {words} ...")
+
+            if processes == 1:
+                found = measure_workload(workload, recipes, settings, say)
+            else:
+                found = measure_in_processes(__file__, suite, workload, recipes, settings, processes, say)
             result["workloads"].append(found)
         except Exception as error:  # the others are worth measuring all the same
             log.exception("%s failed", workload.name)
@@ -164,6 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--layers", type=_count, help="of each model at most (default: all; 6 of some in the gpu suite)"
     )
+    parser.add_argument("--processes", type=_count, help="for each workload (default: 4; gpu and all 2)")
     parser.add_argument("--no-peers", action="store_true", help="only inductor, lnfold, no norm and eager")
     parser.add_argument("--threads", type=_count, help="CPU threads; one is steadier on a machine shared with others")
     parser.add_argument("--output", type=Path, default=recording.RESULTS, help="folder of JSON and PNG")
@@ -217,8 +234,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = Settings(device, seconds=1e-3, minimum_rounds=5, empty_caches=False)
     path = chosen.output / f"latency-{chosen.suite}{'-dry-run' if chosen.dry_run else ''}.json"
     with torch.no_grad():
-        if not chosen.dry_run:
-            warm_up_compilers(device)
         result = run(
             workloads,
             settings,
@@ -226,6 +241,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             lambda found: _write(found, path, console),
             console,
             not chosen.no_peers,
+            chosen.suite,
+            1 if chosen.dry_run else chosen.processes or PROCESSES[chosen.suite],
         )
     print_tables(result, console)
     console.print(f"written to {path}", soft_wrap=True)
@@ -243,4 +260,4 @@ def _write(result: dict[str, Any], path: Path, console: Console) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(0 if answer_task(carry_out) else main())

@@ -2,7 +2,7 @@
 
 Measures ``lnfold.nonfoldable="inductor"`` against ``"eager"`` on a post-norm encoder of BERT-base's shapes, where only
 the embeddings' norm folds: every other LayerNorm is fed by a residual that carries an earlier norm's output. Stock
-``torch.compile`` and eager are timed beside them, interleaved in one process.
+``torch.compile`` and eager are timed beside them, interleaved, in several processes.
 
     python benchmarks/nonfoldable.py [--layers 4] [--seconds 20] [--threads N]
 
@@ -12,20 +12,20 @@ Prints a table and writes ``benchmarks/results/nonfoldable-<device>.json``.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import recording
 import torch
+from one_process import SPEEDUPS_ARE, answer_task, compiled_in_order, in_processes, time_case
 from rich.console import Console
 from rich.table import Table
 
 import lncompile
 from lncompile.machine import describe_machine
 from lncompile.models import randomise
-from lncompile.timing import PairedTimings, measure
 
 SHAPES = ((1, 128), (8, 128))
 DTYPES = (torch.float32, torch.bfloat16)
@@ -46,33 +46,34 @@ def encoder(layers: int, dtype: torch.dtype, device: str) -> torch.nn.Module:
     return randomise(model).eval().to(device, dtype)
 
 
-def measure_case(
-    model: torch.nn.Module, batch: int, length: int, seconds: float, device: str
-) -> tuple[PairedTimings, lncompile.FoldReport]:
-    """Time all candidates on one model and one shape.
+#: What each candidate is compiled with.
+CANDIDATES: dict[str, dict[str, Any]] = {
+    "eager": {},
+    "inductor": {"backend": "inductor"},
+    **{
+        f"nonfoldable={choice}": {"backend": "lnfold", "options": {"lnfold.nonfoldable": choice}}
+        for choice in ("inductor", "eager")
+    },
+}
+
+
+def carry_out(task: dict[str, Any]) -> dict[str, Any]:
+    """Time all candidates on one model and one shape, in this process.
 
     Args:
-        model: in evaluation mode, on ``device``.
-        batch: sequences.
-        length: tokens of each.
-        seconds: how long to measure.
-        device: where.
+        task: ``layers``, ``dtype``, ``batch``, ``length``, ``seconds``, ``device``, ``order``.
 
     Returns:
-        The timings, and what lnfold made of the model's norms.
+        Seconds of each call, and what lnfold made of the model's norms.
     """
-    torch.compiler.reset()  # one shape at a time, or the second would be compiled with dynamic sizes
-    tokens = torch.randint(1000, 30_000, (batch, length), generator=torch.Generator().manual_seed(1)).to(device)
+    device = task["device"]
+    model = encoder(task["layers"], getattr(torch, task["dtype"]), device)
+    shape = (task["batch"], task["length"])
+    tokens = torch.randint(1000, 30_000, shape, generator=torch.Generator().manual_seed(1)).to(device)
     report = lncompile.explain(model, tokens)
-    runs: dict[str, Callable[..., Any]] = {"eager": model, "inductor": torch.compile(model)}
-    for choice in ("inductor", "eager"):
-        runs[f"nonfoldable={choice}"] = torch.compile(model, backend="lnfold", options={"lnfold.nonfoldable": choice})
-
-    def call(run: Callable[..., Any]) -> Callable[[], Any]:
-        return lambda: run(tokens)
-
-    timings = measure({name: call(run) for name, run in runs.items()}, seconds=seconds, device=device)
-    return timings, report
+    runs = compiled_in_order(model, lambda run: run(tokens), CANDIDATES, task["order"], device)
+    timed = time_case({name: functools.partial(run, tokens) for name, run in runs.items()}, task["seconds"], device)
+    return {**timed, "folded": report.folded, "sites": report.total}
 
 
 def run(device: str, layers: int, seconds: float, console: Console) -> dict[str, Any]:
@@ -96,20 +97,20 @@ def run(device: str, layers: int, seconds: float, console: Console) -> dict[str,
     for header in ("dtype", "batch", "folded", "inductor ms", "eager ms", *(f"{a} over {b}" for a, b in COMPARISONS)):
         table.add_column(header)
     for dtype in DTYPES:
-        model = encoder(layers, dtype, device)
         for batch, length in SHAPES:
             name = str(dtype).removeprefix("torch.")
             console.print(f"measuring {name} {batch}x{length} ...")
-            timings, report = measure_case(model, batch, length, seconds, device)
+            case = {"layers": layers, "dtype": name, "batch": batch, "length": length, "device": device}
+            timings, found = in_processes(__file__, case, list(CANDIDATES), seconds)
             ratios = {f"{a} over {b}": timings.speedup(a, b) for a, b in COMPARISONS}
             cases.append(
                 {
                     "dtype": name,
                     "batch": batch,
                     "length": length,
-                    "folded": report.folded,
-                    "sites": report.total,
-                    "rounds": len(timings.seconds["eager"]),
+                    "folded": found["folded"],
+                    "sites": found["sites"],
+                    "rounds": timings.rounds,
                     "load_average_after": describe_machine(device)["load_average"],
                     "speedups": {key: vars(ratio) for key, ratio in ratios.items()},
                     "timings": timings.to_dict(),
@@ -118,7 +119,7 @@ def run(device: str, layers: int, seconds: float, console: Console) -> dict[str,
             table.add_row(
                 name,
                 f"{batch}x{length}",
-                f"{report.folded} of {report.total}",
+                f"{found['folded']} of {found['sites']}",
                 *(f"{1e3 * timings.median(f'nonfoldable={choice}'):.2f}" for choice in ("inductor", "eager")),
                 *(str(ratio) for ratio in ratios.values()),
             )
@@ -129,7 +130,7 @@ def run(device: str, layers: int, seconds: float, console: Console) -> dict[str,
         "commit": measured,
         "machine": machine,
         "model": f"BertModel, BertConfig's sizes with {layers} layers, random weights",
-        "speedups_are": "medians of per-round ratios with 95% bootstrap intervals; above 1 the first is faster",
+        "speedups_are": SPEEDUPS_ARE,
         "cases": cases,
     }
 
@@ -153,4 +154,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(0 if answer_task(carry_out) else main())

@@ -21,16 +21,18 @@ import lncompile
 from lncompile.lowering import torch_private_codegen
 from lncompile.lowering.triton_without_gpu import triton_for_sm90
 from lncompile.models import randomise
+from lncompile.processes import RepeatedTimings
 from lncompile.timing import PairedTimings
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import latency
-from suite import measurement, peers, workloads
-from suite.candidates import BASELINE, CANDIDATE, EAGER, FOR_ONE_ROW, LIMIT, PEERS, RECIPES, Recipe
+from suite import measurement, peers, repeated, workloads
+from suite.candidates import ALL_RECIPES, BASELINE, CANDIDATE, EAGER, FOR_ONE_ROW, LIMIT, PEERS, RECIPES, Recipe
 from suite.decoding import decode_step
 from suite.measurement import Settings, WrongAnswer, measure_workload
 from suite.presentation import draw
+from suite.repeated import combine
 from suite.workloads import SUITES
 
 from lncompile.no_norm import no_norm, with_small_weights
@@ -310,7 +312,7 @@ def test_a_workload_is_measured_with_every_candidate_that_can_run(recipes: tuple
     assert 0 < lnfold["error"] < 1e-5
     assert math.isfinite(found["candidates"][LIMIT]["largest_answer"])
     assert lnfold["graphs"] == 0, "nothing reached Inductor here"
-    assert len(lnfold["samples_s"]) == found["rounds"]
+    assert list(map(len, lnfold["samples_s"])) == [found["rounds"]]
     assert found["speedup_over_inductor"].keys() == {EAGER, CANDIDATE, LIMIT}
     assert found["share_of_norm_cost_removed"].keys() == {CANDIDATE}
     assert found["left_out"].keys() == {"absent", "wrong"}
@@ -336,11 +338,56 @@ def test_what_is_written_is_computed_from_the_rounds() -> None:
         }
     )
     facts = {BASELINE: {"first_call_s": 10.0}, CANDIDATE: {"first_call_s": 10.4}, LIMIT: {"first_call_s": 9.0}}
-    found = measurement.summarise(timings, facts)
+    found = measurement.summarise(RepeatedTimings((timings,)), facts)
     assert found["share_of_norm_cost_removed"][CANDIDATE]["median"] == pytest.approx(0.75)
     assert found["speedup_over_inductor"][LIMIT]["median"] == pytest.approx(1.0095 / 0.9695, rel=1e-3)
     assert found["compile_time_over_inductor"][CANDIDATE] == pytest.approx(1.04)
     assert found["candidates"][BASELINE]["seconds"]["median"] == pytest.approx(1.0095)
+
+
+def test_processes_are_put_together() -> None:
+    """Each process ran the candidates in another order; what one left out is left out."""
+
+    def result(scale: float, *names: str) -> dict:
+        timings = RepeatedTimings((PairedTimings(dict.fromkeys(names, (scale, scale * 1.01))),))
+        facts = {name: {"first_call_s": scale} for name in names}
+        left = {} if LIMIT in names else {LIMIT: "a reason"}
+        return {"name": "w", **measurement.summarise(timings, facts), "left_out": left, "load_average_after": scale}
+
+    found = combine([result(1.0, BASELINE, CANDIDATE, LIMIT), result(2.0, CANDIDATE, BASELINE)])
+    assert found["processes"] == 2
+    assert list(found["candidates"]) == [BASELINE, CANDIDATE]
+    assert found["candidates"][CANDIDATE]["samples_s"] == [[1.0, 1.01], [2.0, 2.02]]
+    assert found["candidates"][CANDIDATE]["first_call_s"] == 1.0
+    assert found["speedup_over_inductor"][CANDIDATE]["median"] == pytest.approx(1.0)
+    assert found["left_out"] == {LIMIT: "a reason"}
+    assert found["load_average_after"] == 2.0
+
+
+def test_a_workload_is_measured_in_processes(monkeypatch) -> None:
+    """The task that a process gets names what it needs; the first process alone has empty caches."""
+    (workload,) = (w for w in SUITES["cpu"] if w.name == "gpt2 prefill 1x128")
+    recipes = [ALL_RECIPES[name] for name in (BASELINE, CANDIDATE)]
+    asked: list[dict] = []
+
+    def run(script, tasks, progress):
+        asked.extend(json.loads(json.dumps(task)) for task in tasks)
+        return [result_of(workload) | {"load_average_after": 0.0} for _ in tasks]
+
+    monkeypatch.setattr(repeated, "run_processes", run)
+    found = repeated.measure_in_processes("script", "cpu", workload.capped(2), recipes, Settings(seconds=8.0), 4)
+    assert found["processes"] == 4
+    assert [task["recipes"] for task in asked] == [[BASELINE, CANDIDATE], [CANDIDATE, BASELINE]] * 2
+    assert [task["settings"]["empty_caches"] for task in asked] == [True, False, False, False]
+    assert {task["settings"]["seconds"] for task in asked} == {2.0}
+    measured: list = []
+    monkeypatch.setattr(repeated, "measure_workload", lambda *task: measured.append(task) or {})
+    threads = torch.get_num_threads()
+    repeated.carry_out({**asked[1], "threads": threads})
+    ((ran, ran_recipes, settings),) = measured
+    assert (ran.name, ran.depth) == (workload.name, 2)
+    assert [recipe.name for recipe in ran_recipes] == [CANDIDATE, BASELINE]
+    assert settings == Settings(seconds=2.0, empty_caches=False)
 
 
 def test_a_tree_without_its_history_is_measured_all_the_same(monkeypatch, tmp_path: Path) -> None:
@@ -418,7 +465,7 @@ def result_of(workload: workloads.Workload) -> dict:
     timings = PairedTimings({name: (s, s * 1.01, s * 0.99) for name, s in seconds.items()})
     facts = {n: {"first_call_s": 1.0, "launches": {"generated": 1, "extern": 1}} for n in timings.seconds}
     facts[CANDIDATE]["extra_weight_bytes"] = 1
-    return {**workload.describe(), **measurement.summarise(timings, facts), "left_out": {}}
+    return {**workload.describe(), **measurement.summarise(RepeatedTimings((timings,)), facts), "left_out": {}}
 
 
 def test_a_plot_of_a_workload_without_a_limit(tmp_path: Path) -> None:

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
+from lncompile.even_terms import compile_apart
 from lncompile.no_norm import no_norm, with_small_weights
 from lncompile.options import arms
 from suite import peers
@@ -38,16 +38,16 @@ class Recipe:
 #: The order in which they are compiled.
 RECIPES = (
     Recipe(EAGER, "the model as it is", lambda model, mode: model, compiles=False),
-    Recipe(BASELINE, "torch.compile(model)", lambda model, mode: torch.compile(model, mode=mode)),
+    Recipe(BASELINE, "torch.compile(model)", lambda model, mode: compile_apart(model, backend=BASELINE, mode=mode)),
     Recipe(
         CANDIDATE,
         "torch.compile(model, backend='lnfold')",
-        lambda model, mode: torch.compile(model, backend="lnfold", mode=mode),
+        lambda model, mode: compile_apart(model, backend="lnfold", mode=mode),
     ),
     Recipe(
         LIMIT,
         "the same graph with every norm replaced by the identity, on weights that keep its stream bounded",
-        lambda model, mode: torch.compile(with_small_weights(model), backend=no_norm(mode)),
+        lambda model, mode: compile_apart(with_small_weights(model), backend=no_norm(mode)),
         predicts=False,
     ),
 )
@@ -57,7 +57,7 @@ FOR_ONE_ROW = (
     Recipe(
         "lnfold, products as sums",
         "lnfold with lnfold.matrix_vector='on'",
-        lambda model, mode: torch.compile(
+        lambda model, mode: compile_apart(
             model, backend="lnfold", **arms(mode, {"lnfold.matrix_vector": "on"})["lnfold"]
         ),
     ),
@@ -68,21 +68,24 @@ PEERS = (
     Recipe(
         "torch rms_norm",
         "lnfold's weights, with nn.RMSNorm's function and β",
-        lambda model, mode: torch.compile(model, backend=peers.folded_with(peers.torch_rms_norm, mode)),
+        lambda model, mode: compile_apart(model, backend=peers.folded_with(peers.torch_rms_norm, mode)),
     ),
     Recipe(
         "liger layer_norm",
         "Liger's LayerNorm kernel for every norm",
-        lambda model, mode: torch.compile(model, backend=peers.liger_layer_norm(mode)),
+        lambda model, mode: compile_apart(model, backend=peers.liger_layer_norm(mode)),
     ),
     Recipe(
         "liger rms_norm",
         "lnfold's weights, with Liger's RMSNorm kernel and β",
-        lambda model, mode: torch.compile(model, backend=peers.liger_rms_norm(mode)),
+        lambda model, mode: compile_apart(model, backend=peers.liger_rms_norm(mode)),
     ),
     Recipe(
         "pre-RMSNorm by hand",
         "stock torch.compile on a copy of GPT-2 rewritten by hand (arXiv:2305.14858)",
-        lambda model, mode: torch.compile(peers.pre_rms_norm_by_hand(model), mode=mode),
+        lambda model, mode: compile_apart(peers.pre_rms_norm_by_hand(model), backend=BASELINE, mode=mode),
     ),
 )
+
+#: Every candidate that there is, by name.
+ALL_RECIPES = {recipe.name: recipe for recipe in (*RECIPES, *FOR_ONE_ROW, *PEERS)}

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 import lncompile
-from lncompile.lowering import torch_private, torch_private_codegen
+from lncompile.even_terms import settle
+from lncompile.lowering import torch_private, torch_private_caches, torch_private_codegen
 from lncompile.lowering.inspection import GeneratedCode
 from lncompile.machine import describe_machine
-from lncompile.timing import Estimate, PairedTimings, Stopwatch, measure
+from lncompile.processes import RepeatedTimings
+from lncompile.timing import Estimate, Stopwatch, measure
 from lncompile.verify import relative_error
 from suite.candidates import BASELINE, CANDIDATE, EAGER, LIMIT, Recipe
 from suite.decoding import decode_step
@@ -103,7 +105,9 @@ def prepare(recipe: Recipe, workload: Workload, model: nn.Module, settings: Sett
     skipped = torch_private_codegen.count_of("inductor", "cudagraph_skips")
     failed = torch_private_codegen.count_of("lnfold", "internal_errors")
     caches = torch_private_codegen.empty_compiler_caches() if settings.empty_caches else contextlib.nullcontext()
-    with caches, torch_private.many_recompiles(), torch_private_codegen.recorded_wrappers() as wrappers:
+    gc.collect()  # what earlier compilations left would be holes to fill
+    apart = torch_private_caches.without_autograd_cache()
+    with caches, apart, torch_private.many_recompiles(), torch_private_codegen.recorded_wrappers() as wrappers:
         step()
         started = time.perf_counter()
         call()
@@ -160,6 +164,7 @@ def measure_workload(
         {'median': ..., 'low': ..., 'high': ...}
     """
     _forget_the_last(settings.device)
+    settle(settings.device)
     say("building the model")
     model = workload.build(settings.device)
     say("a reference in a wider dtype")
@@ -190,7 +195,7 @@ def measure_workload(
     return {
         **workload.describe(),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        **summarise(timings, facts),
+        **summarise(RepeatedTimings((timings,)), facts),
         "left_out": left_out,
         "load_average_after": describe_machine(settings.device)["load_average"],
     }
@@ -204,18 +209,7 @@ def _forget_the_last(device: str) -> None:
         torch.cuda.empty_cache()
 
 
-def warm_up_compilers(device: str) -> None:
-    """Compile a norm with each backend, so that no candidate's compile time holds what a process pays once.
-
-    Args:
-        device: what is compiled for.
-    """
-    norm, value = nn.LayerNorm(64, device=device), torch.randn(4, 64, device=device)
-    for backend in ("inductor", "lnfold"):
-        torch.compile(lambda x: norm(x + x), backend=backend)(value)
-
-
-def summarise(timings: PairedTimings, facts: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+def summarise(timings: RepeatedTimings, facts: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     """Put samples and facts into what is written for a workload.
 
     Args:
@@ -223,22 +217,23 @@ def summarise(timings: PairedTimings, facts: Mapping[str, dict[str, Any]]) -> di
         facts: of each.
     """
     candidates: dict[str, dict[str, Any]] = {}
-    for name, samples in timings.seconds.items():
+    for name in timings.names:
         candidates[name] = {
             **facts[name],
             "seconds": _plain(timings.latency(name)),
-            "samples_s": [float(f"{value:.6g}") for value in samples],
+            "samples_s": [[float(f"{v:.6g}") for v in process.seconds[name]] for process in timings.processes],
         }
-    compared = [name for name in timings.seconds if name != BASELINE]
+    compared = [name for name in timings.names if name != BASELINE]
     shares = {}
-    if LIMIT in timings.seconds:
+    if LIMIT in timings.names:
         for name in compared:
             if name not in (LIMIT, EAGER):
                 share = timings.share_removed(name, BASELINE, LIMIT)
                 shares[name] = _plain(share) if share else None
     first_calls = {name: found["first_call_s"] for name, found in facts.items() if "first_call_s" in found}
     return {
-        "rounds": len(timings.seconds[BASELINE]),
+        "rounds": timings.rounds,
+        "processes": len(timings.processes),
         "speedup_over_inductor": {name: _plain(timings.speedup(name, BASELINE)) for name in compared},
         "share_of_norm_cost_removed": shares,
         "compile_time_over_inductor": {

@@ -26,8 +26,8 @@ from rich.table import Table
 from lncompile.abtest import ABTest
 from lncompile.abtest.extras import require
 from lncompile.abtest.simulation import Request, send_requests
-from lncompile.explain import explain as explain_model
-from lncompile.explain import reports
+from lncompile.explanation import explain as explain_model
+from lncompile.explanation import reports
 from lncompile.factories import ModelError, words
 from lncompile.latency import compare_latency
 from lncompile.machine import MachineError, describe_machine, require_compiler
@@ -35,7 +35,7 @@ from lncompile.models import RANDOM_GPT2, LoadedModel, load_model
 from lncompile.options import OptionError, arms, parse_options
 from lncompile.progress import Steps
 from lncompile.report import FoldReport, merge
-from lncompile.verify import verify as verify_model
+from lncompile.verification import verify as verify_model
 
 app = typer.Typer(
     name="lncompile",

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lncompile.explain import settings_of
+from lncompile.explanation import settings_of
 from lncompile.lowering import torch_private
 from lncompile.machine import describe_machine
 from lncompile.options import arms

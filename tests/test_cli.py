@@ -20,7 +20,7 @@ from lncompile import backend, cli, demo
 from lncompile.factories import ModelError
 from lncompile.models import load_model, randomise
 from lncompile.options import arms
-from lncompile.verify import OutputError, Verification
+from lncompile.verification import OutputError, Verification
 
 TINY = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 61, "bos_token_id": 1,
         "eos_token_id": 2, "architectures": ["GPT2LMHeadModel"]}  # fmt: skip

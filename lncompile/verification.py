@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from lncompile.explain import settings_of
+from lncompile.explanation import settings_of
 from lncompile.lowering import torch_private
 from lncompile.options import arms
 

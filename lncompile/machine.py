@@ -7,9 +7,10 @@ import platform
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:  # whether there is a compiler can be asked before torch is imported
+    import torch
 
 
 class MachineError(Exception):
@@ -26,7 +27,7 @@ def require_compiler(device: torch.device | str = "cpu") -> None:
         MachineError: if there is no C++ compiler for code on the CPU.
     """
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if torch.device(device).type == "cpu" and shutil.which(compiler) is None:
+    if str(device).partition(":")[0] == "cpu" and shutil.which(compiler) is None:
         raise MachineError(
             f"torch.compile needs a C++ compiler on the CPU, and there is no '{compiler}' (CXX names another)"
         )
@@ -42,6 +43,8 @@ def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:
         >>> describe_machine("cpu")["threads"]
         2
     """
+    import torch
+
     cuda = torch.device(device).type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if cuda else _processor(),
@@ -56,6 +59,8 @@ def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:
 
 def _processor() -> str:
     """The processor's name and its vector instructions as torch uses them."""
+    import torch
+
     information = Path("/proc/cpuinfo")
     lines = information.read_text().splitlines() if information.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

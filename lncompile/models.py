@@ -159,7 +159,7 @@ def _call_factory(name: str, asked: Mapping[str, int]) -> Made:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         before = torch.random.get_rng_state()
-        made = call_factory(name, {"batch": 1, "tokens": TOKENS, "seed": seed, **asked}, asked)
+        made = call_factory(name, {"batch": 1, "tokens": TOKENS, **asked}, asked)
         seeds_itself = torch.initial_seed() != seed
         draws_nothing = torch.equal(before, torch.random.get_rng_state())
     if made.inputs is None:
@@ -246,7 +246,8 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     mean of its stream close to 0. Matrices keep the scale of their initialisation.
 
     Args:
-        model: changed in place, on whatever device its parameters are; each device draws numbers of its own.
+        model: changed in place, on whatever device its parameters are; each device draws numbers of its own. One on the
+            meta device has no values to change.
         seed: of the random numbers.
 
     Returns:
@@ -256,6 +257,8 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
         >>> randomise(nn.LayerNorm(4)).weight
         Parameter containing: ...
     """
+    if all(parameter.device.type == "meta" for parameter in model.parameters()):
+        return model  # there is nothing to move
     devices = {parameter.device for parameter in model.parameters()}
     generators = {device: torch.Generator(device).manual_seed(seed) for device in devices}
     with torch.no_grad():
@@ -400,8 +403,7 @@ def _with_random_weights(build: Callable[[], Any], seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: nn.Module = build().float()
-    on_meta = all(parameter.device.type == "meta" for parameter in model.parameters())
-    return model if on_meta else randomise(model, seed)
+    return randomise(model, seed)
 
 
 @contextlib.contextmanager

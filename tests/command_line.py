@@ -27,8 +27,8 @@ def assert_refused(*arguments: object, says: tuple[str, ...]) -> str:
     result = run(*arguments)
     assert result.exit_code == 2, result.output
     assert result.stdout == ""
-    error = result.stderr[result.stderr.index("error: ") :]
-    assert error.count("\n") == 1
+    *_, error = result.stderr.splitlines(keepends=True)
+    assert error.startswith("error: ")
     assert "Traceback" not in result.stderr
     for words in says:
         assert words in error, error

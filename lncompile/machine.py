@@ -57,6 +57,39 @@ def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:
     }
 
 
+def size_in_words(count: float) -> str:
+    """Return a number of bytes in words.
+
+    Example:
+        >>> size_in_words(2_500_000_000)
+        '2.5 GB'
+    """
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if count >= scale:
+            return f"{count / scale:,.1f} {unit}"
+    return f"{count / 1e3:,.1f} kB"
+
+
+def available_memory() -> int | None:
+    """Return how many bytes of memory a process can still take, its control group's limit included; None if unknown.
+
+    Example:
+        >>> available_memory() > 1_000_000_000
+        True
+    """
+    information = Path("/proc/meminfo")
+    if not information.exists():
+        return None
+    fields = dict(line.split(":", 1) for line in information.read_text().splitlines() if ":" in line)
+    if "MemAvailable" not in fields:
+        return None
+    available = 1024 * int(fields["MemAvailable"].split()[0])
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and limit.read_text().strip().isdecimal():
+        available = min(available, int(limit.read_text()) - int(used.read_text()))
+    return available
+
+
 def _processor() -> str:
     """The processor's name and its vector instructions as torch uses them."""
     import torch

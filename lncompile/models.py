@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
-import inspect
-import logging
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +13,10 @@ from torch import Tensor, nn
 
 from lncompile.factories import Made, ModelError, call_factory, words
 from lncompile.lowering import torch_private
+from lncompile.model_inputs import TOKENS, example_inputs
 from lncompile.model_names import RANDOM_GPT2, Kind, kind_of
-
-#: Tokens of a sequence where nobody asks for another number.
-TOKENS = 64
+from lncompile.pretrained import import_transformers, load_pretrained, with_random_weights
+from lncompile.random_weights import randomise
 
 
 @dataclass(frozen=True)
@@ -98,15 +93,16 @@ def load_model(
             made = _call_factory(name, asked)
         model, title = made.model, name
     else:
-        transformers = _import_transformers()
+        transformers = import_transformers()
         with place:
             if kind is Kind.BUILT_IN:
                 config = transformers.GPT2Config()
-                model = _with_random_weights(lambda: transformers.GPT2LMHeadModel(config), seed or 0)
-                title = "GPT-2 small's shapes, random weights"
+                model = with_random_weights(lambda: transformers.GPT2LMHeadModel(config), seed or 0)
+                title = "GPT-2 small's shapes" if without_weights else "GPT-2 small's shapes, random weights"
             else:
-                model, title = _load(transformers, name, kind, seed or 0, dtype, without_weights)
-        title = f"{title}, left out" if without_weights else title
+                model, title = load_pretrained(transformers, name, kind, seed or 0, dtype, without_weights)
+    if without_weights:
+        title = f"{title}, without weights"
     # Before it is put elsewhere: weights and inputs are the same for every dtype and device, but for rounding.
     if made is not None and made.inputs is not None:
         arguments, inputs = made.inputs
@@ -237,220 +233,6 @@ def _describe(title: str, model: nn.Module, arguments: Sequence[Any], inputs: Ma
     where = f" on {' and '.join(places)}" if places else ""
     kind = " and ".join(kinds) or "no dtype"
     return f"{title}: {type(model).__name__}, {size} parameters, {kind}{where}, called with {shapes}"
-
-
-def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Move every parameter off its initial value, so that nothing hides: γ ≠ 1, β ≠ 0, biases and means nonzero.
-
-    A freshly initialised model would pass with half of its terms forgotten: its γ are 1, its β and biases 0, and the
-    mean of its stream close to 0. Matrices keep the scale of their initialisation.
-
-    Args:
-        model: changed in place, on whatever device its parameters are; each device draws numbers of its own. One on the
-            meta device has no values to change.
-        seed: of the random numbers.
-
-    Returns:
-        The model.
-
-    Example:
-        >>> randomise(nn.LayerNorm(4)).weight
-        Parameter containing: ...
-    """
-    if all(parameter.device.type == "meta" for parameter in model.parameters()):
-        return model  # there is nothing to move
-    devices = {parameter.device for parameter in model.parameters()}
-    generators = {device: torch.Generator(device).manual_seed(seed) for device in devices}
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            generator = generators[parameter.device]
-            noise = torch.randn(parameter.shape, generator=generator, device=parameter.device)
-            if parameter.dim() >= 2:
-                # A learned token or position may start at zero; 0.02 is what transformers' models start from.
-                scale = float(parameter.std()) or 0.02
-                parameter.add_(scale * (0.3 * noise + 0.1))
-            elif name.endswith("bias"):
-                parameter.copy_(0.1 * noise + 0.1)
-            elif parameter.dim() == 1:
-                parameter.add_(0.3 * noise)
-    return model
-
-
-def example_inputs(model: Any, batch: int | None = None, length: int | None = None, seed: int = 0) -> dict[str, Any]:
-    """Make random inputs for one call of a transformers model, from its config.
-
-    Args:
-        model: takes token ids, pixels, or audio features, or several of these.
-        batch: sequences or images, by default 1.
-        length: tokens of a sequence, by default 64, or less where the model has fewer positions.
-        seed: of the random numbers.
-
-    Returns:
-        Keyword arguments on the CPU, the same at each call.
-
-    Raises:
-        ValueError: for a model that takes something else, or that cannot take so many tokens.
-    """
-    generator = torch.Generator().manual_seed(seed + 1)  # other numbers than the weights'
-    config = model.config
-    accepted = inspect.signature(model.forward).parameters
-
-    def tokens() -> Tensor:
-        text = config if hasattr(config, "vocab_size") else config.get_text_config()
-        named = (getattr(text, name, None) for name in ("max_position_embeddings", "max_target_positions"))
-        limits = [limit for limit in named if limit]
-        if length is not None and any(length > limit for limit in limits):
-            raise ValueError(f"it takes {min(limits)} tokens, fewer than the {length} that are asked for")
-        # Half, because some models (OPT, RoBERTa) count positions from 2.
-        size = length or min([TOKENS, *(max(1, limit // 2) for limit in limits)])
-        return torch.randint(text.vocab_size, (batch or 1, size), generator=generator, device="cpu")
-
-    def pixels() -> Tensor:
-        vision = getattr(config, "vision_config", config)
-        size = vision.image_size if isinstance(vision.image_size, (list, tuple)) else (vision.image_size,) * 2
-        return torch.randn(batch or 1, vision.num_channels, *size, generator=generator, device="cpu")
-
-    def features() -> Tensor:
-        shape = (batch or 1, config.num_mel_bins, 2 * config.max_source_positions)
-        return torch.randn(shape, generator=generator, device="cpu")
-
-    makers: dict[str, Callable[[], Tensor]] = {
-        "input_ids": tokens,
-        "pixel_values": pixels,
-        "input_features": features,
-    }
-    if model.main_input_name not in makers:
-        raise ValueError(f"it takes '{model.main_input_name}', which is neither text nor an image nor audio features")
-    writes_text = getattr(config, "is_encoder_decoder", False)
-    if length is not None and model.main_input_name != "input_ids" and not writes_text:
-        raise ValueError(f"it takes '{model.main_input_name}' and no tokens, so {length} of them cannot be asked for")
-    names = [model.main_input_name]
-    if hasattr(model, "logit_scale"):
-        names.append("pixel_values")  # two encoders, text and image, that meet in a scaled product (CLIP and its kin)
-    inputs: dict[str, Any] = {name: makers[name]() for name in dict.fromkeys(names)}
-    if writes_text:
-        inputs["decoder_input_ids"] = tokens()
-    if "use_cache" in accepted:
-        inputs["use_cache"] = False
-    return inputs
-
-
-def _import_transformers() -> Any:
-    try:
-        return importlib.import_module("transformers")
-    except ImportError as error:
-        raise ModelError(
-            'models are loaded with transformers, which is missing: pip install "lncompile[demo]"'
-        ) from error
-
-
-def _load(
-    transformers: Any, name: str, kind: Kind, seed: int, dtype: torch.dtype | None, without_weights: bool
-) -> tuple[nn.Module, str]:
-    """A model from a folder, a configuration or the hub, and a title for it."""
-    folder = Path(name).expanduser()
-    source = name if kind is Kind.HUB else str(folder)
-    try:
-        with _fewwords(transformers):
-            config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
-            patterns = ("*.safetensors", "pytorch_model*.bin")
-            weights = [path for pattern in patterns for path in folder.glob(pattern)] if kind is Kind.FOLDER else []
-            if kind is Kind.HUB or weights:
-                if without_weights:
-                    return _from_config(transformers, config, seed), f"{name}, its weights"
-                return _from_pretrained(transformers, config, source, dtype or torch.float32), name
-            return _from_config(transformers, config, seed), f"the config in {name}, random weights"
-    except Exception as error:  # a stranger's files, read by another library: anything may be wrong with them
-        raise ModelError(_why_not(name, error)) from error
-
-
-def _own_class(transformers: Any, config: Any) -> Any:
-    """The class a model was saved from, where its config says so and transformers has it; None elsewhere."""
-    names = getattr(config, "architectures", None) or [""]
-    return getattr(transformers, names[0], None)
-
-
-def _from_pretrained(transformers: Any, config: Any, source: str, dtype: torch.dtype) -> nn.Module:
-    settings = {"config": config, "dtype": dtype}
-    own = _own_class(transformers, config)
-    model: nn.Module
-    if own is not None:
-        model = own.from_pretrained(source, **settings)
-        return model
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, **settings)
-    except ValueError:  # transformers' way to say: no causal language model of this kind
-        model = transformers.AutoModel.from_pretrained(source, **settings)
-    return model
-
-
-def _from_config(transformers: Any, config: Any, seed: int) -> nn.Module:
-    own = _own_class(transformers, config)
-
-    def build() -> Any:
-        if own is not None:
-            return own(config)
-        try:
-            return transformers.AutoModelForCausalLM.from_config(config)
-        except ValueError:
-            return transformers.AutoModel.from_config(config)
-
-    return _with_random_weights(build, seed)
-
-
-def _with_random_weights(build: Callable[[], Any], seed: int) -> nn.Module:
-    """Build a model with the same weights each time, leaving the caller's random numbers as they were."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model: nn.Module = build().float()
-    return randomise(model, seed)
-
-
-@contextlib.contextmanager
-def _fewwords(transformers: Any) -> Iterator[None]:
-    """Without what the hub's client logs at each of its retries; progress bars only where someone sees them move."""
-    hub = logging.getLogger("huggingface_hub")
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    level = hub.level
-    hub.setLevel(logging.ERROR)
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        hub.setLevel(level)
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
-
-
-def _why_not(name: str, error: BaseException) -> str:
-    """One sentence on why a model could not be loaded."""
-    errors = importlib.import_module("huggingface_hub.errors")
-    chain = list(_chain(error))
-
-    def has(kind: type[BaseException]) -> bool:
-        return any(isinstance(link, kind) for link in chain)
-
-    if has(errors.GatedRepoError):
-        return f"access to '{name}' has to be asked for on its page on the Hugging Face hub (then: hf auth login)"
-    if has(errors.RepositoryNotFoundError) or has(errors.HFValidationError):
-        return (
-            f"there is no model '{name}', neither a local folder nor on the Hugging Face hub "
-            "(a private one needs: hf auth login)"
-        )
-    if has(errors.LocalEntryNotFoundError):
-        return (
-            f"there is no local folder '{name}' and no copy of such a model in the Hugging Face cache, "
-            "and the hub cannot be reached; without a network, give a folder, or a config.json for random weights"
-        )
-    return f"the model '{name}' cannot be loaded: {words(error)}"
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and those that led to it."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _shape(value: Tensor) -> str:

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 import lncompile
 from lncompile.cli.group import command_group
 from lncompile.factories import call_factory
+from lncompile.machine import available_memory
 from lncompile.model_names import Kind, ModelError, kind_of
 from lncompile.models import load_model, randomise
 
@@ -318,9 +319,32 @@ def test_sizes_of_a_configuration_are_known_where_it_cannot_be_loaded(tmp_path, 
         return load(*arguments, **named) if named.get("device") == "meta" else fail_to_allocate()
 
     monkeypatch.setattr("lncompile.models.load_model", without_memory)
+    monkeypatch.setattr("lncompile.cli.memory.load_model", load)
     error = assert_refused("explain", tmp_path / "config.json", says=("the weights take 117.9 kB in float32",))
     assert "--dtype" not in error, "random weights are made in float32 first"
     assert "--device meta" in error
+
+
+def test_weights_that_no_memory_is_left_for_are_not_made(tmp_path, monkeypatch):
+    """A system may end a process that takes too much, and nobody could say anything then."""
+    transformers.GPT2Config(**TINY).save_pretrained(tmp_path)
+    monkeypatch.setattr("lncompile.pretrained.available_memory", lambda: 100_000)
+    monkeypatch.setattr("lncompile.pretrained.randomise", lambda *_: pytest.fail("they are made"))
+    for name, says in (
+        (tmp_path, "117.9 kB in float32, and 100.0 kB are left"),
+        (tmp_path / "config.json", "117.9 kB"),
+    ):
+        error = assert_refused("explain", name, says=("random weights take", says, "--device meta"))
+        assert "--dtype" not in error
+    assert_refused("bench", tmp_path, "--dtype", "bfloat16", says=("no option of this command needs less",))
+    monkeypatch.undo()
+    monkeypatch.setattr("lncompile.pretrained.available_memory", lambda: 120_000)
+    assert answer("explain", tmp_path)["explain"]["folded"] == 5
+
+
+def test_memory_that_is_left():
+    left = available_memory()
+    assert left is None or 10_000_000 < left < 1 << 50
 
 
 # --- Interrupts ------------------------------------------------------------------------------------------------------
@@ -479,7 +503,7 @@ def test_explain_without_weights(tmp_path):
     assert "on meta" in found["description"]
     make_transformer().save_pretrained(tmp_path)
     again = answer("explain", tmp_path, "--device", "meta")
-    assert "its weights, left out" in again["description"]
+    assert "without weights" in again["description"]
     factory = answer("explain", f"{HERE}:make_transformer", "--device", "meta", "--tokens", 32)
     if not torch.cuda.is_available():
         for other in (found, again, factory):

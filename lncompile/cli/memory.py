@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from lncompile.machine import size_in_words
 from lncompile.model_names import Kind, ModelError, kind_of
+from lncompile.models import load_model
+from lncompile.pretrained import has_weights
 
 if TYPE_CHECKING:
     from lncompile.cli.parameters import Asked
@@ -34,7 +37,7 @@ def out_of_memory(error: BaseException, run: Run) -> str:
     """
     asked, loaded = run.asked, run.loaded
     doing = f"{asked.command} ran" if loaded else "the model was loaded"
-    wanted = [_request(error), *(_while_running(loaded, asked) if loaded else _while_loading(run))]
+    wanted = [_request(error), *(_while_running(loaded, asked) if loaded else _while_loading(error, run))]
     remedies = _options_while_running(loaded, run) if loaded else _options_while_loading(run)
     if asked.command == "explain" and run.device != "meta":
         remedies.append("--device meta (which needs no memory for weights)")
@@ -42,24 +45,13 @@ def out_of_memory(error: BaseException, run: Run) -> str:
     return f"out of memory while {doing}: {'; '.join(filter(None, wanted))}; {advice}"
 
 
-def size(count: float) -> str:
-    """Return a number of bytes in words.
-
-    Example:
-        >>> size(2_500_000_000)
-        '2.5 GB'
-    """
-    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if count >= scale:
-            return f"{count / scale:,.1f} {unit}"
-    return f"{count / 1e3:,.1f} kB"
-
-
 def _request(error: BaseException) -> str:
     """The allocation that failed."""
+    if isinstance(error, MemoryError) and str(error):
+        return str(error)
     found = re.search(r"tried to allocate (\d+) bytes", str(error))
     if found:
-        return f"{size(int(found[1]))} in one piece cannot be had"
+        return f"{size_in_words(int(found[1]))} in one piece cannot be had"
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
@@ -67,34 +59,30 @@ def _request(error: BaseException) -> str:
 def _weights(model: nn.Module) -> str:
     parameters = list(model.parameters())
     kinds = dict.fromkeys(str(parameter.dtype).removeprefix("torch.") for parameter in parameters)
-    return f"the weights take {size(sum(parameter.nbytes for parameter in parameters))} in {' and '.join(kinds)}"
+    return (
+        f"the weights take {size_in_words(sum(parameter.nbytes for parameter in parameters))} in {' and '.join(kinds)}"
+    )
 
 
 def _while_running(loaded: LoadedModel, asked: Asked) -> list[str]:
     wanted = [_weights(loaded.model)]
     if asked.command == "verify":
         count = sum(parameter.numel() for parameter in loaded.model.parameters() if parameter.is_floating_point())
-        wanted.append(f"verify also holds a float64 copy of them, {size(8 * count)}")
+        wanted.append(f"verify also holds a float64 copy of them, {size_in_words(8 * count)}")
     return wanted
 
 
-def _while_loading(run: Run) -> list[str]:
+def _while_loading(error: BaseException, run: Run) -> list[str]:
     """Sizes of a model that could not be loaded, from its shapes."""
-    from lncompile.models import load_model
-
-    kind = kind_of(run.asked.model)
-    if kind is Kind.FACTORY:
-        return []  # calling it again might do anything
+    name = run.asked.model
+    if kind_of(name) is Kind.FACTORY or (isinstance(error, MemoryError) and str(error)):
+        return []  # calling a factory again might do anything; the other error names the sizes itself
     try:
-        loaded = load_model(run.asked.model, dtype=_dtype_at_loading(run, kind), device="meta")
+        # Random weights are made in float32 first.
+        loaded = load_model(name, dtype=run.dtype if has_weights(name, kind_of(name)) else None, device="meta")
     except ModelError as error:
         return [str(error)]
     return [_weights(loaded.model)]
-
-
-def _dtype_at_loading(run: Run, kind: Kind) -> torch.dtype | None:
-    """Weights that are read come in the dtype that was asked for; random ones are made in float32 first."""
-    return run.dtype if kind in (Kind.FOLDER, Kind.HUB) else None
 
 
 def _options_while_loading(run: Run) -> list[str]:
@@ -103,8 +91,8 @@ def _options_while_loading(run: Run) -> list[str]:
         # A factory that cannot heed them refuses them, so these are at work.
         given = (("a smaller --batch", asked.batch), ("fewer --tokens", asked.tokens))
         return [f"{words} (now {value})" for words, value in given if value is not None and value > 1]
-    narrow = kind in (Kind.FOLDER, Kind.HUB) and run.dtype not in _NARROW
-    return ["--dtype bfloat16"] if narrow else []
+    narrower = has_weights(asked.model, kind) and run.dtype not in _NARROW
+    return ["--dtype bfloat16"] if narrower else []
 
 
 def _options_while_running(loaded: LoadedModel, run: Run) -> list[str]:

@@ -23,7 +23,7 @@ from lncompile.cli.group import command_group
 from lncompile.factories import call_factory
 from lncompile.machine import available_memory
 from lncompile.model_names import Kind, ModelError, kind_of
-from lncompile.models import load_model, randomise
+from lncompile.models import inputs_of_length, load_model, randomise
 
 HERE = Path(__file__).resolve()
 CLONE = HERE.parent.parent
@@ -106,6 +106,24 @@ def make_leaving():
 
 def make_large(batch=1):
     return randomise(Net()), torch.empty(batch << 40)
+
+
+class Tied(nn.Module):
+    """Its tensors are on the CPU whatever the default device is, and one parameter is in two places."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.norm = nn.Embedding(11, 8, device="cpu"), nn.LayerNorm(8, device="cpu")
+        self.head = nn.Linear(8, 11, bias=False, device="cpu")
+        self.head.weight = self.table.weight
+        self.register_buffer("scale", torch.ones(8, device="cpu"))
+
+    def forward(self, ids):
+        return self.head(self.norm(self.table(ids) * self.scale))
+
+
+def make_tied():
+    return Tied(), torch.zeros(2, 3, dtype=torch.int64, device="cpu")
 
 
 def make_on_meta():
@@ -283,6 +301,17 @@ def test_tokens_that_a_model_cannot_take_are_refused(tmp_path):
     assert_refused("explain", tmp_path, "--tokens", 8, says=("'pixel_values' and no tokens",))
 
 
+def test_inputs_of_another_length_leave_the_model_as_it_is(tmp_path):
+    """Requests of several lengths are to one model, which is loaded once."""
+    transformers.GPT2Config(**TINY).save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path), batch=2)
+    other = inputs_of_length(loaded, 2, 5, None)
+    assert other.model is loaded.model
+    assert (loaded.inputs["input_ids"].shape, other.inputs["input_ids"].shape) == ((2, 32), (2, 5))
+    with pytest.raises(ModelError, match="64 tokens, fewer than the 65"):
+        inputs_of_length(loaded, 2, 65, None)
+
+
 # --- Out of memory ---------------------------------------------------------------------------------------------------
 
 
@@ -425,7 +454,7 @@ def test_arguments_are_checked_without_torch(arguments):
         "import sys, time; started = time.perf_counter()\n"
         "from lncompile.cli.commands import app\n"
         "try: app()\n"
-        "finally: print(time.perf_counter() - started, sorted({'torch', 'transformers', 'rich'} & set(sys.modules)))\n"
+        "finally: print(time.perf_counter() - started, sorted({'torch', 'transformers'} & set(sys.modules)))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=CLONE.parent, check=False
@@ -510,6 +539,19 @@ def test_explain_without_weights(tmp_path):
             seconds = {"seconds": expected["seconds"]}
             assert {**other["explain"], **seconds} == expected
     assert (expected["total"], expected["folded"]) == (5, 5)
+
+
+def test_what_a_factory_puts_elsewhere_comes_to_the_meta_device_as_it_is():
+    loaded = load_model(f"{HERE}:make_tied", device="meta")
+    assert loaded.model.head.weight is loaded.model.table.weight
+    assert isinstance(loaded.model.head.weight, nn.Parameter)
+    assert {value.device.type for value in loaded.model.state_dict().values()} == {"meta"}
+    assert loaded.arguments[0].device.type == "meta"
+    assert "without weights" in loaded.description
+    found, expected = (answer("explain", f"{HERE}:make_tied", *more) for more in (("--device", "meta"), ()))
+    if not torch.cuda.is_available():
+        assert found["explain"]["weights"] == expected["explain"]["weights"]
+    assert found["explain"]["folded"] == expected["explain"]["folded"]
 
 
 @pytest.mark.parametrize("command", ["verify", "bench", "ab"])

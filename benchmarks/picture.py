@@ -18,7 +18,7 @@ from PIL import Image
 from recording import RESULTS
 from typer.testing import CliRunner
 
-from lncompile.cli import app
+from lncompile.cli.commands import app
 
 SIZE = (1280, 1100)
 

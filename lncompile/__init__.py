@@ -1,15 +1,22 @@
-"""lncompile: ``torch.compile(model, backend="lnfold")`` folds LayerNorms' mean-centering into upstream weights."""
+"""lncompile: ``torch.compile(model, backend="lnfold")`` folds LayerNorms' mean-centering into upstream weights.
 
-from lncompile.abtest import ABTest
-from lncompile.explain import explain, refresh, reports, restore
-from lncompile.fold import FoldedModule, fold
-from lncompile.integrations import allow_in_accelerate
-from lncompile.lowering.inspection import GeneratedCode, generated_code
-from lncompile.options import OptionError, Options
-from lncompile.passes.decisions import Reason, Site
-from lncompile.report import FoldReport
-from lncompile.signature import CallError
-from lncompile.verify import Verification, verify
+Importing it imports nothing else, not even torch: each public name is imported from its module when it is first asked
+for. torch finds the backend by its entry point, with or without this import.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lncompile.abtest import ABTest
+    from lncompile.explanation import explain, refresh, reports, restore
+    from lncompile.folding import FoldedModule, fold
+    from lncompile.integrations import allow_in_accelerate
+    from lncompile.lowering.inspection import GeneratedCode, generated_code
+    from lncompile.options import OptionError, Options
+    from lncompile.passes.decisions import Reason, Site
+    from lncompile.report import FoldReport
+    from lncompile.signature import CallError
+    from lncompile.verification import Verification, verify
 
 __version__ = "0.1.0"
 
@@ -34,3 +41,35 @@ __all__ = [
     "restore",
     "verify",
 ]
+
+# The import statements above, for the interpreter: which module each name is in. No module of the package may be called
+# as one of these names, or importing it would put the module in the name's place.
+_MODULES = {
+    "abtest": ("ABTest",),
+    "explanation": ("explain", "refresh", "reports", "restore"),
+    "folding": ("FoldedModule", "fold"),
+    "integrations": ("allow_in_accelerate",),
+    "lowering.inspection": ("GeneratedCode", "generated_code"),
+    "options": ("OptionError", "Options"),
+    "passes.decisions": ("Reason", "Site"),
+    "report": ("FoldReport",),
+    "signature": ("CallError",),
+    "verification": ("Verification", "verify"),
+}
+
+if not TYPE_CHECKING:  # a type checker that sees `__getattr__` takes every misspelt name for one of ours
+
+    def __getattr__(name: str) -> object:
+        """Import what a public name stands for, once (PEP 562)."""
+        import importlib
+
+        for module, names in _MODULES.items():
+            if name in names:
+                value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+                globals()[name] = value
+                return value
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+
+    def __dir__() -> list[str]:
+        """Public names, whether or not they were asked for yet."""
+        return sorted({*globals(), *__all__})

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lncompile.explain import explain
+from lncompile.explanation import explain
 from lncompile.factories import ModelError
 from lncompile.latency import Latency, compare_latency
 from lncompile.machine import MachineError, describe_machine, require_compiler
@@ -21,7 +21,7 @@ from lncompile.models import RANDOM_GPT2, LoadedModel, load_model
 from lncompile.processes import RepeatedTimings
 from lncompile.progress import Steps
 from lncompile.report import FoldReport
-from lncompile.verify import Verification, verify
+from lncompile.verification import Verification, verify
 
 
 @dataclass(frozen=True)

@@ -5,37 +5,50 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-import os
 import sys
+import sysconfig
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-
-class ModelError(Exception):
-    """A model that cannot be had. The message is one sentence for the person who asked for it."""
+from lncompile.model_names import ModelError, look_in_current_folder, no_such_module, split_factory
 
 
-def call_factory(
-    name: str, sizes: Mapping[str, int]
-) -> tuple[nn.Module, tuple[tuple[Any, ...], dict[str, Any]] | None]:
+@dataclass(frozen=True)
+class Made:
+    """What a factory made.
+
+    Attributes:
+        model: the model.
+        inputs: positional and keyword arguments for one call of it; None where it came alone.
+        parameters: those of the sizes it was given that it has a parameter for.
+    """
+
+    model: nn.Module
+    inputs: tuple[tuple[Any, ...], dict[str, Any]] | None
+    parameters: frozenset[str]
+
+
+def call_factory(name: str, sizes: Mapping[str, int], asked: Collection[str] = ()) -> Made:
     """Call a factory.
 
     Args:
         name: ``"package.module:function"``, found as Python finds modules and in the current folder, or
             ``"path/to/file.py:function"``.
-        sizes: values by name, ``batch`` and ``tokens``. A factory gets those it has a parameter for.
+        sizes: values by name, such as ``batch``, ``tokens`` and ``seed``. A factory gets those it has a parameter for;
+            one that takes any (``**sizes``) gets those that were asked for.
+        asked: the names of those that somebody asked for, and that are no defaults.
 
     Returns:
-        The model, and positional and keyword arguments for one call of it; None where the factory returned a model
-        alone.
+        The model and its inputs.
 
     Raises:
-        ModelError: if there is no such factory, or it fails, or returns something else.
+        ModelError: if there is no such factory, or it fails, ends the program, or returns something else.
 
     Example:
         A factory is a function that returns a model, or a model and what it is called with (a tensor, a tuple of
@@ -45,15 +58,13 @@ def call_factory(
         ...     return nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16)), torch.randn(batch, 8)
     """
     factory = _find(name)
-    accepted: Mapping[str, Any]
-    try:
-        accepted = inspect.signature(factory).parameters
-    except ValueError:  # written in C: it says nothing of its parameters
-        accepted = {}
+    accepted = _accepted(factory, sizes, asked)
     try:
         made = factory(**{key: value for key, value in sizes.items() if key in accepted})
-    except Exception as error:
-        raise ModelError(f"the factory '{name}' failed: {words(error)}{_place(error)}") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit as well: its exit code is no answer of ours
+        raise ModelError(f"the factory '{name}' {_failed(error)}{_place(error)}") from error
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
         raise ModelError(
@@ -61,24 +72,33 @@ def call_factory(
             "what it is called with (a tensor, a tuple of positional arguments, a dict of keyword arguments)"
         )
     if inputs is None:
-        return model, None
+        return Made(model, None, accepted)
     if isinstance(inputs, Mapping):
-        return model, ((), dict(inputs))
+        return Made(model, ((), dict(inputs)), accepted)
     if isinstance(inputs, tuple | list):
-        return model, (tuple(inputs), {})
+        return Made(model, (tuple(inputs), {}), accepted)
     if isinstance(inputs, Tensor):
-        return model, ((inputs,), {})
+        return Made(model, ((inputs,), {}), accepted)
     raise ModelError(
         f"the factory '{name}' returned a model and {_kind(inputs)} for its inputs: they have to be a tensor, a tuple "
         "of positional arguments, or a dict of keyword arguments"
     )
 
 
+def _accepted(factory: Callable[..., Any], sizes: Mapping[str, int], asked: Collection[str]) -> frozenset[str]:
+    """The names of sizes that a factory takes."""
+    try:
+        parameters = inspect.signature(factory).parameters
+    except ValueError:  # written in C: it says nothing of its parameters
+        return frozenset()
+    named = {key for key, parameter in parameters.items() if parameter.kind is not parameter.POSITIONAL_ONLY}
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return frozenset(key for key in sizes if key in named or (takes_any and key in asked))
+
+
 def _find(name: str) -> Callable[..., Any]:
     """Import the module and take the function out of it."""
-    place, _, attribute = name.rpartition(":")
-    if not place or not attribute:
-        raise ModelError(f"'{name}' names no factory: write module:function or path/to/file.py:function")
+    place, attribute = split_factory(name)
     module = _import_file(name, Path(place).expanduser()) if place.endswith(".py") else _import_module(name, place)
     found: Any = module
     for part in attribute.split("."):
@@ -95,20 +115,17 @@ def _find(name: str) -> Callable[..., Any]:
 
 
 def _import_module(name: str, module: str) -> Any:
-    # An installed command has its own folder on the path instead of the one the user stands in.
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    look_in_current_folder()
     try:
         return importlib.import_module(module)
+    except KeyboardInterrupt:
+        raise
     except ModuleNotFoundError as error:
         if error.name is not None and (module == error.name or module.startswith(f"{error.name}.")):
-            raise ModelError(
-                f"there is no module '{error.name}' to find '{name}' in: it has to be installed, or lie in the current "
-                "folder; path/to/file.py:function names a file"
-            ) from error
-        raise ModelError(f"'{module}' cannot be imported: {words(error)}{_place(error)}") from error
-    except Exception as error:
-        raise ModelError(f"'{module}' cannot be imported: {words(error)}{_place(error)}") from error
+            raise no_such_module(error.name, name) from error
+        raise ModelError(f"'{module}' cannot be imported: it {_failed(error)}{_place(error)}") from error
+    except BaseException as error:
+        raise ModelError(f"'{module}' cannot be imported: it {_failed(error)}{_place(error)}") from error
 
 
 def _import_file(name: str, path: Path) -> Any:
@@ -123,9 +140,19 @@ def _import_file(name: str, path: Path) -> Any:
     sys.path.insert(0, str(path.resolve().parent))  # as for a script: it may import its neighbours
     try:
         specification.loader.exec_module(module)
-    except Exception as error:
-        raise ModelError(f"'{path}' cannot be imported: {words(error)}{_place(error)}") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise ModelError(f"'{path}' cannot be imported: it {_failed(error)}{_place(error)}") from error
     return module
+
+
+def _failed(error: BaseException) -> str:
+    """What a user's code did that did not go well."""
+    if not isinstance(error, SystemExit):
+        return f"failed: {words(error)}"
+    code = "" if error.code is None else repr(error.code)
+    return f"ended the program with sys.exit({code}) where a model was asked for"
 
 
 def words(error: BaseException) -> str:
@@ -136,10 +163,19 @@ def words(error: BaseException) -> str:
 
 def _place(error: BaseException) -> str:
     """Where in the user's code an error came up, if it came up there."""
-    others = (__file__, "<frozen", importlib.__file__, str(Path(torch.__file__).parent))
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(others)]
+    others = (__file__, "<frozen", str(Path(torch.__file__).parent))
+    library, packages = sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith(others)
+        and (not frame.filename.startswith(library) or frame.filename.startswith(packages))
+    ]
     return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
 
 
 def _kind(value: Any) -> str:
     return "None" if value is None else f"a {type(value).__name__}"
+
+
+__all__ = ["Made", "ModelError", "call_factory", "words"]

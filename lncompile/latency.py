@@ -17,7 +17,7 @@ from rich.text import Text
 from torch import nn
 
 from lncompile.even_terms import compile_apart, settle
-from lncompile.explain import settings_of
+from lncompile.explanation import settings_of
 from lncompile.lowering import torch_private, torch_private_caches
 from lncompile.machine import describe_machine
 from lncompile.no_norm import no_norm, with_small_weights

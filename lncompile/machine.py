@@ -7,9 +7,10 @@ import platform
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:  # whether there is a compiler can be asked before torch is imported
+    import torch
 
 
 class MachineError(Exception):
@@ -26,7 +27,7 @@ def require_compiler(device: torch.device | str = "cpu") -> None:
         MachineError: if there is no C++ compiler for code on the CPU.
     """
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if torch.device(device).type == "cpu" and shutil.which(compiler) is None:
+    if str(device).partition(":")[0] == "cpu" and shutil.which(compiler) is None:
         raise MachineError(
             f"torch.compile needs a C++ compiler on the CPU, and there is no '{compiler}' (CXX names another)"
         )
@@ -42,6 +43,8 @@ def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:
         >>> describe_machine("cpu")["threads"]
         2
     """
+    import torch
+
     cuda = torch.device(device).type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if cuda else _processor(),
@@ -54,8 +57,43 @@ def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:
     }
 
 
+def size_in_words(count: float) -> str:
+    """Return a number of bytes in words.
+
+    Example:
+        >>> size_in_words(2_500_000_000)
+        '2.5 GB'
+    """
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if count >= scale:
+            return f"{count / scale:,.1f} {unit}"
+    return f"{count / 1e3:,.1f} kB"
+
+
+def available_memory() -> int | None:
+    """Return how many bytes of memory a process can still take, its control group's limit included; None if unknown.
+
+    Example:
+        >>> available_memory() > 1_000_000_000
+        True
+    """
+    information = Path("/proc/meminfo")
+    if not information.exists():
+        return None
+    fields = dict(line.split(":", 1) for line in information.read_text().splitlines() if ":" in line)
+    if "MemAvailable" not in fields:
+        return None
+    available = 1024 * int(fields["MemAvailable"].split()[0])
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and limit.read_text().strip().isdecimal():
+        available = min(available, int(limit.read_text()) - int(used.read_text()))
+    return available
+
+
 def _processor() -> str:
     """The processor's name and its vector instructions as torch uses them."""
+    import torch
+
     information = Path("/proc/cpuinfo")
     lines = information.read_text().splitlines() if information.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -1,13 +1,14 @@
-"""The backend's options: ours under ``lnfold.``, every other key an Inductor option."""
+"""The backend's options: ours under ``lnfold.``, every other key an Inductor option.
+
+torch is imported where it is asked for Inductor's, so that ours can be checked without it.
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
-
-from lncompile.lowering import torch_private
 
 PREFIX = "lnfold."
 
@@ -93,33 +94,52 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> tuple[
         >>> parse_options(None, {"lnfold.nonfoldable": "eager", "max_autotune": True})[0].nonfoldable
         'eager'
     """
-    ours: dict[str, Any] = {}
-    inductors: dict[str, Any] = {}
-    for key, value in (options or {}).items():
-        if key.startswith(PREFIX):
-            name = key.removeprefix(PREFIX)
-            if name not in _VALUES:
-                raise OptionError(f"unknown option '{key}'{_suggest(key)}; lnfold's options are {_ours()}")
-            if not _takes(name, value):
-                values = _VALUES[name]
-                allowed = values if isinstance(values, str) else " or ".join(repr(v) for v in values)
-                raise OptionError(f"option '{key}' takes {allowed}, not {value!r}")
-            ours[name] = value
-        else:
-            inductors[key] = value
+    from lncompile.lowering import torch_private
+
+    ours = parse_ours(options)
+    inductors = {key: value for key, value in (options or {}).items() if not key.startswith(PREFIX)}
     known = torch_private.inductor_option_names()
     for key in inductors:
         if key.replace("-", "_") not in known:
             raise OptionError(
-                f"unknown option '{key}'{_suggest(key)}: neither an Inductor option nor one of lnfold's ({_ours()})"
+                f"unknown option '{key}'{_suggest(key, known)}: neither an Inductor option nor one of lnfold's "
+                f"({_ours()})"
             )
-    if ours.get("matrix_vector") == "on":
+    if ours.matrix_vector == "on":
         inductors.setdefault("coordinate_descent_tuning", True)
     try:
-        return Options(**ours), torch_private.inductor_config(mode, inductors)
+        return ours, torch_private.inductor_config(mode, inductors)
     except RuntimeError as error:
         # An Inductor option of the wrong type, or an unknown mode: torch's sentence says which.
         raise OptionError(str(error)) from None
+
+
+def parse_ours(options: Mapping[str, Any] | None) -> Options:
+    """Read our options among others. Needs no torch.
+
+    Args:
+        options: option names and values, or None.
+
+    Raises:
+        OptionError: for an unknown option of ours, or a value it does not take.
+
+    Example:
+        >>> parse_ours({"lnfold.assist": False, "max_autotune": True}).assist
+        False
+    """
+    ours: dict[str, Any] = {}
+    for key, value in (options or {}).items():
+        if not key.startswith(PREFIX):
+            continue
+        name = key.removeprefix(PREFIX)
+        if name not in _VALUES:
+            raise OptionError(f"unknown option '{key}'{_suggest(key)}; lnfold's options are {_ours()}")
+        if not _takes(name, value):
+            values = _VALUES[name]
+            allowed = values if isinstance(values, str) else " or ".join(repr(v) for v in values)
+            raise OptionError(f"option '{key}' takes {allowed}, not {value!r}")
+        ours[name] = value
+    return Options(**ours)
 
 
 def arms(mode: str | None, options: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
@@ -140,6 +160,8 @@ def arms(mode: str | None, options: Mapping[str, Any] | None) -> dict[str, dict[
     """
     patches = dict(options or {})
     if mode is not None and patches:
+        from lncompile.lowering import torch_private
+
         patches, mode = {**torch_private.inductor_config(mode, {}), **patches}, None
     stock = {key: value for key, value in patches.items() if not key.startswith(PREFIX)}
     by_backend = {"inductor": stock, "lnfold": patches}
@@ -161,7 +183,6 @@ def _ours() -> str:
     return ", ".join(f"{PREFIX}{name}" for name in _VALUES)
 
 
-def _suggest(key: str) -> str:
-    known = [*torch_private.inductor_option_names(), *(f"{PREFIX}{name}" for name in _VALUES)]
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+def _suggest(key: str, inductors: Collection[str] = ()) -> str:
+    close = difflib.get_close_matches(key, [*inductors, *(f"{PREFIX}{name}" for name in _VALUES)], n=1, cutoff=0.75)
     return f" (did you mean '{close[0]}'?)" if close else ""

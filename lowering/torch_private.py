@@ -426,6 +426,24 @@ implementation_address: Callable[[Tensor], int] = operator.attrgetter("_cdata")
 version_of: Callable[[Tensor], int] = operator.attrgetter("_version")
 
 
+def fake_mode() -> Any:
+    """A mode under which tensors have no memory, and are taken for ones of the device that they say they are on.
+
+    Tensors that are not fake, such as constants made from a list, are taken for fake ones.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def values_missed_by(error: BaseException) -> str:
+    """Name of the operation that asked a tensor without values for one of them; ``""`` for any other error."""
+    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
+    missed = isinstance(error, DataDependentOutputException | DynamicOutputShapeException)
+    return str(getattr(error, "func", "")) if missed else ""
+
+
 def fake_mode_of(values: Sequence[Any]) -> Any:
     """Return the mode of the fake tensors among some values, to be entered as a context; None without any."""
     from torch._subclasses.fake_tensor import FakeTensor

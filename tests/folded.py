@@ -8,7 +8,7 @@ from fuzzing import centering_left_out
 from graphs import CapturedCall
 from torch import nn
 
-from lncompile.fold import Capture, FoldedModule, capture_call, fold_capture
+from lncompile.folding import Capture, FoldedModule, capture_call, fold_capture
 from lncompile.options import Options
 from lncompile.signature import Signature
 

@@ -20,7 +20,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from lncompile.lowering import torch_private
-from lncompile.verify import BUDGET, ROUNDINGS, floating_outputs, relative_error
+from lncompile.verification import BUDGET, ROUNDINGS, floating_outputs, relative_error
 
 #: What writes into a residual stream, by the names that models give it.
 _OUT = re.compile(r"\b(c_proj|out_proj|o_proj|fc_out|fc2|dense_4h_to_h|down_proj|linear2|dense)\b")

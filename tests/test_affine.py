@@ -16,7 +16,7 @@ from lncompile.options import OptionError, Options, parse_options
 from lncompile.passes import affine
 from lncompile.passes.affine import scale_weight, shift_bias
 from lncompile.transform import transform
-from lncompile.verify import floating_outputs, relative_error
+from lncompile.verification import floating_outputs, relative_error
 
 D, OUT, TOKENS = 12, 10, 7
 ALWAYS = {"lnfold.absorb_affine": True, "lnfold.defer": "off"}

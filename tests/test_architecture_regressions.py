@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import lncompile
-from lncompile.verify import BUDGET, ROUNDINGS, relative_error
+from lncompile.verification import BUDGET, ROUNDINGS, relative_error
 
 
 class EmbeddingCastUp(nn.Module):

@@ -14,7 +14,7 @@ from graphs import capture_all
 import lncompile
 from lncompile.backend import lnfold
 from lncompile.passes import rewrite
-from lncompile.verify import floating_outputs, relative_error
+from lncompile.verification import floating_outputs, relative_error
 
 BY_NAME = {architecture.name: architecture for architecture in ARCHITECTURES}
 

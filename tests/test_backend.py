@@ -156,7 +156,7 @@ class AutocastInside(nn.Module):
 
 @pytest.mark.parametrize("where", ["around", "inside"])
 def test_autocast(where: str) -> None:
-    from lncompile.verify import relative_error
+    from lncompile.verification import relative_error
 
     inner = randomise(Residual())
     net = AutocastInside() if where == "inside" else inner

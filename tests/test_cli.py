@@ -13,14 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from command_line import answer, assert_refused, run
 from torch import nn
-from typer.testing import CliRunner
 
+import lncompile.models
 from lncompile import backend, cli, demo
 from lncompile.factories import ModelError
 from lncompile.models import load_model, randomise
 from lncompile.options import arms
-from lncompile.verify import OutputError, Verification
+from lncompile.verification import OutputError, Verification
 
 TINY = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 61, "bos_token_id": 1,
         "eos_token_id": 2, "architectures": ["GPT2LMHeadModel"]}  # fmt: skip
@@ -84,29 +85,6 @@ def make_without_norms():
 
 
 not_callable = 3
-
-
-def run(*arguments: str):
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
-
-
-def answer(*arguments: str, exit_code: int = 0):
-    """What a command prints with --json."""
-    result = run(*arguments, "--json")
-    assert result.exit_code == exit_code, result.output
-    return json.loads(result.stdout)
-
-
-def assert_refused(*arguments: str, says: tuple[str, ...]) -> None:
-    """Exit code 2, nothing on stdout, and one sentence on stderr without a traceback."""
-    result = run(*arguments)
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    error = result.stderr[result.stderr.index("error: ") :]
-    assert error.count("\n") == 1
-    assert "Traceback" not in result.stderr
-    for words in says:
-        assert words in error
 
 
 @pytest.fixture
@@ -193,7 +171,7 @@ def test_verify_and_bench_of_one_model():
 
 def test_worse_predictions_end_with_exit_code_1(monkeypatch):
     worse = Verification((OutputError(".logits", "float32", 1e-7, 1e-7, 1e-2, True),))
-    monkeypatch.setattr(cli, "verify_model", lambda *_, **__: worse)
+    monkeypatch.setattr("lncompile.cli.verify.verify", lambda *_, **__: worse)
     assert answer("verify", f"{HERE}:make_net", exit_code=1)["passed"] is False
     result = run("verify", f"{HERE}:make_net")
     assert result.exit_code == 1
@@ -236,7 +214,7 @@ def test_a_mode_beside_options_becomes_the_options_it_stands_for():
 
 def test_errors_that_are_no_number_are_null_in_json(monkeypatch):
     worse = Verification((OutputError(".logits", "float32", 1e-7, float("inf"), float("nan"), False),))
-    monkeypatch.setattr(cli, "verify_model", lambda *_, **__: worse)
+    monkeypatch.setattr("lncompile.cli.verify.verify", lambda *_, **__: worse)
     (output,) = answer("verify", f"{HERE}:make_net", exit_code=1)["verify"]["outputs"]
     assert output["inductor"] is output["lnfold"] is None
 
@@ -358,7 +336,7 @@ def test_a_config_file_means_random_weights_whatever_lies_beside_it(config):
         ("make_odd_inputs", ("a int for its inputs", "tuple of positional arguments")),
         ("make_wrong_inputs", ("cannot be called with the inputs that came with it",)),
         ("make_lonely", ("return (model, inputs)",)),
-        ("make_too_large", ("out of memory", "--batch")),
+        ("make_too_large", ("out of memory", "--device meta")),
         ("make_no_such", ("there is no 'make_no_such'", "it defines", "make_gpt2")),
         ("not_callable", ("is a int",)),
     ],
@@ -425,7 +403,7 @@ def test_an_interrupt_is_no_answer(monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "load_model", interrupt)
+    monkeypatch.setattr(lncompile.models, "load_model", interrupt)
     assert run("explain").exit_code == 130
 
 

@@ -22,7 +22,7 @@ from lncompile.options import OptionError, Options, parse_options
 from lncompile.passes import deferral
 from lncompile.passes.costs import NOTHING, Bytes, Device, Price
 from lncompile.transform import transform
-from lncompile.verify import floating_outputs, relative_error
+from lncompile.verification import floating_outputs, relative_error
 
 D, OUT, TOKENS = 8, 12, 6
 ON, OFF = {"lnfold.defer": "on"}, {"lnfold.defer": "off"}

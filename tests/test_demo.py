@@ -15,7 +15,7 @@ from lncompile.models import load_model, randomise
 from lncompile.processes import RepeatedTimings
 from lncompile.report import FoldReport
 from lncompile.timing import PairedTimings
-from lncompile.verify import OutputError, Verification
+from lncompile.verification import OutputError, Verification
 
 TINY = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 61}
 

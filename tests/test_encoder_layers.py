@@ -15,7 +15,7 @@ import lncompile
 from lncompile import Reason
 from lncompile.lowering import torch_private
 from lncompile.passes.expand import closed_norms, find_opaque_layers, transformer_encoder_layer
-from lncompile.verify import relative_error
+from lncompile.verification import relative_error
 
 D, HEADS, BATCH, LENGTH = 12, 2, 3, 5
 

@@ -11,7 +11,7 @@ from architectures import ARCHITECTURES, randomise, tokens
 from torch import Tensor, nn
 
 import lncompile
-from lncompile.verify import floating_outputs, relative_error
+from lncompile.verification import floating_outputs, relative_error
 
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
 

@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutput
 import lncompile
 from lncompile.held_weights import Weight, hold_weights
 from lncompile.passes.uses import remove_unread
-from lncompile.verify import relative_error
+from lncompile.verification import relative_error
 
 WIDTH = 16
 TOLERANCE = 1e-10

@@ -19,7 +19,7 @@ import lncompile
 from lncompile.lowering.inspection import generated_code
 from lncompile.passes import rewrite
 from lncompile.passes.expressions import Expression
-from lncompile.verify import floating_outputs, relative_error
+from lncompile.verification import floating_outputs, relative_error
 
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
 

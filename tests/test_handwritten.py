@@ -49,7 +49,7 @@ from lncompile.passes import rewrite
 from lncompile.passes.canonical import canonicalise
 from lncompile.passes.handwritten_fold import variance_of_centered
 from lncompile.transform import transform
-from lncompile.verify import relative_error
+from lncompile.verification import relative_error
 
 
 class Model(nn.Module):

@@ -22,7 +22,7 @@ from lncompile.lowering.triton_interpreter import run_in_interpreter
 from lncompile.lowering.triton_without_gpu import retargeted_to_gpu, triton_for_sm90
 from lncompile.options import Options, parse_options
 from lncompile.passes import matrix_vector as passes
-from lncompile.verify import relative_error
+from lncompile.verification import relative_error
 
 D, OUT = 16, 24
 ON = {"lnfold.matrix_vector": "on"}

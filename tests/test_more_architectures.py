@@ -23,7 +23,7 @@ import lncompile
 from lncompile.backend import lnfold
 from lncompile.lowering import torch_private
 from lncompile.options import Options
-from lncompile.verify import floating_outputs, relative_error
+from lncompile.verification import floating_outputs, relative_error
 
 TOLERANCE = 1e-10
 GRADIENT_TOLERANCE = 1e-9

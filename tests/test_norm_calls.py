@@ -16,7 +16,7 @@ from torch.nn import functional
 import lncompile
 from lncompile import Reason
 from lncompile.lowering import grouped_rms_norm, rms_norm
-from lncompile.verify import BUDGET, ROUNDINGS, relative_error
+from lncompile.verification import BUDGET, ROUNDINGS, relative_error
 
 D, G = 12, 3
 aten = torch.ops.aten

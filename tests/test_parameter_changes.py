@@ -153,8 +153,9 @@ def test_to_device_that_has_no_values_and_back() -> None:
 
 
 def test_meta_parameters_are_left_alone_with_a_reason() -> None:
-    model = Tied().to("meta")
-    report = lncompile.explain(model, IDS.to("meta"))
+    compiled = torch.compile(Tied().to("meta"), backend="lnfold")
+    compiled(IDS.to("meta"))
+    (report,) = lncompile.reports(compiled)
     assert report.folded == 0
     assert {site.reason for site in report.sites} == {lncompile.Reason.UNSUPPORTED_WEIGHT}
     assert "meta" in report.sites[0].detail

@@ -13,7 +13,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 import lncompile
-from lncompile import cli, picture
+from lncompile import picture
+from lncompile.cli.commands import app
 from lncompile.passes.decisions import MemoryBudget, PartKind, Reason, Site, Stream, StreamPart, WeightRewrite
 from lncompile.report import FoldReport, merge
 
@@ -271,11 +272,11 @@ def test_in_a_browser_hostile_names_are_text(tmp_path):
 
 def test_the_command_writes_the_page(tmp_path):
     transformers.BertConfig(**SMALL).save_pretrained(tmp_path)
-    result = CliRunner().invoke(cli.app, ["explain", str(tmp_path), "--json", "--html", str(tmp_path / "out.html")])
+    result = CliRunner().invoke(app, ["explain", str(tmp_path), "--json", "--html", str(tmp_path / "out.html")])
     assert result.exit_code == 0, result.output
     page = parse((tmp_path / "out.html").read_text())
     assert page.find("h1")[0].text == str(tmp_path)
     assert "random weights" in page.find(class_="description")[0].text
-    refused = CliRunner().invoke(cli.app, ["explain", str(tmp_path), "--html", str(tmp_path / "no" / "out.html")])
+    refused = CliRunner().invoke(app, ["explain", str(tmp_path), "--html", str(tmp_path / "no" / "out.html")])
     assert refused.exit_code == 2
     assert "there is no folder" in refused.stderr

@@ -19,7 +19,7 @@ from lncompile.lowering import rms_norm, row_scale, sizes_of_deferred_scale, siz
 from lncompile.lowering.inspection import generated_code
 from lncompile.lowering.target import compiled_for
 from lncompile.passes import deferral
-from lncompile.verify import relative_error
+from lncompile.verification import relative_error
 
 WIDTH = 5120
 IDS = torch.tensor([[1, 2, 0]])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -13,12 +12,8 @@ from architectures import randomise
 from torch import Tensor, nn
 
 import lncompile
-from lncompile import analysis, pipeline, safety_net
-from lncompile.verify import relative_error
-
-# The package has functions of these names.
-explain = importlib.import_module("lncompile.explain")
-fold = importlib.import_module("lncompile.fold")
+from lncompile import analysis, explanation, folding, pipeline, safety_net
+from lncompile.verification import relative_error
 
 
 class Net(nn.Module):
@@ -66,25 +61,25 @@ def fold_it(model: nn.Module, x: Tensor) -> lncompile.FoldReport:
 #: What is called, where it fails, what is logged (once for each failure), and how many sites the report has then.
 FAILURES: dict[str, tuple[Callable[..., lncompile.FoldReport], list[tuple[object, str]], list[str], int]] = {
     "explain_deciding": (explain_it, [(pipeline, "analyse")], ["lncompile.explain failed"], 2),
-    "explain_planning": (explain_it, [(explain, "plan")], ["lncompile.explain failed"], 2),
+    "explain_planning": (explain_it, [(explanation, "plan")], ["lncompile.explain failed"], 2),
     "explain_finding_sites": (
         explain_it,
         [(analysis, "find_sites"), (safety_net, "find_sites")],
         ["lncompile.explain failed"],
         0,
     ),
-    "fold_deciding": (fold_it, [(fold, "analyse")], ["lncompile.fold failed and folds nothing"], 2),
-    "fold_rewriting": (fold_it, [(fold, "transform")], ["lncompile.fold failed and folds nothing"], 2),
-    "fold_reporting": (fold_it, [(fold, "make_report")], ["lncompile.fold failed and folds nothing"], 2),
+    "fold_deciding": (fold_it, [(folding, "analyse")], ["lncompile.fold failed and folds nothing"], 2),
+    "fold_rewriting": (fold_it, [(folding, "transform")], ["lncompile.fold failed and folds nothing"], 2),
+    "fold_reporting": (fold_it, [(folding, "make_report")], ["lncompile.fold failed and folds nothing"], 2),
     "fold_holding_weights": (
         fold_it,
-        [(fold, "hold_weights")],
+        [(folding, "hold_weights")],
         ["lncompile.fold failed and folds nothing", "lncompile.fold failed again"],
         2,
     ),
     "fold_reading_results": (
         fold_it,
-        [(fold, "Returned")],
+        [(folding, "Returned")],
         ["lncompile.fold failed and folds nothing", "lncompile.fold failed again"],
         2,
     ),
@@ -126,13 +121,13 @@ def test_only_the_graph_that_fails_is_left_untouched(
         torch._dynamo.graph_break()
         return second(y)["y"]
 
-    plan, calls = explain.plan, []
+    plan, calls = explanation.plan, []
 
     def fail_once(*arguments: Any) -> lncompile.FoldReport:
         calls.append(arguments)
         return fail() if len(calls) == 1 else plan(*arguments)
 
-    monkeypatch.setattr(explain, "plan", fail_once)
+    monkeypatch.setattr(explanation, "plan", fail_once)
     monkeypatch.setattr(safety_net, "enabled", True)
     with caplog.at_level(logging.WARNING, logger="lncompile"):
         report = lncompile.explain(function, x)

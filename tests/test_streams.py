@@ -12,7 +12,7 @@ from torch.nn import functional
 
 import lncompile
 from lncompile.passes import rewrite
-from lncompile.verify import relative_error
+from lncompile.verification import relative_error
 
 pytestmark = pytest.mark.usefixtures("without_inductor")
 D, HEADS = 12, 3

@@ -21,7 +21,7 @@ from lncompile.lowering.inspection import GeneratedCode
 from lncompile.machine import describe_machine
 from lncompile.processes import RepeatedTimings
 from lncompile.timing import Estimate, Stopwatch, measure
-from lncompile.verify import relative_error
+from lncompile.verification import relative_error
 from suite.candidates import BASELINE, CANDIDATE, EAGER, LIMIT, Recipe
 from suite.decoding import decode_step
 from suite.peers import Unavailable

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lncompile.lowering import torch_private
-from lncompile.verify import relative_error
+from lncompile.verification import relative_error
 
 #: Largest ``‖a - b‖ / ‖b‖`` of outputs called equal, by dtype: wide enough for two compilers' roundings in deep models.
 #: What is not listed (integers, booleans) has to be the same.

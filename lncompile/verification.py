@@ -6,6 +6,8 @@ import contextlib
 import copy
 import dataclasses
 import io
+import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +18,8 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from lncompile.explain import settings_of
+from lncompile.console import plain_console
+from lncompile.explanation import settings_of
 from lncompile.lowering import torch_private
 from lncompile.options import arms
 
@@ -28,7 +31,7 @@ ROUNDINGS = 4.0
 
 @dataclass(frozen=True)
 class OutputError:
-    """Errors of one output tensor: ``‖y - y64‖ / ‖y64‖`` over its finite elements.
+    """Errors of one output tensor: ``‖y - y64‖ / ‖y64‖`` over the elements where ``y64`` is finite.
 
     Attributes:
         output: where the tensor stands in the model's output, ``".logits"``.
@@ -36,7 +39,10 @@ class OutputError:
         eager: error of the model run eagerly.
         inductor: error of ``torch.compile(model)``.
         lnfold: error of ``torch.compile(model, backend="lnfold")``.
-        same_non_finite: whether infinities and NaNs stand where the reference has them.
+        same_non_finite: whether lnfold's NaNs and infinities are those of the reference, in the same elements.
+        not_finite: in how many elements lnfold gives NaN or an infinity where the reference is finite.
+        not_finite_inductor: in how many stock Inductor does.
+        elements: how many there are.
     """
 
     output: str
@@ -45,12 +51,36 @@ class OutputError:
     inductor: float
     lnfold: float
     same_non_finite: bool
+    not_finite: int = 0
+    not_finite_inductor: int = 0
+    elements: int = 0
 
     @property
     def passed(self) -> bool:
-        """Whether lnfold is as good as stock Inductor: within 1.25 times its error, or within rounding."""
+        """Whether lnfold is as good as stock Inductor: within 1.25 times its error, or within rounding.
+
+        NaN and infinity pass nowhere, even where stock Inductor's error is not finite either. Where only that is not,
+        eager's takes its place.
+        """
+        if not self.same_non_finite or self.not_finite or not math.isfinite(self.lnfold):
+            return False
+        stock = next((error for error in (self.inductor, self.eager) if math.isfinite(error)), math.inf)
         resolution = torch.finfo(getattr(torch, self.dtype)).eps
-        return self.same_non_finite and self.lnfold <= max(BUDGET * self.inductor, ROUNDINGS * resolution)
+        return self.lnfold <= max(BUDGET * stock, ROUNDINGS * resolution)
+
+    def in_words(self) -> str:
+        """Say in a sentence what is wrong with it; ``""`` where it passed."""
+        if self.passed:
+            return ""
+        if self.not_finite:
+            return (
+                f"{self.output} is not finite: lnfold gives NaN or infinity in {self.not_finite} of {self.elements} "
+                f"elements where the reference is finite (stock torch.compile: {self.not_finite_inductor})."
+            )
+        if not self.same_non_finite:
+            return f"{self.output} is not NaN or infinite in the elements where the reference is."
+        stock = f"stock torch.compile: {self.inductor:.1e}"
+        return f"{self.output} is a relative {self.lnfold:.1e} from the reference ({stock})."
 
 
 @dataclass(frozen=True)
@@ -64,6 +94,12 @@ class Verification:
         """Whether every output passed."""
         return all(output.passed for output in self.outputs)
 
+    def sentence(self) -> str:
+        """Say in a few words whether predictions stay the same, and if they do not, in which outputs and how."""
+        if self.passed:
+            return "Predictions stay the same."
+        return " ".join(["Predictions got worse.", *filter(None, (output.in_words() for output in self.outputs))])
+
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain dicts, lists, strings and numbers, ready for JSON."""
         outputs = [{**dataclasses.asdict(output), "passed": output.passed} for output in self.outputs]
@@ -71,7 +107,7 @@ class Verification:
 
     def __str__(self) -> str:
         buffer = io.StringIO()
-        Console(file=buffer, width=120).print(self)
+        plain_console(buffer, width=120).print(self)
         return buffer.getvalue().rstrip()
 
     def __rich_console__(self, console: Console, options: Any) -> Iterable[Any]:
@@ -80,10 +116,16 @@ class Verification:
         for header in ("output", "dtype", "eager", "inductor", "lnfold", ""):
             table.add_column(header)
         for output in self.outputs:
-            verdict = Text("ok", style="green") if output.passed else Text("WORSE", style="bold red")
             errors = (f"{error:.2e}" for error in (output.eager, output.inductor, output.lnfold))
-            table.add_row(output.output, output.dtype, *errors, verdict)
+            table.add_row(Text(output.output), output.dtype, *errors, _verdict(output))
         yield table
+
+
+def _verdict(output: OutputError) -> Text:
+    if output.passed:
+        return Text("ok", style="green")
+    finite = output.same_non_finite and not output.not_finite and math.isfinite(output.lnfold)
+    return Text("WORSE" if finite else "NOT FINITE" if output.not_finite else "NOT THE SAME", style="bold red")
 
 
 def verify(
@@ -107,8 +149,8 @@ def verify(
         The error of each floating-point tensor among the outputs.
 
     Raises:
-        ValueError: for a model in training mode (dropout draws other numbers at each call), or one without outputs in
-            floating point.
+        ValueError: for a model in training mode (dropout draws other numbers at each call), one on the meta device, or
+            one without outputs in floating point.
 
     Example:
         >>> lncompile.verify(model, input_ids).passed
@@ -118,6 +160,8 @@ def verify(
     model = torch_private.original_callable(model)
     if isinstance(model, torch.nn.Module) and model.training:
         raise ValueError("the model is in training mode, where dropout makes outputs random: call model.eval() first")
+    if any(value.device.type == "meta" for value in _tensors(model, args, kwargs)):
+        raise ValueError("the model or its input is on the meta device, where there are no values to compare")
     say = progress or (lambda _: None)
     with torch.no_grad():
         say("float64 reference")
@@ -135,17 +179,37 @@ def verify(
                 compiled[backend] = {name: value.clone() for name, value in floating_outputs(outputs).items()}
     return Verification(
         tuple(
-            OutputError(
-                name,
-                str(eager[name].dtype).removeprefix("torch."),
-                relative_error(eager[name], expected),
-                relative_error(compiled["inductor"][name], expected),
-                relative_error(compiled["lnfold"][name], expected),
-                bool(torch.equal(compiled["lnfold"][name].isfinite(), expected.isfinite())),
-            )
+            _compare(name, expected, eager[name], compiled["inductor"][name], compiled["lnfold"][name])
             for name, expected in reference.items()
         )
     )
+
+
+def _tensors(model: Callable[..., Any], args: Any, kwargs: Any) -> Iterator[Tensor]:
+    if isinstance(model, torch.nn.Module):
+        yield from itertools.chain(model.parameters(), model.buffers())
+    yield from (value for value in torch_private.tree_leaves((args, kwargs)) if isinstance(value, Tensor))
+
+
+def _compare(name: str, expected: Tensor, eager: Tensor, inductor: Tensor, lnfold: Tensor) -> OutputError:
+    finite = expected.isfinite()
+    return OutputError(
+        name,
+        str(eager.dtype).removeprefix("torch."),
+        relative_error(eager, expected),
+        relative_error(inductor, expected),
+        relative_error(lnfold, expected),
+        _same_non_finite(lnfold, expected),
+        int((finite & ~lnfold.isfinite()).sum()),
+        int((finite & ~inductor.isfinite()).sum()),
+        expected.numel(),
+    )
+
+
+def _same_non_finite(value: Tensor, expected: Tensor) -> bool:
+    """Whether NaNs stand where NaNs are expected, and infinities where those of the same sign are."""
+    kinds = (torch.isnan, torch.isposinf, torch.isneginf)
+    return all(torch.equal(kind(value), kind(expected)) for kind in kinds)
 
 
 def _reference(model: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Tensor]:

@@ -18,13 +18,16 @@ from lncompile.passes.materialize import forget_all
 from lncompile.passes.parameter_identity import Place, held_by
 from lncompile.pipeline import plan
 from lncompile.report import FoldReport, merge
+from lncompile.stand_ins import is_on_meta, stand_ins
 
 
 def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> FoldReport:
     """Say of every LayerNorm of a model whether it folds, and why not. Compiles nothing and changes no weight.
 
     The model runs once, eagerly, while Dynamo captures its graphs, under the gradient mode of the caller: use
-    ``torch.no_grad()`` to ask about inference.
+    ``torch.no_grad()`` to ask about inference. On the meta device, where it takes no memory, a module of any size is
+    answered for as if its weights were on the GPU, or on the CPU where there is none; only that a weight happens to be
+    centered already cannot be known then.
 
     Args:
         model: a module or function, compiled (its ``lnfold`` options then hold) or not.
@@ -34,9 +37,18 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> FoldReport:
     Returns:
         One report for all graphs of the model.
 
+    Raises:
+        ValueError: for a model on the meta device that decides by the values of tensors what it does.
+
     Example:
         >>> with torch.no_grad():
         ...     print(lncompile.explain(model, input_ids))
+
+        >>> with torch.device("meta"):
+        ...     model, input_ids = OPTForCausalLM(config_of_66b), torch.zeros(1, 64, dtype=torch.int64)
+        >>> with torch.no_grad():
+        ...     lncompile.explain(model.eval(), input_ids).folded
+        129
     """
     options, inductor = parse_options(None, None)
     settings = settings_of(model)
@@ -60,10 +72,30 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> FoldReport:
 
         return run
 
+    original = torch_private.original_callable(model)
     with torch_private.many_recompiles(), torch_private.without_freezing():
-        captured: Callable[..., Any] = torch.compile(torch_private.original_callable(model), backend=capture)
-        captured(*args, **kwargs)
+        captured: Callable[..., Any] = torch.compile(original, backend=capture)
+        if is_on_meta(original):
+            _call_without_values(original, captured, args, kwargs)
+        else:
+            captured(*args, **kwargs)
     return merge(reports.values())
+
+
+def _call_without_values(
+    model: torch.nn.Module, captured: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    with stand_ins(model, (args, kwargs)) as (args, kwargs):
+        try:
+            captured(*args, **kwargs)
+        except Exception as error:
+            operation = torch_private.values_missed_by(error)
+            if not operation:
+                raise
+            raise ValueError(
+                f"what the model does depends on the values of its tensors ({operation}), and on the meta device there "
+                "are none: it has to be explained with its weights"
+            ) from error
 
 
 def reports(compiled: Callable[..., Any]) -> list[FoldReport]:

@@ -1,0 +1,187 @@
+"""The commands as a command line knows them: names, parameters, help. Their work is imported when it is wanted."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from typing import Annotated
+
+import typer
+
+from lncompile import __version__
+from lncompile.cli.group import command_group
+from lncompile.cli.interrupts import importing
+from lncompile.cli.parameters import (
+    AsJson,
+    Asked,
+    Batch,
+    Device,
+    DtypeName,
+    Html,
+    Mode,
+    ModelName,
+    OptionPairs,
+    Plot,
+    Seed,
+    Tokens,
+    TokensOfRequests,
+    Traceback,
+)
+from lncompile.cli.running import running
+from lncompile.model_names import RANDOM_GPT2
+
+app = typer.Typer(
+    name="lncompile",
+    cls=command_group(default=None),
+    help='What torch.compile(model, backend="lnfold") does for a model: which LayerNorms fold, that predictions stay '
+    "the same, and the latency against stock torch.compile.",
+    epilog="Exit codes: 0 all is well, 1 the answer is no, 2 there is no answer (wrong usage, no such model, ...).",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    # Errors are sentences here; --traceback shows where they came up.
+    pretty_exceptions_enable=False,
+    # Nothing that somebody wrote is read as markup, and 80 columns hold plain help.
+    rich_markup_mode=None,
+)
+
+
+def _print_versions(wanted: bool) -> None:
+    if wanted:
+        try:
+            torch = importlib.metadata.version("torch")  # importing it would take seconds
+        except importlib.metadata.PackageNotFoundError:
+            torch = "not installed"
+        typer.echo(f"lncompile {__version__}, torch {torch}, Python {platform.python_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_versions, is_eager=True, help="Print versions and exit."),
+    ] = False,
+) -> None:
+    """Only what is not a command's own; the group's help stands above."""
+
+
+@app.command()
+def explain(
+    model: ModelName = RANDOM_GPT2,
+    batch: Batch = None,
+    tokens: Tokens = None,
+    dtype: DtypeName = None,
+    device: Device = None,
+    seed: Seed = None,
+    mode: Mode = None,
+    option: OptionPairs = None,
+    html: Html = None,
+    as_json: AsJson = False,
+    show_traceback: Traceback = False,
+) -> None:
+    """Say of every LayerNorm whether it folds, and why not.
+
+    Compiles nothing. With --device meta it needs no memory for weights.
+    """
+    asked = Asked(
+        "explain", model, batch, tokens, dtype, device, seed, mode, option, as_json, show_traceback, (("--html", html),)
+    )
+    with running(asked, steps=2) as run:
+        with importing():
+            from lncompile.cli.explain import run_explain
+        run_explain(run, html)
+
+
+@app.command()
+def verify(
+    model: ModelName = RANDOM_GPT2,
+    batch: Batch = None,
+    tokens: Tokens = None,
+    dtype: DtypeName = None,
+    device: Device = None,
+    seed: Seed = None,
+    mode: Mode = None,
+    option: OptionPairs = None,
+    as_json: AsJson = False,
+    show_traceback: Traceback = False,
+) -> None:
+    """Compare predictions with a float64 reference.
+
+    Those of eager, stock torch.compile and lnfold. The exit code is 1 if lnfold's are worse, or not finite.
+    """
+    asked = Asked("verify", model, batch, tokens, dtype, device, seed, mode, option, as_json, show_traceback)
+    with running(asked, steps=2) as run:
+        with importing():
+            from lncompile.cli.verify import run_verify
+        passed = run_verify(run)
+    if not passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    model: ModelName = RANDOM_GPT2,
+    batch: Batch = None,
+    tokens: Tokens = None,
+    dtype: DtypeName = None,
+    device: Device = None,
+    seed: Seed = None,
+    mode: Mode = None,
+    option: OptionPairs = None,
+    seconds: Annotated[
+        float, typer.Option("--seconds", "-s", min=0.0, metavar="S", help="How long to measure.")
+    ] = 10.0,
+    as_json: AsJson = False,
+    show_traceback: Traceback = False,
+) -> None:
+    """Measure latency, call by call in turn.
+
+    Of eager, stock torch.compile and lnfold: medians, ratios and their 95% intervals.
+    """
+    asked = Asked("bench", model, batch, tokens, dtype, device, seed, mode, option, as_json, show_traceback)
+    with running(asked, steps=2) as run:
+        with importing():
+            from lncompile.cli.bench import run_bench
+        run_bench(run, seconds)
+
+
+@app.command()
+def ab(
+    model: ModelName = RANDOM_GPT2,
+    batch: Batch = None,
+    tokens: TokensOfRequests = None,
+    dtype: DtypeName = None,
+    device: Device = None,
+    seed: Seed = None,
+    mode: Mode = None,
+    option: OptionPairs = None,
+    seconds: Annotated[
+        float, typer.Option("--seconds", "-s", min=0.0, metavar="S", help="Stop undecided after this long.")
+    ] = 60.0,
+    shadow: Annotated[
+        float, typer.Option(min=0.0, max=1.0, metavar="X", help="Share of requests whose answers are compared.")
+    ] = 0.05,
+    minimum_effect: Annotated[
+        float, typer.Option(min=0.0, max=10.0, metavar="X", help="Relative difference in latency that matters.")
+    ] = 0.02,
+    plot: Plot = None,
+    as_json: AsJson = False,
+    show_traceback: Traceback = False,
+) -> None:
+    """Try lnfold out on simulated requests.
+
+    Each is answered by stock torch.compile or by lnfold at random, until it is known which one is faster: what
+    lncompile.ABTest does in a server. The exit code is 1 if lnfold fails, returns different outputs, or is slower by
+    more than --minimum-effect.
+    """
+    lengths = list(dict.fromkeys(tokens or ()))
+    first = lengths[0] if lengths else None
+    asked = Asked(
+        "ab", model, batch, first, dtype, device, seed, mode, option, as_json, show_traceback, (("--plot", plot),)
+    )
+    with running(asked, steps=2) as run:
+        with importing():
+            from lncompile.cli.ab import run_ab
+        regression = run_ab(run, lengths, seconds, shadow, minimum_effect, plot)
+    if regression:
+        raise typer.Exit(1)

@@ -1,0 +1,213 @@
+"""What surrounds the work of every command: checks before it, progress and errors in sentences, an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING, Any
+
+import typer
+
+from lncompile.cli.checks import check, require_values
+from lncompile.cli.interrupts import INTERRUPTED, importing
+from lncompile.cli.parameters import Asked, InputError
+from lncompile.machine import MachineError, require_compiler
+from lncompile.model_names import Kind, ModelError, kind_of
+from lncompile.options import OptionError, arms, parse_options
+
+if TYPE_CHECKING:
+    import torch
+
+    from lncompile.abtest.simulation import Request
+    from lncompile.models import LoadedModel
+    from lncompile.progress import Steps
+
+
+@dataclass
+class Run:
+    """One run of a command.
+
+    Attributes:
+        asked: what was asked for.
+        options: of torch.compile.
+        device: where the model is put; None for where its factory makes it.
+        dtype: of weights and inputs; None for what the factory makes.
+        output: stdout as it was before the run: a model that prints must not print into the JSON.
+        steps: progress, on stderr.
+        loaded: the model, once it is loaded.
+    """
+
+    asked: Asked
+    options: dict[str, Any]
+    device: str | None
+    dtype: torch.dtype | None
+    output: IO[str]
+    steps: Steps
+    loaded: LoadedModel | None = None
+
+    def load(self, tokens: int | None = None) -> LoadedModel:
+        """Load the model, as the first step.
+
+        Args:
+            tokens: of a sequence, by default those that were asked for.
+        """
+        from lncompile.models import load_model
+
+        with self.steps.step("The model") as say:
+            say(f"loading {self.asked.model}")
+            self.loaded = load_model(self.asked.model, **self._loading(tokens))
+        require_values(self.asked.command, place_of(self.loaded).type)
+        self.note(self.loaded.description)
+        return self.loaded
+
+    def compile(self, loaded: LoadedModel) -> Any:
+        """Return the model to be compiled with lnfold, and with the run's mode and options, when it is first called."""
+        import torch
+
+        return torch.compile(loaded.model, backend="lnfold", **arms(self.asked.mode, self.options)["lnfold"])
+
+    def request(self, loaded: LoadedModel, tokens: int | None) -> Request:
+        """Return positional and keyword arguments of a request with sequences of a length."""
+        from lncompile.models import inputs_of_length, load_model
+
+        if kind_of(self.asked.model) is Kind.FACTORY:
+            loaded = load_model(self.asked.model, **self._loading(tokens))
+        elif tokens is not None:
+            loaded = inputs_of_length(loaded, self.asked.batch, tokens, self.asked.seed)
+        return loaded.arguments, loaded.inputs
+
+    def note(self, words: str) -> None:
+        """Say something about the step that is done."""
+        self.steps.console.print(f"     {words}", soft_wrap=True)
+
+    def show(self, loaded: LoadedModel, found: Mapping[str, Any], *readable: Any) -> None:
+        """Print what was found: ``found`` as JSON, or what is readable for people."""
+        from lncompile.console import plain_console
+
+        if self.asked.as_json:
+            everything = _finite({"model": loaded.name, "description": loaded.description, **found})
+            print(json.dumps(everything, indent=2, allow_nan=False), file=self.output)
+            return
+        # Rich takes a pipe for 80 columns wide, which would cut the report.
+        console = plain_console(self.output, width=None if self.output.isatty() else 160)
+        for item in readable:
+            console.print(item, soft_wrap=isinstance(item, str))
+
+    def _loading(self, tokens: int | None) -> dict[str, Any]:
+        return {
+            "batch": self.asked.batch,
+            "length": self.asked.tokens if tokens is None else tokens,
+            "dtype": self.dtype,
+            "device": self.device,
+            "seed": self.asked.seed,
+        }
+
+
+@contextlib.contextmanager
+def running(asked: Asked, steps: int) -> Iterator[Run]:
+    """Check what can be checked before anything is done, run a command, and say in a sentence what went wrong.
+
+    Args:
+        asked: what was asked for.
+        steps: number of steps of the command.
+
+    Yields:
+        The run.
+
+    Raises:
+        typer.Exit: with 2 where there is no answer, with 130 where it was interrupted.
+    """
+    run: Run | None = None
+    try:
+        options = check(asked)
+        with importing():
+            from lncompile.console import plain_console
+            from lncompile.progress import Steps
+
+            device = _device(asked)
+        parse_options(asked.mode, options)
+        if asked.command != "explain":
+            require_compiler(device or "cpu")
+        run = Run(asked, options, device, _dtype(asked), sys.stdout, Steps(plain_console(stderr=True), steps))
+        with contextlib.redirect_stdout(sys.stderr):
+            yield run
+    except BaseException as error:
+        if isinstance(error, GeneratorExit):
+            raise
+        if any(isinstance(link, KeyboardInterrupt) for link in chain_of(error)):
+            raise typer.Exit(INTERRUPTED) from None
+        if asked.show_traceback:
+            traceback.print_exc()
+        typer.echo(f"error: {_sentence(error, asked, run)}", err=True)
+        raise typer.Exit(2) from None
+
+
+def chain_of(error: BaseException) -> list[BaseException]:
+    """Return an error and those that led to it."""
+    chain = [error]
+    while (before := chain[-1].__cause__ or chain[-1].__context__) is not None and before not in chain:
+        chain.append(before)
+    return chain
+
+
+def place_of(loaded: LoadedModel) -> torch.device:
+    """Return where a model runs."""
+    import torch
+
+    return next((parameter.device for parameter in loaded.model.parameters()), torch.device("cpu"))
+
+
+def _device(asked: Asked) -> str | None:
+    """The device to put a model on; None to leave it where a factory made it."""
+    import torch
+
+    if asked.device is None:
+        is_factory = kind_of(asked.model) is Kind.FACTORY
+        return None if is_factory else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(asked.device)
+    except RuntimeError:
+        raise InputError(f"--device takes cpu, cuda, cuda:1 and the like, not '{asked.device}'") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"there is no device '{asked.device}': torch sees {torch.cuda.device_count()} CUDA devices")
+    return asked.device
+
+
+def _dtype(asked: Asked) -> torch.dtype | None:
+    import torch
+
+    if asked.dtype is None:
+        return None
+    dtype: torch.dtype = getattr(torch, asked.dtype.value)
+    return dtype
+
+
+def _finite(value: Any) -> Any:
+    """Without infinities and NaNs, which JSON does not have: null in their place."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _sentence(error: BaseException, asked: Asked, run: Run | None) -> str:
+    """What went wrong and what can be done about it."""
+    if run is not None:
+        from lncompile.cli.memory import is_out_of_memory, out_of_memory  # it needs torch, which is there by now
+
+        for link in chain_of(error):
+            if is_out_of_memory(link):
+                return out_of_memory(link, run)
+    if isinstance(error, ModelError | MachineError | OptionError | InputError):
+        return str(error)
+    lines = str(error).strip().splitlines()
+    if isinstance(error, SystemExit | typer.Exit):
+        return f"the model ended the program while {asked.command} was called for it (--traceback shows where)"
+    words = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return f"{words} (--traceback shows where)"

@@ -13,6 +13,7 @@ from lncompile.abtest.extras import require
 from lncompile.abtest.simulation import send_requests
 from lncompile.cli.parameters import InputError
 from lncompile.cli.running import Run, place_of
+from lncompile.cli.sameness import SAME_CODE, changes_nothing
 from lncompile.machine import describe_machine
 from lncompile.options import arms
 
@@ -41,6 +42,12 @@ def run_ab(
     loaded = run.load(lengths[0] if lengths else None)
     requests = [(loaded.arguments, loaded.inputs), *(run.request(loaded, length) for length in lengths[1:])]
     place = place_of(loaded)
+    same, report = changes_nothing(run, loaded)
+    if same:
+        sentence = f"{report.summary()} {SAME_CODE}" if report.total else f"The model has no LayerNorm. {SAME_CODE}"
+        found = {"machine": describe_machine(place), "measured": False, "regression": False, "sentence": sentence}
+        run.show(loaded, {**found, "explain": report.to_dict()}, sentence)
+        return False
     test = ABTest(
         loaded.model,
         **arms(run.asked.mode, run.options)["lnfold"],
@@ -52,7 +59,12 @@ def run_ab(
     with run.steps.step(f"Requests to both arms, at most {seconds:g} s") as say, torch.no_grad():
         send_requests(test, requests, seconds=seconds, seed=run.asked.seed or 0, progress=say)
     verdict = test.verdict()
-    found = {"machine": describe_machine(place), "regression": verdict.regression, "ab": test.to_dict()}
+    found = {
+        "machine": describe_machine(place),
+        "measured": True,
+        "regression": verdict.regression,
+        "ab": test.to_dict(),
+    }
     run.show(loaded, found, _arms_table(test), str(verdict))
     if plot is not None:
         test.plot(plot)

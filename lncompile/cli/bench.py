@@ -3,35 +3,45 @@
 from __future__ import annotations
 
 from lncompile.cli.running import Run, place_of
-from lncompile.explanation import reports
-from lncompile.latency import compare_latency
+from lncompile.cli.sameness import SAME_CODE, changes_nothing
+from lncompile.latency import compare_in_processes
 from lncompile.machine import describe_machine
-from lncompile.report import FoldReport, merge
 
 
-def run_bench(run: Run, seconds: float) -> None:
+def run_bench(run: Run, seconds: float, processes: int) -> None:
     """Measure latency.
 
     Args:
         run: the run.
         seconds: how long.
+        processes: how many processes measure.
     """
     machine_before = describe_machine(run.device or "cpu")
     loaded = run.load()
-    compiled = run.compile(loaded)
-    place = place_of(loaded)
-    machine = {**describe_machine(place), "load_average": machine_before["load_average"]}
-    with run.steps.step(f"Latency: interleaved calls, {seconds:g} s") as say:
-        latency = compare_latency(
-            compiled, loaded.arguments, loaded.inputs, seconds=seconds, device=place, machine=machine, progress=say
+    machine = {**describe_machine(place_of(loaded)), "load_average": machine_before["load_average"]}
+    same, report = changes_nothing(run, loaded)
+    if same:
+        sentence = f"{report.summary()} {SAME_CODE}" if report.total else f"The model has no LayerNorm. {SAME_CODE}"
+        found = {"machine": machine, "measured": False, "sentence": sentence, "explain": report.to_dict()}
+        run.show(loaded, found, sentence)
+        return
+    with run.steps.step(f"Latency: {processes} processes, {seconds:g} s of calls") as say:
+        latency = compare_in_processes(
+            loaded.name,
+            run.loading_by_name(),
+            mode=run.asked.mode,
+            options=run.options,
+            seconds=seconds,
+            processes=processes,
+            machine=machine,
+            progress=say,
         )
-    report = merge(reports(compiled))
-    sentence = f"{_folded(report)}; {latency.sentence()}."
-    found = {"machine": machine, **latency.to_dict(), "sentence": sentence, "explain": report.to_dict()}
+    sentence = f"{report.folded} of {report.total} LayerNorms folded; {latency.sentence()}."
+    found = {
+        "machine": machine,
+        "measured": True,
+        **latency.to_dict(),
+        "sentence": sentence,
+        "explain": report.to_dict(),
+    }
     run.show(loaded, found, latency, sentence)
-
-
-def _folded(report: FoldReport) -> str:
-    if not report.total:
-        return "the model has no LayerNorm, so lnfold compiles it exactly as stock torch.compile does"
-    return f"{report.folded} of {report.total} LayerNorms folded"

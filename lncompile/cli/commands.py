@@ -32,9 +32,9 @@ from lncompile.model_names import RANDOM_GPT2
 
 app = typer.Typer(
     name="lncompile",
-    cls=command_group(default=None),
-    help='What torch.compile(model, backend="lnfold") does for a model: which LayerNorms fold, that predictions stay '
-    "the same, and the latency against stock torch.compile.",
+    cls=command_group(default="advise"),
+    help='Whether torch.compile(model, backend="lnfold") is worth while for a model on this machine: "lncompile MODEL" '
+    "gives one answer, the commands below its parts.",
     epilog="Exit codes: 0 all is well, 1 the answer is no, 2 there is no answer (wrong usage, no such model, ...).",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -63,6 +63,44 @@ def _options(
     ] = False,
 ) -> None:
     """Only what is not a command's own; the group's help stands above."""
+
+
+Processes = Annotated[
+    int,
+    typer.Option(
+        "--processes", min=2, metavar="N", help="How many processes measure; half compile in the opposite order."
+    ),
+]
+
+
+@app.command()
+def advise(
+    model: ModelName = RANDOM_GPT2,
+    batch: Batch = None,
+    tokens: Tokens = None,
+    dtype: DtypeName = None,
+    device: Device = None,
+    seed: Seed = None,
+    mode: Mode = None,
+    option: OptionPairs = None,
+    seconds: Annotated[
+        float, typer.Option("--seconds", "-s", min=0.0, metavar="S", help="How long to measure.")
+    ] = 20.0,
+    processes: Processes = 4,
+    as_json: AsJson = False,
+    show_traceback: Traceback = False,
+) -> None:
+    """Say whether to use lnfold: use it, no gain, or not possible, and why.
+
+    This is what "lncompile MODEL" does. The exit code is 1 if predictions would get worse.
+    """
+    asked = Asked("advise", model, batch, tokens, dtype, device, seed, mode, option, as_json, show_traceback)
+    with running(asked, steps=4) as run:
+        with importing():
+            from lncompile.cli.advise import run_advise
+        answer = run_advise(run, seconds, processes)
+    if not answer.stays_exact:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -130,19 +168,21 @@ def bench(
     option: OptionPairs = None,
     seconds: Annotated[
         float, typer.Option("--seconds", "-s", min=0.0, metavar="S", help="How long to measure.")
-    ] = 10.0,
+    ] = 20.0,
+    processes: Processes = 4,
     as_json: AsJson = False,
     show_traceback: Traceback = False,
 ) -> None:
-    """Measure latency, call by call in turn.
+    """Measure latency, call by call in turn, in several processes.
 
-    Of eager, stock torch.compile and lnfold: medians, ratios and their 95% intervals.
+    Of eager, stock torch.compile and lnfold: medians, ratios and their 95% intervals over processes. Where lnfold
+    changes nothing it says so and measures nothing.
     """
     asked = Asked("bench", model, batch, tokens, dtype, device, seed, mode, option, as_json, show_traceback)
-    with running(asked, steps=2) as run:
+    with running(asked, steps=3) as run:
         with importing():
             from lncompile.cli.bench import run_bench
-        run_bench(run, seconds)
+        run_bench(run, seconds, processes)
 
 
 @app.command()
@@ -179,7 +219,7 @@ def ab(
     asked = Asked(
         "ab", model, batch, first, dtype, device, seed, mode, option, as_json, show_traceback, (("--plot", plot),)
     )
-    with running(asked, steps=2) as run:
+    with running(asked, steps=3) as run:
         with importing():
             from lncompile.cli.ab import run_ab
         regression = run_ab(run, lengths, seconds, shadow, minimum_effect, plot)

@@ -93,10 +93,17 @@ class Run:
             everything = _finite({"model": loaded.name, "description": loaded.description, **found})
             print(json.dumps(everything, indent=2, allow_nan=False), file=self.output)
             return
-        # Rich takes a pipe for 80 columns wide, which would cut the report.
-        console = plain_console(self.output, width=None if self.output.isatty() else 160)
+        console = plain_console(self.output)
         for item in readable:
             console.print(item, soft_wrap=isinstance(item, str))
+
+    def loading_by_name(self) -> dict[str, Any]:
+        """Return the keyword arguments that the model was loaded with, ready for JSON: for another process."""
+        return {
+            **self._loading(None),
+            "dtype": None if self.asked.dtype is None else self.asked.dtype.value,
+            "device": self.device,
+        }
 
     def _loading(self, tokens: int | None) -> dict[str, Any]:
         return {

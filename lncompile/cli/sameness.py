@@ -1,0 +1,34 @@
+"""Whether there is anything to compare: a graph in which nothing folds is compiled as stock torch.compile compiles it."""
+
+from __future__ import annotations
+
+import torch
+
+from lncompile.cli.running import Run
+from lncompile.explanation import explain
+from lncompile.models import LoadedModel
+from lncompile.options import parse_options
+from lncompile.report import FoldReport
+
+SAME_CODE = (
+    "lnfold compiles this model to the same code as stock torch.compile, so there is nothing to compare: any difference "
+    "that was measured would be chance."
+)
+
+
+def changes_nothing(run: Run, loaded: LoadedModel) -> tuple[bool, FoldReport]:
+    """Find out, as a step of its own.
+
+    Args:
+        run: the run.
+        loaded: its model.
+
+    Returns:
+        Whether lnfold leaves the model's graphs as they are, and which LayerNorms fold.
+    """
+    with run.steps.step("Which LayerNorms fold") as say, torch.no_grad():
+        say("capturing the graph")
+        report = explain(run.compile(loaded), *loaded.arguments, **loaded.inputs)
+    options, _ = parse_options(run.asked.mode, run.options)
+    rewritten = options.nonfoldable != "inductor" and report.total
+    return not report.folded and not rewritten, report

@@ -1,10 +1,10 @@
 """Every private torch name that the backend uses, in one place, each with what it is for.
 
 Those that only tools use, which look at what Inductor generates, stand in :mod:`.torch_private_codegen`, those of
-Inductor's choices in :mod:`.torch_private_choices`. Nothing outside these modules may import or spell a name of torch
-that starts with an underscore (a test checks it), so that a new torch release is ported by reading them. It imports
-nothing of ours, and Triton and the larger parts of torch only inside the functions that need them. Run on torch 2.11,
-2.13 and 2.15.
+Inductor's choices in :mod:`.torch_private_choices`, those of graph breaks in :mod:`.torch_private_breaks`. Nothing
+outside these modules may import or spell a name of torch that starts with an underscore (a test checks it), so that a
+new torch release is ported by reading them. It imports nothing of ours, and Triton and the larger parts of torch only
+inside the functions that need them. Run on torch 2.11, 2.13 and 2.15.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> FoldReport:
     if settings is not None:
         options, inductor = parse_options(settings.get("mode"), settings.get("options"))
     original = torch_private.original_callable(model)
-    reports: dict[int, tuple[FoldReport, Sequence[Any]]] = {}
+    ran: dict[int, tuple[FoldReport, Sequence[Any]]] = {}
     parameters: set[int] = set()
 
     def capture(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -65,17 +65,20 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> FoldReport:
         def run(*arguments: Any) -> Any:
             with torch_private.as_plain_tensors():
                 outputs = graph_module(*arguments)
-            reports[id(report)] = report, outputs
+            ran[id(report)] = report, outputs
             return outputs
 
         return run
 
     breaks = torch_private_breaks.watch_graph_breaks()
-    with torch_private.many_recompiles(), torch_private.without_freezing():
-        captured: Callable[..., Any] = torch.compile(original, backend=capture)
-        result = captured(*args, **kwargs)
-    is_whole = len(reports) == 1 and not breaks()
-    found = merge(with_paths(report, outputs, result, is_whole) for report, outputs in reports.values())
+    try:
+        with torch_private.many_recompiles(), torch_private.without_freezing():
+            captured: Callable[..., Any] = torch.compile(original, backend=capture)
+            result = captured(*args, **kwargs)
+        is_whole = len(ran) == 1 and not breaks()
+        found = merge(with_paths(report, outputs, result, is_whole) for report, outputs in ran.values())
+    finally:
+        ran.clear()  # Dynamo keeps what it compiled, and the results would stay with it
     return dataclasses.replace(
         found,
         graph_breaks=tuple(dict.fromkeys((*in_words(breaks()), *found.graph_breaks))),

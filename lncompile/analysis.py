@@ -20,9 +20,10 @@ from lncompile.passes.costs import CostModel
 from lncompile.passes.decisions import PartKind, Reason, Site, Stream, StreamPart, UnrecognisedDifference
 from lncompile.passes.deferral import Deferral, plan_deferrals
 from lncompile.passes.expand import EXPANDED_FROM, closed_norms, expand_opaque_layers, find_opaque_layers
-from lncompile.passes.graph_facts import GraphFacts, trained_parameter, turns_gradients_on
+from lncompile.passes.graph_facts import GraphFacts, is_in_evaluation, trained_parameter, turns_gradients_on
 from lncompile.passes.handwritten import find_handwritten_norms
 from lncompile.passes.matrix_vector import MatrixVectors, plan_matrix_vectors
+from lncompile.passes.obstacles import name_obstacles
 from lncompile.passes.placement import Placement, place
 from lncompile.passes.regions import find_regions, write_out_regions
 from lncompile.passes.sites import NormSite, find_sites
@@ -50,6 +51,8 @@ class Analysis:
         deferrals: norms whose scale goes behind these layers.
         matrix_vectors: products of one row that become sums, and norms that go into them.
         differences: differences from a mean that are not recognised as norms.
+        folded_without_gradients: how many sites would fold if no gradients were recorded, where some stay because they
+            are, though the model is in evaluation mode; else None.
     """
 
     graph_module: fx.GraphModule
@@ -65,6 +68,7 @@ class Analysis:
     deferrals: tuple[Deferral, ...] = ()
     matrix_vectors: MatrixVectors = field(default_factory=MatrixVectors)
     differences: tuple[UnrecognisedDifference, ...] = ()
+    folded_without_gradients: int | None = None
 
 
 def analyse(
@@ -187,7 +191,12 @@ def _analyse_expanded(
         )
     if detail:
         verdicts = left_alone(sites, Reason.TRAINING, detail)
-        return Analysis(copy, sites, verdicts, {}, None, differences=differences)
+        without = (
+            _without_gradients(graph_module, copy, example_inputs, sites, verdicts, options)
+            if trained is not None
+            else None
+        )
+        return Analysis(copy, sites, verdicts, {}, None, differences=differences, folded_without_gradients=without)
     costs = CostModel(training=trained is not None, weighs_weights=options.training == "auto")
     variables = build_streams(sites, facts, costs)
     budgeted: Budgeted | None = None
@@ -216,7 +225,12 @@ def _analyse_expanded(
     absorbing = {consumer.operation.node for absorption in absorptions for consumer in absorption.consumers}
     one_row = one_row.without(absorbing)
     affine.update((node, absorption.in_words()) for node, absorption in deferred.items() if absorption.names())
-    verdicts = judge(sites, placement, variables, costs, budgeted.left if budgeted else None)
+    unlimited = budgeted.unlimited if budgeted else placement
+    obstacles = name_obstacles(sites, unlimited, facts, options.assist, costs)
+    verdicts = judge(sites, placement, variables, costs, budgeted.left if budgeted else None, obstacles)
+    without = None
+    if trained is not None:
+        without = _without_gradients(graph_module, copy, example_inputs, sites, verdicts, options)
     return Analysis(
         copy,
         sites,
@@ -230,4 +244,23 @@ def _analyse_expanded(
         deferrals=deferrals,
         matrix_vectors=one_row,
         differences=differences,
+        folded_without_gradients=without,
     )
+
+
+def _without_gradients(
+    graph_module: fx.GraphModule,
+    copy: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    sites: Sequence[NormSite],
+    verdicts: Sequence[Site],
+    options: Options,
+) -> int | None:
+    """How many sites would fold if no gradients were recorded.
+
+    None where none stays because they are, and where the model may be meant to be trained.
+    """
+    if all(verdict.reason is not Reason.TRAINING for verdict in verdicts) or not is_in_evaluation(graph_module.graph):
+        return None
+    facts = GraphFacts(copy.graph, example_inputs)
+    return len(place(sites, build_streams(sites, facts), options.assist).folded)

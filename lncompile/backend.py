@@ -6,17 +6,17 @@ stock torch.compile would have compiled it.
 
 from __future__ import annotations
 
+import itertools
 import json
-import logging
 import types
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
 
-from lncompile import safety_net
+from lncompile import log_lines, safety_net
 from lncompile.lowering import persistent_norms, torch_private
 from lncompile.options import Options, parse_options
 from lncompile.passes.materialize import Materializer, give_back
@@ -29,8 +29,6 @@ from lncompile.report import FoldReport
 from lncompile.unfolded import Unfolded, given_up
 from lncompile.versions import warn_if_untested
 
-log = logging.getLogger("lncompile")
-
 
 @dataclass(eq=False)
 class CompiledGraph:
@@ -41,6 +39,7 @@ class CompiledGraph:
     arguments: Mapping[str, Any]
     reader: Reader
     materializer: Materializer | None = None
+    number: int = field(default_factory=itertools.count().__next__)
 
     @property
     def report(self) -> FoldReport:
@@ -95,7 +94,7 @@ def lnfold(
             raise
         return _untouched(graph_module, example_inputs, inductor_config, arguments, error)
     report = prepared.report
-    _publish(report)
+    _publish(report, torch_private.frame_being_compiled())
     if prepared.graph_module is None:
         compiled = torch_private.inductor_compile(graph_module, example_inputs, inductor_config)
         return _remember(compiled, report, arguments, prepared.reader)
@@ -121,6 +120,7 @@ def _reset() -> None:
         torch_private.inductor_reset(configuration)
     _used_configurations.clear()
     tell_again()
+    log_lines.tell_again()
 
 
 lnfold.reset = _reset  # type: ignore[attr-defined]
@@ -144,14 +144,12 @@ def _untouched(
     return _remember(compiled, report, arguments, reader)
 
 
-def _publish(report: FoldReport) -> None:
+def _publish(report: FoldReport, frame: torch_private.Frame | None) -> None:
     torch_private.count("graphs")
     torch_private.count("sites", report.total)
     torch_private.count("folded", report.folded)
     torch_private.trace_artifact("lnfold_report", lambda: json.dumps(report.to_dict(), indent=2))
-    if report.sites:
-        log.info("%s", report.summary())
-        log.debug("fold report\n%s", report)
+    log_lines.say(report, frame)
 
 
 def _remember(
@@ -169,6 +167,7 @@ def _remember(
     code = torch_private.code_being_compiled()
     record = CompiledGraph(report, code, arguments, reader, materializer)
     compiled_graphs.add(record)
+    compiled = torch_private.innermost_function(compiled)
     run = compiled
     if isinstance(compiled, types.MethodType):  # nothing can be tied to it
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +13,11 @@ from torch import fx
 
 from lncompile import safety_net
 from lncompile.backend import compiled_graphs
-from lncompile.lowering import torch_private
+from lncompile.captured import inside, norms_outside, with_paths
+from lncompile.lowering import torch_private, torch_private_breaks
+from lncompile.model_reports import Reports
 from lncompile.options import parse_options
+from lncompile.passes.graph_breaks import in_words
 from lncompile.passes.in_place import restore_for_good
 from lncompile.passes.materialize import forget_all
 from lncompile.passes.parameter_identity import Place, held_by
@@ -54,7 +59,9 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> FoldReport:
     settings = settings_of(model)
     if settings is not None:
         options, inductor = parse_options(settings.get("mode"), settings.get("options"))
-    reports: dict[int, FoldReport] = {}
+    original = torch_private.original_callable(model)
+    ran: dict[int, tuple[FoldReport, Sequence[Any]]] = {}
+    parameters: set[int] = set()
 
     def capture(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         try:
@@ -64,30 +71,47 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> FoldReport:
                 raise
             reason = safety_net.log_failure("lncompile.explain failed and cannot say what folds in a graph", error)
             report = safety_net.report_untouched(graph_module, reason)
+        parameters.update(map(id, example_inputs))
+        if not _is_own_code(torch_private.code_being_compiled(), original):
+            report = inside(report)
 
         def run(*arguments: Any) -> Any:
-            reports[id(report)] = report
             with torch_private.as_plain_tensors():
-                return graph_module(*arguments)
+                outputs = graph_module(*arguments)
+            ran[id(report)] = report, outputs
+            return outputs
 
         return run
 
-    original = torch_private.original_callable(model)
-    with torch_private.many_recompiles(), torch_private.without_freezing():
-        captured: Callable[..., Any] = torch.compile(original, backend=capture)
-        if is_on_meta(original):
-            _call_without_values(original, captured, args, kwargs)
-        else:
-            captured(*args, **kwargs)
-    return merge(reports.values())
+    breaks = torch_private_breaks.watch_graph_breaks()
+    try:
+        with _with_stand_ins(original, args, kwargs) as (args, kwargs):
+            with torch_private.many_recompiles(), torch_private.without_freezing():
+                captured: Callable[..., Any] = torch.compile(original, backend=capture)
+                result = captured(*args, **kwargs)
+            is_whole = len(ran) == 1 and not breaks()
+            found = merge(with_paths(report, outputs, result, is_whole) for report, outputs in ran.values())
+            outside = norms_outside(original, parameters, [site.name for site in found.sites])
+    finally:
+        ran.clear()  # Dynamo keeps what it compiled, and the results would stay with it
+    return dataclasses.replace(
+        found,
+        graph_breaks=tuple(dict.fromkeys((*in_words(breaks()), *found.graph_breaks))),
+        norms_outside=outside,
+    )
 
 
-def _call_without_values(
-    model: torch.nn.Module, captured: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    with stand_ins(model, (args, kwargs)) as (args, kwargs):
+@contextlib.contextmanager
+def _with_stand_ins(
+    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Put fake tensors in the place of those on the meta device, which have no values."""
+    if not is_on_meta(model):
+        yield args, kwargs
+        return
+    with stand_ins(model, (args, kwargs)) as exchanged:
         try:
-            captured(*args, **kwargs)
+            yield exchanged
         except Exception as error:
             operation = torch_private.values_missed_by(error)
             if not operation:
@@ -98,31 +122,63 @@ def _call_without_values(
             ) from error
 
 
-def reports(compiled: Callable[..., Any]) -> list[FoldReport]:
-    """Return the reports of the graphs that were really compiled for a model, in no particular order.
+def reports(compiled: Callable[..., Any]) -> Reports:
+    """Return the reports of the graphs that were really compiled for a model, in the order of their compilation.
 
     Args:
         compiled: what ``torch.compile(..., backend="lnfold")`` returned (or the module it was made from, for all its
             compilations), after it was called.
 
     Returns:
-        One report a compiled graph; empty before the first call. A graph of a module is found by its parameters, one of
-        a function by its source.
+        A list with one report for each compiled graph, which prints as one table. It is empty before the first call,
+        and then says so where it is printed. A graph of a module is found by its parameters, one of a function by its
+        source.
 
     Example:
         >>> compiled = torch.compile(model, backend="lnfold"); compiled(x)
+        >>> print(lncompile.reports(compiled))
         >>> sum(report.folded for report in lncompile.reports(compiled))
         25
     """
     original = torch_private.original_callable(compiled)
     settings = settings_of(compiled)
     records = [
-        record for record in list(compiled_graphs) if settings is None or _same_settings(settings, record.arguments)
+        record
+        for record in sorted(compiled_graphs, key=lambda record: record.number)
+        if settings is None or _same_settings(settings, record.arguments)
     ]
     if isinstance(original, torch.nn.Module):
         ours = {id(parameter) for parameter in original.parameters()}
-        return [record.report for record in records if record.served() & ours]
-    return [record.report for record in records if record.code is not None and _same_source(record.code, original)]
+        records = [record for record in records if record.served() & ours]
+    else:
+        records = [record for record in records if record.code is not None and _same_source(record.code, original)]
+    found = [record.report for record in records]
+    found = [
+        report if _is_own_code(record.code, original) else inside(report)
+        for report, record in zip(found, records, strict=True)
+    ]
+    served = set().union(*(record.served() for record in records))
+    outside = norms_outside(original, served, [site.name for report in found for site in report.sites])
+    return Reports(found, _why_none(compiled, original), outside if found else ())
+
+
+def _why_none(compiled: Any, original: Any) -> str:
+    """What to say of a model without reports."""
+    backend = torch_private.innermost_backend(compiled)
+    if backend is not None and settings_of(compiled) is None:
+        name = getattr(backend, "compiler_name", None) or getattr(backend, "__name__", type(backend).__name__)
+        return f"This was compiled with backend '{name}', not with lnfold: torch.compile(model, backend=\"lnfold\")."
+    what = "model" if isinstance(original, torch.nn.Module) else "function"
+    if not torch_private.is_compiled(compiled):
+        return (
+            f"No graph of this {what} was compiled with lnfold. Compile it and call what torch.compile(model, "
+            'backend="lnfold") returns: the first call compiles.'
+        )
+    return (
+        f"No graph of this {what} is compiled: it was not called yet (the first call compiles), or not since "
+        "torch._dynamo.reset(). If it was called, Dynamo captured no graph of it; torch._dynamo.explain(model)(inputs) "
+        "says why."
+    )
 
 
 def settings_of(compiled: Any) -> Mapping[str, Any] | None:
@@ -140,9 +196,18 @@ def _same_settings(left: Mapping[str, Any], right: Mapping[str, Any]) -> bool:
     )
 
 
+def _is_own_code(code: Any, original: Any) -> bool:
+    """Whether a code object is a model's own forward or a function itself, and not code that it calls."""
+    if code is None:
+        return True  # a backend that was called by hand
+    if isinstance(original, torch.nn.Module):
+        return torch_private_breaks.original_code(code) in torch_private.codes_of_call(original)
+    return _same_source(code, original)
+
+
 def _same_source(code: Any, function: Any) -> bool:
     """Whether a code object is a function's own, or the continuation of it after a graph break."""
-    own = getattr(inspect.unwrap(function), "__code__", None)
+    own, code = getattr(inspect.unwrap(function), "__code__", None), torch_private_breaks.original_code(code)
     return own is not None and (code.co_filename, code.co_firstlineno) == (own.co_filename, own.co_firstlineno)
 
 

@@ -18,7 +18,7 @@ from importlib import resources
 import jinja2
 import torch
 
-from lncompile.passes.decisions import REMEDIES, PartKind, Site, Stream, StreamPart
+from lncompile.passes.decisions import PartKind, Site, Stream, StreamPart
 from lncompile.report import FoldReport
 
 #: Height of a row and distance of two lanes, in pixels; where what enters meets the stream, and where the norm stands.
@@ -80,8 +80,7 @@ def draw(report: FoldReport, title: str = "", description: str = "") -> str:
         rows=rows,
         layers=[list(group) for _, group in itertools.groupby(rows, key=lambda row: row.layer)],
         verdicts=Counter(row.verdict for row in rows),
-        reasons=Counter(site.reason for site in report.sites if site.reason is not None).most_common(),
-        remedies=REMEDIES,
+        reasons=Counter((site.reason, site.remedy) for site in report.sites if site.reason is not None).most_common(),
         weight_bytes=weight_bytes,
         entry_name=entry_name,
         labels=layer_labels(rows),

@@ -16,13 +16,15 @@ from lncompile.analysis import Analysis, analyse
 from lncompile.lowering import torch_private
 from lncompile.options import Options
 from lncompile.passes.canonical import tensor_of
-from lncompile.passes.decisions import RuntimeCentering, WeightRewrite
+from lncompile.passes.decisions import GraphBreak, RuntimeCentering, Site, WeightRewrite
 from lncompile.passes.expressions import Expression
 from lncompile.passes.frozen_weights import lift_weights
+from lncompile.passes.graph_breaks import graph_break_of
 from lncompile.passes.materialize import Materializer, Stored, give_back
 from lncompile.passes.ownership import Ownership, Reader
 from lncompile.passes.parameter_identity import parameters_of
 from lncompile.passes.provenance import parameter_name, parameter_names
+from lncompile.passes.rms_norms import count_rms_norms
 from lncompile.passes.sharding import local_bytes
 from lncompile.passes.uses import Use, uses_of
 from lncompile.passes.verdicts import describe_centerings
@@ -172,8 +174,9 @@ def make_report(
     if analysis.placement:
         without_budget = budgeted.unlimited if budgeted else None
         centerings = describe_centerings(analysis.placement, analysis.variables, analysis.costs, without_budget)
+    graph_break = graph_break_of(graph_module)
     return FoldReport(
-        analysis.verdicts,
+        _returned_at(analysis.verdicts, graph_break),
         tuple(weights),
         centerings,
         1,
@@ -181,6 +184,22 @@ def make_report(
         budgeted.budget if budgeted else None,
         analysis.streams,
         analysis.differences,
+        () if graph_break is None else (graph_break,),
+        rms_norms=0 if analysis.verdicts else count_rms_norms(graph_module.graph),
+        folded_without_gradients=analysis.folded_without_gradients,
+    )
+
+
+def _returned_at(verdicts: Sequence[Site], graph_break: GraphBreak | None) -> tuple[Site, ...]:
+    """Verdicts that say of returned tensors at which graph break, where the graph does not end with the model."""
+    if graph_break is None:
+        return tuple(verdicts)
+    return tuple(
+        dataclasses.replace(
+            site,
+            returned=tuple(dataclasses.replace(found, graph_break=graph_break.location) for found in site.returned),
+        )
+        for site in verdicts
     )
 
 

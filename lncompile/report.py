@@ -1,22 +1,21 @@
-"""The fold report: what became of every LayerNorm, for people (``print``) and for programs (``to_dict``)."""
+"""The fold report: what became of every LayerNorm, for people (``print``) and for programs (``to_dict``).
+
+The data stand here. The sentences are in :mod:`lncompile.report_words`, lines that stand for many sites in
+:mod:`lncompile.report_lines`, the table in :mod:`lncompile.report_table`, that of a notebook in
+:mod:`lncompile.report_html`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import io
 import itertools
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
-from lncompile.passes.budget import amount
+from lncompile import report_html, report_table, report_words
 from lncompile.passes.decisions import (
-    REMEDIES,
+    GraphBreak,
     MemoryBudget,
     RuntimeCentering,
     Site,
@@ -30,6 +29,9 @@ from lncompile.passes.decisions import (
 class FoldReport:
     """What the backend decided for one compiled graph, or for all graphs of a model.
 
+    ``print`` shows it as a table, in the terminal's width (80 columns where there is no terminal; ``COLUMNS`` says
+    otherwise), a notebook as HTML.
+
     Attributes:
         sites: every LayerNorm call, in order; see :class:`Site`.
         weights: the parameters that are centered, where the centered weights are and what they take.
@@ -41,6 +43,11 @@ class FoldReport:
         streams: what is added into each residual stream and which norms read it, for drawing; see :meth:`to_html`.
         differences: where a mean of features is subtracted and no LayerNorm is recognised, with why. They are not
             counted in ``total``: they may be anything.
+        graph_breaks: where Dynamo ended a graph and began another, and why.
+        norms_outside: names of the model's LayerNorm modules that are in no captured graph, where the model is known.
+        rms_norms: RMSNorms, where there is no LayerNorm.
+        folded_without_gradients: sites that would fold under ``torch.no_grad()``, where some stay only because
+            gradients are recorded though the model is in evaluation mode; else None.
 
     Example:
         >>> report = lncompile.explain(model, input_ids)
@@ -56,6 +63,10 @@ class FoldReport:
     memory_budget: MemoryBudget | None = None
     streams: tuple[Stream, ...] = ()
     differences: tuple[UnrecognisedDifference, ...] = ()
+    graph_breaks: tuple[GraphBreak, ...] = ()
+    norms_outside: tuple[str, ...] = ()
+    rms_norms: int = 0
+    folded_without_gradients: int | None = None
 
     @property
     def total(self) -> int:
@@ -73,7 +84,7 @@ class FoldReport:
         return sum(weight.bytes for weight in self.weights if weight.storage != "graph")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain dicts, lists, strings and numbers, ready for JSON."""
+        """Return the report as plain dicts, lists, strings and numbers, ready for JSON. It has every site by itself."""
         data = dataclasses.asdict(self)
         for site, verdict in zip(data["sites"], self.sites, strict=True):
             site["reason"] = verdict.reason.value if verdict.reason is not None else None
@@ -96,86 +107,44 @@ class FoldReport:
 
         return draw(self, title, description)
 
-    def __str__(self) -> str:
-        buffer = io.StringIO()
-        console = Console(file=buffer, width=160)
-        console.print(self)
-        return buffer.getvalue().rstrip()
+    def table(self, width: int | None = None, full: bool = False) -> str:
+        """Return the report as text.
 
-    def __rich_console__(self, console: Console, options: Any) -> Iterable[Any]:
-        """How rich prints it; ``print(report)`` gives the same without colours."""
-        yield from self._sites_in_words() if self.sites else [Text(self.nothing_to_fold())]
-        if self.differences:
-            table = _table("difference from a mean", "at")
-            for difference in self.differences:
-                why = Text(f"{difference.reason.value}: {difference.detail}")
-                table.add_row(Text(difference.name), Text(difference.location), why)
-            yield table
-            for reason in dict.fromkeys(difference.reason for difference in self.differences):
-                yield Text(f"{reason.value} would be a LayerNorm with {REMEDIES[reason]}")
+        Args:
+            width: columns of it; by default those of the terminal, or 80 (or ``COLUMNS``) where there is none.
+            full: whether every site has a line of its own. Else sites whose names differ in an index, with the same
+                verdict at the same line of the source, share one: ``h.0-11.ln_1  12 of 12``.
 
-    def nothing_to_fold(self) -> str:
-        """One line, for a report without LayerNorms."""
-        if not self.differences:
-            return "No LayerNorm in the graph: it goes to Inductor as it is."
-        count = len(self.differences)
-        taken = "1 difference from a mean is" if count == 1 else f"{count} differences from a mean are"
-        return f"No LayerNorm is recognised in the graph, which goes to Inductor as it is; {taken} taken in it:"
+        Example:
+            >>> print(lncompile.explain(model, input_ids).table(full=True))
+        """
+        return report_table.text(self, report_table.terminal_width() if width is None else width, full)
 
-    def _sites_in_words(self) -> Iterable[Any]:
-        table = _table("site", "at", "lowered to")
-        for site in self.sites:
-            reason = "" if site.reason is None else f"{site.reason.value}: "
-            style = "green" if site.folded else "yellow"
-            more = [site.affine] if site.affine_absorbed_by else []
-            more += [site.deferral] if site.deferral else []
-            why = Text("; ".join([f"{reason}{site.detail}", *more]))
-            table.add_row(Text(site.name), Text(site.location), Text(site.lowering, style=style), why)
-        yield table
-        yield Text(self.summary(), style="bold")
-        for left in dict.fromkeys(site.reason for site in self.sites if site.reason is not None):
-            yield Text(f"{left.value} would fold with {REMEDIES[left]}")
-        details: dict[str, list[str]] = {}
-        for weight in self.weights:
-            if weight.detail:
-                details.setdefault(weight.detail, []).append(weight.name)
-        for detail, names in details.items():
-            others = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            yield Text(f"a copy, not in place: {', '.join(names[:3])}{others}: {detail}")
-        for centering in self.centerings:
-            yield Text(f"centered at run time after {centering.after} ({centering.location}): {centering.detail}")
+    def headline(self) -> str:
+        """What to know before anything else, in a sentence; ``""`` for most reports.
+
+        That gradients keep norms from folding, or that the model has norms of a kind that cannot fold.
+        """
+        return report_words.headline(self)
 
     def summary(self) -> str:
         """One line: how many folded, what was centered, what it costs."""
-        absorbed = sum(bool(site.affine_absorbed_by) for site in self.sites)
-        kind = "centered or absorbing" if absorbed else "centered"
-        words = f"{self.folded} of {self.total} LayerNorms folded into {len(self.weights)} {kind} weights"
-        words += f" ({self.extra_bytes / 2**20:.1f} MiB beside the model"
-        counted = Counter(weight.storage for weight in self.weights)
-        for storage, what in (
-            ("inplace", "in place"),
-            ("centered", "centered before"),
-            ("graph", "centered at every step"),
-        ):
-            words += f", {counted[storage]} {what}" if counted[storage] else ""
-        words += ")"
-        words += f"; γ and β of {absorbed} absorbed" if absorbed else ""
-        budget = self.memory_budget
-        if budget is not None and budget.binds:
-            words += f", within a memory budget of {amount(budget.limit)} (without: {amount(budget.wanted)})"
-        left = Counter(site.reason.value for site in self.sites if site.reason is not None)
-        if left:
-            words += "; left: " + ", ".join(f"{count} {reason}" for reason, count in left.most_common())
-        return words + "."
+        return report_words.summary(self)
 
+    def nothing_to_fold(self) -> str:
+        """One line, for a report without LayerNorms."""
+        return report_words.nothing_to_fold(self)
 
-def _table(*headers: str) -> Table:
-    """A table with these columns and one that says why."""
-    table = Table(box=None, pad_edge=False)
-    for header in headers:
-        table.add_column(header, no_wrap=True)
-    table.add_column("why", overflow="fold")
-    return table
+    def __str__(self) -> str:
+        return self.table()
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterable[Any]:
+        """How rich prints it, in the console's width; ``print(report)`` gives the same without colours."""
+        return report_table.lines(self, options.max_width, full=False)
+
+    def _repr_html_(self) -> str:
+        """How a notebook shows it."""
+        return report_html.table(self)
 
 
 def merge(reports: Iterable[FoldReport]) -> FoldReport:
@@ -184,6 +153,7 @@ def merge(reports: Iterable[FoldReport]) -> FoldReport:
     before = list(itertools.accumulate((report.total for report in listed), initial=0))
     weights = dict.fromkeys(weight for report in listed for weight in report.weights)
     budgets = [report.memory_budget for report in listed if report.memory_budget is not None]
+    gains = [report.folded_without_gradients for report in listed]
     return FoldReport(
         tuple(site for report in listed for site in report.sites),
         tuple(weights),
@@ -201,6 +171,12 @@ def merge(reports: Iterable[FoldReport]) -> FoldReport:
             _moved(stream, first) for report, first in zip(listed, before, strict=False) for stream in report.streams
         ),
         tuple(difference for report in listed for difference in report.differences),
+        tuple(dict.fromkeys(found for report in listed for found in report.graph_breaks)),
+        tuple(dict.fromkeys(name for report in listed for name in report.norms_outside)),
+        sum(report.rms_norms for report in listed),
+        None
+        if all(gain is None for gain in gains)
+        else sum(report.folded if gain is None else gain for report, gain in zip(listed, gains, strict=True)),
     )
 
 

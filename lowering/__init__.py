@@ -1,6 +1,6 @@
 """What a folded LayerNorm becomes, how the graph is handed to Inductor, and what Inductor made of it."""
 
-from lncompile.lowering import torch_private
+from lncompile.lowering import torch_private, torch_private_breaks
 from lncompile.lowering.device_words import compare_words, record_words
 from lncompile.lowering.emit import emit
 from lncompile.lowering.matrix_vector import matrix_vector, normed_matrix_vector, transposed_copy
@@ -42,5 +42,6 @@ __all__ = [
     "target_of",
     "tensor_layout",
     "torch_private",
+    "torch_private_breaks",
     "transposed_copy",
 ]

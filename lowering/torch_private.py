@@ -2,10 +2,10 @@
 
 Those that only tools use, which look at what Inductor generates, stand in :mod:`.torch_private_codegen`, those of
 Inductor's choices in :mod:`.torch_private_choices`, those of where compiled code is kept in
-:mod:`.torch_private_caches`. Nothing outside these modules may import or spell a name of torch
-that starts with an underscore (a test checks it), so that a new torch release is ported by reading them. It imports
-nothing of ours, and Triton and the larger parts of torch only inside the functions that need them. Run on torch 2.11,
-2.13 and 2.15.
+:mod:`.torch_private_caches`, those of graph breaks in :mod:`.torch_private_breaks`. Nothing outside these modules may
+import or spell a name of torch that starts with an underscore (a test checks it), so that a new torch release is ported
+by reading them. It imports nothing of ours, and Triton and the larger parts of torch only inside the functions that
+need them. Run on torch 2.11, 2.13 and 2.15.
 """
 
 from __future__ import annotations
@@ -206,19 +206,24 @@ def as_plain_tensors() -> Any:
 def inductor_compile(
     graph_module: fx.GraphModule, example_inputs: Sequence[Any], config_patches: dict[str, Any]
 ) -> Callable[..., Any]:
-    """Make the Inductor call that backend="inductor" makes.
-
-    Returns:
-        The function that Inductor made, without the wrapper that keeps Dynamo away from it. Dynamo unwraps what a
-        backend returns, and wraps it once. A wrapper inside of a function of ours would stay, and cost each call some
-        microseconds that stock does not pay.
-    """
-    from torch._dynamo.eval_frame import innermost_fn
+    """Make the Inductor call that backend="inductor" makes."""
     from torch._inductor.compile_fx import compile_fx
 
     # With other arguments compile_fx may return paths of packages; like this it returns a function.
     compiled: Any = compile_fx(graph_module, list(example_inputs), config_patches=config_patches)
-    return innermost_fn(compiled)
+    return compiled  # type: ignore[no-any-return]
+
+
+def innermost_function(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function without the wrapper that keeps Dynamo away from it.
+
+    Dynamo unwraps what a backend returns, and wraps it once. A wrapper inside of a function of ours would stay, and
+    cost each call some microseconds that stock does not pay.
+    """
+    from torch._dynamo.eval_frame import innermost_fn
+
+    innermost: Callable[..., Any] = innermost_fn(compiled)
+    return innermost
 
 
 def inductor_compile_later(graph_module: fx.GraphModule, config_patches: dict[str, Any]) -> Callable[..., Any] | None:
@@ -235,7 +240,7 @@ def inductor_compile_later(graph_module: fx.GraphModule, config_patches: dict[st
     environment = None if mode is None else mode.shape_env
     before = len(environment.guards) if environment is not None else 0
     with tracing(TracingContext(mode)):
-        compiled = inductor_compile(graph_module, examples, config_patches)
+        compiled = innermost_function(inductor_compile(graph_module, examples, config_patches))
     return compiled if environment is None or len(environment.guards) == before else None
 
 

@@ -199,14 +199,14 @@ def _reads(user: fx.Node) -> str:
 def _require_plain_call(site: NormSite, facts: GraphFacts) -> None:
     name = site.operation.name
     if site.handwritten is not None or name not in LAYER_NORMS or name in WITH_STATISTICS:
-        raise Blocked(Reason.UNKNOWN_OPERATION, "it is no plain layer_norm")
+        raise Blocked(Reason.UNKNOWN_OPERATION, "it is not a plain layer_norm")
     if len(site.normalized_shape) != 1:
         raise Blocked(Reason.DIFFERENT_AXES, "it normalises several axes")
     for parameter in (site.weight, site.bias):
         if parameter is not None and (
             parameter not in facts.parametric or is_sharded(tensor_of(parameter)) or facts.trained
         ):
-            raise Blocked(Reason.UNSUPPORTED_WEIGHT, "its γ or β is no plain frozen parameter")
+            raise Blocked(Reason.UNSUPPORTED_WEIGHT, "its γ or β is not a plain frozen parameter")
 
 
 def move_features(operation: Operation, given: fx.Node, axes: Axes) -> Axes | None:
@@ -253,11 +253,11 @@ def _consumer(
     where = provenance.describe(operation.node)
     weight = operation[layout.weight]
     if places != {(layout.input, None)} or not isinstance(weight, fx.Node) or weight not in facts.parametric:
-        raise Blocked(Reason.UNSUPPORTED_WEIGHT, f"it is multiplied by something that is no parameter in {where}")
+        raise Blocked(Reason.UNSUPPORTED_WEIGHT, f"it is multiplied by something that is not a parameter in {where}")
     tensor, result = tensor_of(weight), tensor_of(operation.node)
     is_convolution = operation.name == "convolution"
     if tensor is None or result is None or (not is_convolution and tensor.dim() != 2) or is_sharded(tensor):
-        raise Blocked(Reason.UNSUPPORTED_WEIGHT, f"the weight of {where} is no plain matrix")
+        raise Blocked(Reason.UNSUPPORTED_WEIGHT, f"the weight of {where} is not a plain matrix")
     given = tensor_of(site.input)
     if given is None or given.device != tensor.device:
         raise Blocked(Reason.UNSUPPORTED_WEIGHT, f"the weight of {where} is on another device")
@@ -275,7 +275,7 @@ def _require_place_for_shift(consumer: Consumer, facts: GraphFacts, where: str) 
     """``Wβ`` goes into the bias, so that must be one for each output feature, added once."""
     operation, bias = consumer.operation, consumer.bias
     if bias is not None and (bias not in facts.parametric or len(shape(bias)) != 1 or is_sharded(tensor_of(bias))):
-        raise Blocked(Reason.UNSUPPORTED_WEIGHT, f"what {where} adds is no plain bias")
+        raise Blocked(Reason.UNSUPPORTED_WEIGHT, f"what {where} adds is not a plain bias")
     if operation.name == "addmm" and (operation["alpha"] != 1 or operation["beta"] != 1):
         raise Blocked(Reason.VARYING_SCALE, f"{where} scales its bias and its product apart")
     if operation.name == "convolution":

@@ -365,13 +365,13 @@ def _why(site: NormSite, ledger: _Ledger, unlimited: Placement, used: Mapping[Ha
     if not missing:
         return f"the norms it would share a centering with do not fit within lnfold.memory_budget ({amount(limit)})"
     largest = max(missing, key=lambda copy: copy.bytes)
-    copies = f"a centered copy of '{largest.name}' ({amount(largest.bytes)}), does"
+    copies = f"a centered copy of '{largest.name}' ({amount(largest.bytes)}), which does"
     if len(missing) > 1:
         total = amount(sum(copy.bytes for copy in missing))
         copies = f"centered copies of {len(missing)} more weights ({total}, {amount(largest.bytes)} of it "
-        copies += f"'{largest.name}'), do"
+        copies += f"'{largest.name}'), which do"
     room = f"{amount(limit)}, {amount(_total(used))} of it used"
-    return f"what folds it without a budget, {copies} not fit within lnfold.memory_budget ({room})"
+    return f"to fold it takes {copies} not fit within lnfold.memory_budget ({room})"
 
 
 def amount(size: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -45,30 +46,31 @@ class Reason(enum.Enum):
     INTERNAL_ERROR = "internal_error"
 
 
-#: What would let a site fold, by the reason it does not.
+#: What to do so that a site folds, by the reason it does not: a sentence that says what to change.
 REMEDIES: dict[Reason, str] = {
-    Reason.NON_COMMUTING: "a linear layer between that operation and the norm",
-    Reason.VARYING_SCALE: "a scale that is the same for all features, or one right behind a linear layer or a "
-    "convolution, which is then taken into its weight",
-    Reason.NORM_OUTPUT: "a linear layer between the two norms, or a residual stream that starts before the first "
+    Reason.NON_COMMUTING: "put a linear layer between that operation and the norm",
+    Reason.VARYING_SCALE: "use a scale that is the same for all features, or put it right behind a linear layer or a "
+    "convolution, whose weight then takes it in",
+    Reason.NORM_OUTPUT: "put a linear layer between the two norms, or start the residual stream before the first one "
     "(pre-norm)",
-    Reason.USER_TENSOR: "making the tensor inside the compiled graph: token ids in place of embeddings, the whole "
-    "model in place of a part",
-    Reason.GRAPH_OUTPUT: "not returning it (output_hidden_states=False), or no graph break behind it",
-    Reason.VISIBLE: "letting that reader read the norm's output, or a tensor of its own",
-    Reason.DIFFERENT_AXES: "normalising the features as the layers in front put them out",
-    Reason.MUTATION: "an out-of-place write (x = x + y)",
-    Reason.UNSUPPORTED_WEIGHT: "plain floating-point weights, made outside of inference_mode, in the dtype they are "
-    "used in; fold first, then quantize or shard",
-    Reason.UNKNOWN_OPERATION: "a rule for that operation (see ARCHITECTURE.md), or an operation that has one",
-    Reason.NOT_WORTH_IT: "more norms behind the same tensor: for those there are, centering it costs what it saves",
-    Reason.MEMORY_BUDGET: "a larger lnfold.memory_budget (None: as many copies of weights as there are)",
-    Reason.TRAINING: "more tokens a step, lnfold.training='on' whatever it costs, or, to predict, a call under "
-    "torch.no_grad() or torch.inference_mode()",
-    Reason.MOVING_WEIGHTS: "weights that stay where they are between calls (no offloading)",
-    Reason.UNRECOGNISED: "a mean that is subtracted and not used otherwise, and a difference that is multiplied or "
-    "divided by a function of itself (its deviation, its root mean square, its norm)",
-    Reason.INTERNAL_ERROR: "a fix of ours: please report it with the log",
+    Reason.USER_TENSOR: "make the tensor inside the compiled graph: pass token ids instead of embeddings, compile the "
+    "whole model instead of a part, or remove a graph break in front of it",
+    Reason.GRAPH_OUTPUT: "return less: leave that tensor out of what the model returns (output_hidden_states=False, or "
+    "a function around the model that returns only what you use)",
+    Reason.VISIBLE: "let that reader read the norm's output, or a tensor of its own",
+    Reason.DIFFERENT_AXES: "normalise over the axis that the layer before it produces",
+    Reason.MUTATION: "write out of place (x = x + y)",
+    Reason.UNSUPPORTED_WEIGHT: "use plain floating-point weights, made outside of inference_mode, in the dtype they "
+    "are used in; fold first, then quantize or shard",
+    Reason.UNKNOWN_OPERATION: "use an operation that has a rule, or add a rule for this one (see ARCHITECTURE.md)",
+    Reason.NOT_WORTH_IT: "let more norms read the same tensor: for one alone, centering it costs as much as it saves",
+    Reason.MEMORY_BUDGET: "set a larger lnfold.memory_budget (None: no limit on the copies of weights)",
+    Reason.TRAINING: "to predict, call the model under torch.no_grad() or torch.inference_mode(); to train, take more "
+    "tokens a step, or set lnfold.training='on' to fold whatever it costs",
+    Reason.MOVING_WEIGHTS: "keep the weights where they are between calls (no offloading)",
+    Reason.UNRECOGNISED: "subtract the mean and use it for nothing else, then multiply or divide the difference by a "
+    "function of itself (its standard deviation, its root mean square, its norm)",
+    Reason.INTERNAL_ERROR: "report it with the log: this is a bug in lncompile",
 }
 
 
@@ -91,6 +93,32 @@ class Blocked(Exception):
 
 
 @dataclass(frozen=True)
+class ReturnedTensor:
+    """A tensor that a graph returns, and that would have to be left out of its results for a site to fold.
+
+    Attributes:
+        position: among the results of the graph.
+        made_by: the operation that makes it, in words.
+        path: where it stands in what the model returns, as an expression: ``".last_hidden_state"``; ``""`` where that
+            is not known (:func:`lncompile.explain` knows it).
+        graph_break: ``"file.py:line"`` of the graph break at which the graph ends, where it does not end with the
+            model: the tensor may then be one that the code behind the break needs.
+        is_inside: whether it is known that other code of the model gets it, and not who calls the model.
+    """
+
+    position: int
+    made_by: str
+    path: str = ""
+    graph_break: str = ""
+    is_inside: bool = False
+
+    @property
+    def in_words(self) -> str:
+        """What to call it: its place in the model's result, or what makes it."""
+        return f"result{self.path}" if self.path else self.made_by
+
+
+@dataclass(frozen=True)
 class Site:
     """One LayerNorm call of a graph and what became of it.
 
@@ -107,6 +135,7 @@ class Site:
         affine_absorbed_by: names of the weights that absorb its γ and β; empty where the norm applies them itself.
         affine: what became of γ and β of a folded site, and why, in words; "" where nothing was asked.
         deferral: why its scale is deferred, or not, likewise.
+        returned: where the reason is ``graph_output``, the tensors to leave out of the results so that it folds.
     """
 
     name: str
@@ -120,11 +149,32 @@ class Site:
     affine_absorbed_by: tuple[str, ...] = ()
     affine: str = ""
     deferral: str = ""
+    returned: tuple[ReturnedTensor, ...] = ()
 
     @property
     def remedy(self) -> str | None:
-        """What would let the site fold, in words; None for one that folds."""
-        return None if self.reason is None else REMEDIES[self.reason]
+        """What to do so that the site folds, in words; None for one that folds."""
+        if self.reason is None:
+            return None
+        return leave_out(self.returned) if self.returned else REMEDIES[self.reason]
+
+
+def leave_out(returned: Sequence[ReturnedTensor]) -> str:
+    """Say which tensors to leave out of the results of a graph, and how."""
+    ordered = sorted(returned, key=lambda tensor: tensor.position)
+    names = list(dict.fromkeys(tensor.in_words for tensor in ordered))
+    which = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    breaks = list(dict.fromkeys(tensor.graph_break for tensor in returned if tensor.graph_break))
+    if breaks:
+        return f"remove the graph break at {breaks[0]}: the code behind it gets {which}"
+    if any(tensor.is_inside for tensor in returned):
+        return (
+            f"let Dynamo capture the model in one graph, without the breaks in it: one graph hands {which} to another"
+        )
+    return (
+        f"return less: leave {which} out of what the model returns (output_hidden_states=False, or a function around "
+        "the model that returns only what you use)"
+    )
 
 
 @dataclass(frozen=True)
@@ -145,8 +195,21 @@ class UnrecognisedDifference:
 
     @property
     def remedy(self) -> str:
-        """What would let it be recognised, in words."""
+        """What to do so that it is recognised, in words."""
         return REMEDIES[self.reason]
+
+
+@dataclass(frozen=True)
+class GraphBreak:
+    """A place where Dynamo ends a graph and begins another: no norm folds across it.
+
+    Attributes:
+        location: ``"file.py:line"`` in the model's source, or ``""``.
+        reason: why, in one line of Dynamo's.
+    """
+
+    location: str
+    reason: str
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,7 @@ def _deferrable(site: NormSite, absorb_affine: bool | str, facts: GraphFacts, co
         if not all(_keeps_rows(step, tensor.dtype) for step in consumer.path[1:]) or _rows(site, node) is None:
             raise Blocked(Reason.DIFFERENT_AXES, f"the rows are moved in front of {provenance.describe(node)}")
         if consumer.bias is not None and len(shape(consumer.bias)) != 1:
-            raise Blocked(Reason.UNSUPPORTED_WEIGHT, f"what {provenance.describe(node)} adds is no plain bias")
+            raise Blocked(Reason.UNSUPPORTED_WEIGHT, f"what {provenance.describe(node)} adds is not a plain bias")
         if consumer.operation.name == "addmm" and (consumer.operation["alpha"], consumer.operation["beta"]) != (1, 1):
             raise Blocked(Reason.VARYING_SCALE, f"{provenance.describe(node)} scales its bias and its product apart")
     return consumers

@@ -6,6 +6,7 @@ Everything here errs on the side of "not a parameter" and "written to": a site t
 from __future__ import annotations
 
 import inspect
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -260,6 +261,25 @@ def turns_gradients_on(graph: fx.Graph) -> bool:
         node.op == "call_function" and node.target is torch_private.SET_GRAD_ENABLED and node.args == (True,)
         for node in graph.nodes
     )
+
+
+def is_in_evaluation(graph: fx.Graph) -> bool:
+    """Whether Dynamo is compiling this graph for modules that are all in evaluation mode (``model.eval()``).
+
+    They are those that the graph's parameters are reached through: ``self``, or what a function calls ``model``.
+    False where none is known.
+    """
+    scope = torch_private.scope_being_compiled()
+    modules = []
+    for placeholder in (node for node in graph.nodes if node.op == "placeholder"):
+        root = re.match(r"([LG])\[(['\"])(\w+)\2\]", torch_private.source_name(placeholder) or "")
+        value = scope.get(root.group(1), {}).get(root.group(3)) if root is not None else None
+        if isinstance(value, torch.nn.Module):
+            modules.append(value)
+    frame = torch_private.frame_being_compiled()
+    if frame is not None and isinstance(frame.receiver, torch.nn.Module):
+        modules.append(frame.receiver)
+    return bool(modules) and not any(module.training for module in modules)
 
 
 _IN_PLACE_OPERATORS = frozenset(

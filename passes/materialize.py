@@ -410,7 +410,7 @@ class Materializer:
             return ""
         expression = self.expressions[index]
         if expression.centered_along is None:
-            return "it is no parameter in its own dtype, but computed from parameters"
+            return "it is not a parameter in its own dtype but computed from parameters"
         leaf = expression.leaves[0]
         return self._ownership.obstacle(leaf, arguments[leaf], survey)
 

@@ -152,7 +152,7 @@ class Ownership:
         self._problem: str | None = None
         frame = torch_private.frame_being_compiled()
         if frame is None or not isinstance(frame.receiver, nn.Module):
-            self._problem = "what was compiled is no module, so it is not known what else reads the weights"
+            self._problem = "what was compiled is not a module, so it is not known what else reads the weights"
         elif frame.code not in torch_private.codes_of_call(frame.receiver) or not torch_private.is_whole_frame(
             graph_module
         ):

@@ -109,7 +109,7 @@ def _contribution(
         return StreamPart(PartKind.WEIGHTS, " · ".join(names), provenance.location(node), available, "", names)
     name, location = provenance.module_path(node) or node.name, provenance.location(node)
     if variable.is_zero_mean:
-        return StreamPart(PartKind.ZERO_MEAN, name, location, True, "its mean is zero as it is", ())
+        return StreamPart(PartKind.ZERO_MEAN, name, location, True, "its mean is zero already", ())
     if available and not in_place:
         words = f"centered at run time: {provenance.describe(node)}"
         return StreamPart(PartKind.ACTIVATION, name, location, True, words, (), norms.get(node))

@@ -46,7 +46,8 @@ class Variable:
 
     Attributes:
         source_blocker: why ``Cv`` cannot be computed in the place of ``v`` (rule 1 of the theory), or None.
-        reader_blocker: who would notice that ``v`` is shifted (rule 2), or None.
+        reader_blocker: who would notice that ``v`` is shifted (rule 2), the first of them; or None.
+        reader_blockers: all who would.
         needs: what must be available centered: its operands, and what is written into it.
         operands: those of them that are operands of the operation that makes it.
         zeros: operands that ``C`` takes to zero, by their place in the operation.
@@ -66,6 +67,7 @@ class Variable:
     axes: Axes
     source_blocker: Blocker | None = None
     reader_blocker: Blocker | None = None
+    reader_blockers: tuple[Blocker, ...] = ()
     operation: Operation | None = None
     needs: dict[fx.Node, Axes] = field(default_factory=dict)
     operands: Mapping[fx.Node, Axes] = field(default_factory=dict)
@@ -101,7 +103,7 @@ class Variable:
 
 
 def build_streams(
-    sites: Sequence[NormSite], facts: GraphFacts, costs: CostModel | None = None
+    sites: Sequence[NormSite], facts: GraphFacts, costs: CostModel | None = None, beyond_readers: bool = False
 ) -> dict[VariableKey, Variable]:
     """Explore everything reachable from the sites' inputs.
 
@@ -109,6 +111,8 @@ def build_streams(
         sites: the LayerNorm sites of the graph.
         facts: the facts of the graph.
         costs: what centering costs; by default that of inference.
+        beyond_readers: whether to go on behind a tensor that somebody would notice the shift of. Placement has no use
+            for what lies there; who asks what would be without that reader does.
 
     Returns:
         The variables by key. Every key in ``needs`` of a variable without a source blocker is there, and every key in
@@ -120,14 +124,16 @@ def build_streams(
         if site.handwritten is not None
         for difference in site.handwritten.differences
     }
-    explorer = _Explorer(facts, costs or CostModel(), differences)
+    explorer = _Explorer(facts, costs or CostModel(), differences, beyond_readers)
     explorer.explore((site.input, site.axes) for site in sites)
     return explorer.variables
 
 
 class _Explorer:
-    def __init__(self, facts: GraphFacts, costs: CostModel, differences: Mapping[fx.Node, Axes]) -> None:
-        self.facts, self.costs, self.differences = facts, costs, differences
+    def __init__(
+        self, facts: GraphFacts, costs: CostModel, differences: Mapping[fx.Node, Axes], beyond_readers: bool
+    ) -> None:
+        self.facts, self.costs, self.differences, self.beyond_readers = facts, costs, differences, beyond_readers
         self.variables: dict[VariableKey, Variable] = {}
         self._reach_parameters: dict[VariableKey, bool] = {}
 
@@ -144,7 +150,7 @@ class _Explorer:
             # Who reads it matters only if it can be shifted: because it is computed centered, or out of a shifted one.
             if key not in followed and (is_shifted or variable.source_blocker is None):
                 followed.add(key)
-                if variable.reader_blocker is None:
+                if variable.reader_blocker is None or self.beyond_readers:
                     queue.extend((successor, True) for successor in variable.successors)
 
     def _explore(self, node: fx.Node, axes: Axes) -> Variable:
@@ -336,8 +342,10 @@ class _Explorer:
             except Blocked as blocked:
                 # The output has no place in the model's source; what is returned has.
                 place = variable.node if user.op == "output" else user
-                variable.reader_blocker = Blocker(blocked.reason, blocked.sentence, place)
-                return
+                blocker = Blocker(blocked.reason, blocked.sentence, place)
+                variable.reader_blocker = variable.reader_blocker or blocker
+                variable.reader_blockers += (blocker,)
+                continue
             if successor is not None:
                 variable.successors.append(successor)
 

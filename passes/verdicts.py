@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 
 from torch import fx
 
@@ -13,6 +14,7 @@ from lncompile.passes.affine import Absorption
 from lncompile.passes.costs import NOTHING, CostModel
 from lncompile.passes.decisions import Blocker, Reason, RuntimeCentering, Site, UnrecognisedDifference
 from lncompile.passes.handwritten import Lookalike
+from lncompile.passes.obstacles import Named
 from lncompile.passes.placement import Placement, benefit
 from lncompile.passes.sites import NormSite, site_name
 from lncompile.passes.streams import Variable, VariableKey, describe_blocker, first_blocker
@@ -24,6 +26,7 @@ def judge(
     variables: Mapping[VariableKey, Variable],
     costs: CostModel,
     over_budget: Mapping[fx.Node, str] | None = None,
+    obstacles: Mapping[fx.Node, Named] = MappingProxyType({}),
 ) -> tuple[Site, ...]:
     """Return the verdict on each site, in order.
 
@@ -32,7 +35,8 @@ def judge(
         placement: what was decided.
         variables: the streams it was decided on.
         costs: what was weighed.
-        over_budget: the sites that stay for want of memory alone, with why in words.
+        over_budget: the sites that stay because of memory alone, with why in words.
+        obstacles: of sites that stay, what has to go so that they fold (:func:`.name_obstacles`).
     """
     folded = {site.node for site in placement.folded}
     return tuple(
@@ -40,7 +44,7 @@ def judge(
         if site.node in folded
         else left_alone([site], Reason.MEMORY_BUDGET, over_budget[site.node])[0]
         if over_budget and site.node in over_budget
-        else _left_site(site, variables, costs)
+        else _left_site(site, variables, costs, obstacles.get(site.node))
         for site in sites
     )
 
@@ -94,7 +98,7 @@ def _folded_site(site: NormSite, placement: Placement, variables: Mapping[Variab
     places = [f"in {len(parameters)} parameter{'s' if len(parameters) != 1 else ''}"] if parameters else []
     if activations:
         places.append(f"at run time after {', '.join(provenance.describe(node) for node in activations)}")
-    words = f"centered {' and '.join(places)}" if places else "its input has zero mean as it is"
+    words = f"centered {' and '.join(places)}" if places else "the mean of its input is zero already"
     places_of_activations = tuple(provenance.module_path(node) or node.name for node in activations)
     return Site(site.name, site.location, True, "rms_norm", None, words, tuple(parameters), places_of_activations)
 
@@ -127,13 +131,21 @@ def _centered_by(
     return list(parameters), list(activations)
 
 
-def _left_site(site: NormSite, variables: Mapping[VariableKey, Variable], costs: CostModel) -> Site:
-    blocker = first_blocker((site.input, site.axes), variables)
+def _left_site(
+    site: NormSite, variables: Mapping[VariableKey, Variable], costs: CostModel, named: Named | None
+) -> Site:
+    blocker = named.blocker if named is not None else first_blocker((site.input, site.axes), variables)
     if blocker is None and costs.training:
         blocker = Blocker(Reason.TRAINING, _price_of_training(site, variables, costs), site.input)
     elif blocker is None:
-        blocker = Blocker(Reason.NOT_WORTH_IT, "centering its input would cost what it saves", site.input)
-    return Site(site.name, site.location, False, "layer_norm", blocker.reason, describe_blocker(blocker), ())
+        blocker = Blocker(
+            Reason.NOT_WORTH_IT, "centering its input at each call would cost as much as it saves", site.input
+        )
+    words = describe_blocker(blocker)
+    returned = named.returned if named is not None else ()
+    others = len({tensor.made_by for tensor in returned}) - 1
+    words += f", and {others} more returned tensor{'s' if others > 1 else ''}" if others > 0 else ""
+    return Site(site.name, site.location, False, "layer_norm", blocker.reason, words, (), returned=returned)
 
 
 def _price_of_training(site: NormSite, variables: Mapping[VariableKey, Variable], costs: CostModel) -> str:

@@ -222,7 +222,7 @@ def test_a_norm_that_stays_says_what_does_not_fit(without_inductor: None) -> Non
     assert "50000 bytes, 0 bytes of it used" in first.detail
     assert "lnfold.memory_budget" in str(first.remedy)
     assert "left: 5 memory_budget" in report.summary()
-    assert "memory_budget would fold with a larger lnfold.memory_budget" in str(report)
+    assert "memory_budget (5): set a larger lnfold.memory_budget" in str(report)
 
 
 def test_sizes_that_are_dynamic(without_inductor: None) -> None:

@@ -108,7 +108,7 @@ def test_explain_for_people(config):
     result = run("explain", config)
     assert result.exit_code == 0
     assert "5 of 5 LayerNorms folded" in result.stdout
-    assert "transformer.h.1.ln_2" in result.stdout
+    assert "transformer.h.0-1.ln_2" in result.stdout
     assert "random weights" in result.stderr
     assert "1/2" not in result.stdout
 

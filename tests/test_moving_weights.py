@@ -92,7 +92,7 @@ def test_folding_is_given_up(move: Callable[[nn.Module], None], caplog: pytest.L
     assert told[0].levelno == logging.WARNING
     assert "'inner.weight'" in told[0].message
     (report,) = lncompile.reports(compiled)
-    assert "moving_weights would fold with weights that stay where they are" in str(report)
+    assert "keep the weights where they are between calls" in str(report)
     assert report.weights == ()
 
 

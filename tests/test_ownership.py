@@ -272,7 +272,7 @@ def test_a_function_and_a_method() -> None:
 
     model = made(WithMethod)
     for function, words in (
-        (compiled(lambda ids: model(ids)), "is no module"),
+        (compiled(lambda ids: model(ids)), "is not a module"),
         (compiled(model.other), "only a part of its model"),
     ):
         expected = model(IDS)

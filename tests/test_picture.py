@@ -70,7 +70,7 @@ def test_a_post_norm_model_has_a_stream_for_each_norm(bert):
     assert all(part.centered for part in first.parts)
     start, dense, norm = second.parts
     assert (start.kind, start.site, start.centered) == (PartKind.ACTIVATION, 0, False)
-    assert "normalisation's output" in start.detail
+    assert "another norm's output" in start.detail
     assert (dense.kind, dense.centered) == (PartKind.WEIGHTS, False)
     assert dense.parameters == tuple(f"{dense.name}.{name}" for name in ("weight", "bias"))
     assert not norm.centered

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PRIVATE_NAMES = [ROOT / "lowering" / f"torch_private{part}.py" for part in ("", "_caches", "_choices", "_codegen")]
+PRIVATE_NAMES = [
+    ROOT / "lowering" / f"torch_private{part}.py" for part in ("", "_breaks", "_caches", "_choices", "_codegen")
+]
 
 
 def modules(*folders: str) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Whether there is anything to compare: a graph in which nothing folds is compiled as stock torch.compile compiles it."""
+"""Whether there is anything to compare: where nothing folds, lnfold compiles as stock torch.compile does."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lncompile.options import parse_options
 from lncompile.report import FoldReport
 
 SAME_CODE = (
-    "lnfold compiles this model to the same code as stock torch.compile, so there is nothing to compare: any difference "
+    "lnfold compiles this model to the same code as stock torch.compile, so there is nothing to compare: a difference "
     "that was measured would be chance."
 )
 

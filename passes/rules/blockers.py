@@ -27,9 +27,12 @@ def explain_producer(node: fx.Node) -> tuple[Reason, str]:
         return Reason.USER_TENSOR, "the stream starts from a tensor that is not a parameter"
     name = _name(node)
     if name in _NORMS:
-        return Reason.NORM_OUTPUT, "the stream starts from a normalisation's output, whose γ and β bring a mean back"
+        return Reason.NORM_OUTPUT, "the stream starts from another norm's output, whose γ and β give it a mean again"
     if name in _NON_LINEAR:
-        return Reason.NON_COMMUTING, f"the stream comes out of {_NON_LINEAR[name]}, which centering cannot pass"
+        return (
+            Reason.NON_COMMUTING,
+            f"the stream comes out of {_NON_LINEAR[name]}, through which centering cannot be moved",
+        )
     if name == "scaled_dot_product_attention":
         return Reason.UNKNOWN_OPERATION, "the stream comes out of attention itself"
     return Reason.UNKNOWN_OPERATION, f"the stream comes out of '{name}', for which there is no rule"

@@ -63,7 +63,7 @@ def linear(operation: Operation) -> Sequence[Linear]:
     result = result_shape(operation)
     weight, bias, input_ = operation["weight"], operation["bias"], operation["input"]
     if len(shape(weight)) != 2:
-        raise Blocked(Reason.UNKNOWN_OPERATION, "a linear layer whose weight is no matrix")
+        raise Blocked(Reason.UNKNOWN_OPERATION, "a linear layer whose weight is not a matrix")
     biases: dict[Key, AxisMap] = {("bias", None): aligned(shape(bias), result)} if bias is not None else {}
     last = len(result) - 1
     return [

@@ -140,7 +140,7 @@ def getitem(operation: Operation) -> Sequence[Linear]:
     """
     source = operation["input"]
     if not isinstance(source, fx.Node):
-        raise Blocked(Reason.UNKNOWN_OPERATION, "an index into something that is no tensor")
+        raise Blocked(Reason.UNKNOWN_OPERATION, "an index into something that is not a tensor")
     if tensor_of(source) is None:
         return _piece(operation, source)
     index = read_index(operation["index"], shape(source), result_shape(operation))

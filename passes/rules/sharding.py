@@ -62,7 +62,7 @@ def to_local(operation: Operation) -> Sequence[Linear]:
 def _pieces(whole: Tensor | None, local: Sequence[Size], what: str) -> AxisMap:
     """From a local tensor to the whole one, and back."""
     if whole is None or not sharding.is_sharded(whole):
-        raise Blocked(Reason.UNKNOWN_OPERATION, f"'{what}' of what is no sharded tensor")
+        raise Blocked(Reason.UNKNOWN_OPERATION, f"'{what}' of a tensor that is not sharded")
     sizes = shape_of(whole)
     if not sharding.is_understood(whole) or len(sizes) != len(local):
         raise Blocked(Reason.UNKNOWN_OPERATION, f"'{what}' of a tensor whose shards are not understood")

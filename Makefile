@@ -12,22 +12,28 @@ pip := $(python) -m pip --disable-pip-version-check install --quiet
 stamp := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-all test-torch fuzz lint bench bench-cpu bench-gpu clean
+.PHONY: help demo serve smoke test test-all test-torch fuzz lint bench bench-cpu bench-gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(stamp)-demo ## fold report, exactness and latency of GPT-2 small (MODEL=hub-id-or-folder for another)
-	$(python) -m lncompile.demo --model "$(MODEL)"
+demo: $(stamp)-demo ## whether to use lnfold for GPT-2 small's shapes, and why (MODEL=hub-id-or-folder for another; 4 minutes)
+	$(VENV)/bin/lncompile "$(MODEL)"
 
 serve: $(stamp)-serve ## a server of a model that A/B tests stock torch.compile against lnfold (SERVE="--model ... --port 8000")
 	$(python) examples/serve.py $(SERVE)
 
+SMOKE := tests/test_structure.py tests/test_backend.py tests/test_placement.py tests/test_fold.py tests/test_answer.py \
+	tests/test_parameter_changes.py tests/test_budget.py
+
 # A process for every core, and one thread in each: the models are tiny. Tests of one group share what they compile.
 pytest := OMP_NUM_THREADS=1 $(python) -m pytest -n auto --dist loadgroup
 
-test: $(stamp)-test ## the test suite
+test: $(stamp)-test ## the test suite (25 to 30 minutes on two cores)
 	$(pytest) -m "not slow"
+
+smoke: $(stamp)-test ## the part of the test suite that says within three minutes whether anything works
+	$(pytest) -m "not slow" $(SMOKE)
 
 test-all: $(stamp)-test ## the test suite, slow tests included (every model through Inductor: hours)
 	$(pytest)
@@ -47,6 +53,7 @@ bench: bench-cpu ## everything that is measured on a CPU: bench-cpu, and the oth
 	$(python) benchmarks/detection.py
 	$(python) benchmarks/weight_check.py
 	OMP_NUM_THREADS=1 $(python) benchmarks/abtest.py
+	OMP_NUM_THREADS=1 $(python) benchmarks/equal_programs.py
 	$(python) benchmarks/warm_start.py
 	OMP_NUM_THREADS=1 $(python) benchmarks/numerics.py
 	$(python) benchmarks/nonfoldable.py

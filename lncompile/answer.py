@@ -19,7 +19,6 @@ from rich.text import Text
 
 from lncompile.latency import LIMIT, Latency
 from lncompile.machine import size_in_words
-from lncompile.passes.decisions import REMEDIES, Reason
 from lncompile.report import FoldReport
 from lncompile.verification import Verification
 
@@ -79,51 +78,44 @@ class Answer:
     def _reason(self) -> str:
         report, latency = self.report, self.latency
         if not report.total:
-            return (
-                "the model has no LayerNorm. lnfold takes away the mean that LayerNorm subtracts; RMSNorm and "
-                "BatchNorm have none to fold."
-            )
+            return _first_to_lower(report.nothing_to_fold())
         if not report.folded:
-            return f"none of the {report.total} LayerNorms folds, {self._main_obstacle()}."
+            return f"none of the {report.total} LayerNorms folds ({self._obstacles()})."
         if not self.stays_exact:
-            return "predictions would get worse. This is a bug of lnfold's: please report it."
+            return "predictions would get worse. This is a bug in lncompile: please report it."
         if latency is None:
             return "latency was not measured."
-        ratio = f"{latency.speedup.median:.3f} times as fast as stock torch.compile"
+        ratio = f"{latency.speedup.median:.3f} times as fast as stock torch.compile {_brackets(latency.speedup)}"
         if self.outcome is Outcome.USE_IT:
-            return f"lnfold is {ratio} {_brackets(latency.speedup)}."
+            return f"lnfold is {ratio}."
+        partly = "" if report.folded == report.total else f" Only {report.folded} of {report.total} LayerNorms fold."
         if latency.speedup.high < 1:
-            return f"lnfold is slower, {ratio} {_brackets(latency.speedup)}."
+            return f"lnfold is slower, {ratio}.{partly}"
         limit = latency.limit
-        partly = "" if report.folded == report.total else f", and only {report.folded} of {report.total} fold"
         if limit is not None and limit.low <= 1:
-            return f"norms take no measurable time of this model on this machine{partly}."
+            return f"norms take no measurable time of this model on this machine.{partly}"
         if limit is not None:
-            return f"norms take {_cost(limit)} of a call{partly}; what lnfold saves of that is too little to measure."
-        return f"no difference from stock torch.compile can be measured{partly}."
+            return f"norms take {_cost(limit)} of a call, and what lnfold saves of that cannot be measured.{partly}"
+        return f"no difference from stock torch.compile can be measured.{partly}"
 
-    def _main_obstacle(self) -> str:
-        counted = Counter(site.reason for site in self.report.sites if site.reason is not None)
-        if not counted:
-            return "though no reason is known"
-        reason, count = counted.most_common(1)[0]
-        return f"{count} of them because of '{reason.value}'"
+    def _obstacles(self) -> str:
+        counted = Counter(site.reason.value for site in self.report.sites if site.reason is not None)
+        return ", ".join(f"{count} {reason}" for reason, count in counted.most_common())
 
     def change(self) -> str | None:
         """What would have to change for a better answer; None where nothing is known that would."""
         report, latency = self.report, self.latency
-        if not report.total or (self.outcome is Outcome.USE_IT and report.folded == report.total):
+        if not report.total or not self.stays_exact:
             return None
-        if not self.stays_exact:
-            return None
-        left = Counter(site.reason for site in report.sites if site.reason is not None)
-        if left:
-            reason, _ = left.most_common(1)[0]
-            if reason is not Reason.INTERNAL_ERROR:
-                return f"more LayerNorms would fold with {REMEDIES[reason]}"
+        if report.headline():
+            return report.headline()
+        wanted = Counter((site.reason, site.remedy) for site in report.sites if site.reason is not None)
+        if wanted:
+            ((_, remedy), count), *_ = wanted.most_common(1)
+            return f"for {count} more to fold: {remedy}"
         limit = None if latency is None else latency.limit
-        if limit is not None and limit.low <= 1:
-            return "nothing in the model: try the batch and lengths that you serve (--batch, --tokens), or a GPU"
+        if self.outcome is Outcome.NO_GAIN and limit is not None and limit.low <= 1:
+            return "nothing in the model; try the batch and the lengths that you serve (--batch, --tokens), or a GPU"
         return None
 
     def line(self) -> str:
@@ -158,7 +150,7 @@ class Answer:
         """How rich prints it: the answer first, then a line for each thing it is made of."""
         colours = {Outcome.USE_IT: "green", Outcome.NO_GAIN: "yellow", Outcome.NOT_POSSIBLE: "red"}
         yield Text(self.sentence(), style=f"bold {colours[self.outcome]}")
-        table = Table(box=None, pad_edge=False, show_header=False)
+        table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")
         for name, words in self._lines():
@@ -170,9 +162,8 @@ class Answer:
         report, latency = self.report, self.latency
         if report.total:
             yield "fold", f"{report.folded} of {report.total} LayerNorms"
-        left = Counter(site.reason.value for site in report.sites if site.reason is not None)
-        if left:
-            yield "stay", ", ".join(f"{count} {reason}" for reason, count in left.most_common())
+        if report.folded < report.total:
+            yield "stay", self._obstacles()
         change = self.change()
         if change is not None:
             yield "to change", change
@@ -196,10 +187,7 @@ class Answer:
             yield "to write", self.line()
 
     def _measured(self, latency: Latency) -> Iterable[tuple[str, str]]:
-        yield (
-            "speed-up",
-            f"{latency.speedup} over stock torch.compile, {latency.verdict()}{latency.caveat()}",
-        )
+        yield "speed-up", f"{latency.speedup} over stock torch.compile, {latency.verdict()}{latency.caveat()}"
         limit = latency.limit
         if limit is not None:
             words = "nothing that can be measured" if limit.low <= 1 else f"{_cost(limit)} of a call"
@@ -214,6 +202,10 @@ class Answer:
             f"eager {1e3 * latency.timings.median('eager'):.3g}), {latency.timings.rounds} rounds in {count} "
             f"process{'' if count == 1 else 'es'}, {self.machine['threads']} CPU threads, {self.machine['device']}",
         )
+
+
+def _first_to_lower(sentence: str) -> str:
+    return sentence[0].lower() + sentence[1:]
 
 
 def _brackets(ratio: Any) -> str:

@@ -181,8 +181,9 @@ def _call_factory(name: str, asked: Mapping[str, int]) -> Made:
 def _made_up_inputs(name: str, model: Any, batch: int | None, length: int | None, seed: int) -> dict[str, Any]:
     if not hasattr(model, "config") or not hasattr(model, "main_input_name"):
         raise ModelError(
-            f"'{name}' returned a model without inputs, and it is no transformers model whose inputs follow from its "
-            "config: return (model, inputs), inputs being a tensor, a tuple of arguments or a dict of keyword arguments"
+            f"'{name}' returned a model without inputs, and it is not a transformers model whose inputs follow from "
+            "its config: return (model, inputs), inputs being a tensor, a tuple of arguments or a dict of keyword "
+            "arguments"
         )
     try:
         return example_inputs(model, batch, length, seed)

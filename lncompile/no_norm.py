@@ -52,7 +52,9 @@ def replace_norms(graph_module: fx.GraphModule, replacement: Callable[[fx.Graph,
     sites = find_sites(graph)
     for site in sites:
         if site.handwritten is not None or site.operation.name in WITH_STATISTICS:
-            raise NotImplementedError(f"'{site.name}' is no single call of layer_norm, which is all this can replace")
+            raise NotImplementedError(
+                f"'{site.name}' is not a single call of layer_norm, and nothing else can be replaced here"
+            )
         with graph.inserting_before(site.node):
             result = replacement(graph, site)
         site.node.replace_all_uses_with(result)

@@ -301,7 +301,7 @@ class AsyncCallable:
     [
         ({}, "pass a model"),
         ({"arms": {"one": double}}, "two arms"),
-        ({"arms": {"one": double, "two": 3}}, "arm 'two' is no callable but int"),
+        ({"arms": {"one": double, "two": 3}}, "arm 'two' is not callable .its type is int"),
         ({"arms": {"one": double, "two": coroutine}}, "arm 'two' is a coroutine function"),
         ({"arms": {"one": double, "two": AsyncCallable()}}, "arm 'two' is a coroutine function"),
         ({"arms": arms(), "mode": "max-autotune"}, "give one or other"),

@@ -64,7 +64,7 @@ def make_arms(arms: Mapping[str, Callable[..., Any]]) -> tuple[Arm, Arm]:
         raise ValueError(f"a test has two arms, a baseline and a candidate, not {len(arms)}")
     for name, function in arms.items():
         if not callable(function):
-            raise ValueError(f"arm '{name}' is no callable but {type(function).__name__}")
+            raise ValueError(f"arm '{name}' is not callable (its type is {type(function).__name__})")
         if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None)):  # noqa: B004
             raise ValueError(
                 f"arm '{name}' is a coroutine function, whose call does no work yet: pass a plain function, "

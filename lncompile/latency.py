@@ -168,7 +168,10 @@ def compile_candidates(
         function = model
         if name in given:
             function = compile_apart(model, backend=name, **given[name])
-        elif name == LIMIT and isinstance(model, nn.Module):
+        elif name == LIMIT:
+            if not isinstance(model, nn.Module):
+                left_out[name] = "what is compiled is not a module, whose weights could be scaled down"
+                continue
             function = compile_apart(with_small_weights(model), backend=no_norm(mode, given[BASELINE].get("options")))
         if function is not model:
             functions[name] = function

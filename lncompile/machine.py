@@ -34,7 +34,11 @@ def require_compiler(device: torch.device | str = "cpu") -> None:
 
 
 def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Return what to write beside every number: device, threads, load and versions, ready for JSON.
+    """Return what to write beside every number: device, threads, load, memory and versions, ready for JSON.
+
+    ``memory`` says what decides where tensors lie, which is the same for all programs of a process: the C library's
+    allocator or what is loaded in its place, whether the system backs memory by huge pages, and whether torch asks for
+    them (``THP_MEM_ALLOC_ENABLE``). torch aligns every tensor on the CPU, parameters and copies alike, to 64 bytes.
 
     Args:
         device: where the measured work runs.
@@ -51,6 +55,7 @@ def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:
         "device_type": "cuda" if cuda else "cpu",
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "memory": _memory(),
         "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -99,3 +104,12 @@ def _processor() -> str:
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     name = names[0] if names else platform.processor() or platform.machine()
     return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def _memory() -> dict[str, Any]:
+    pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return {
+        "allocator": os.environ.get("LD_PRELOAD") or " ".join(platform.libc_ver()).strip() or platform.system(),
+        "huge_pages": pages.read_text().strip() if pages.is_file() else None,
+        "huge_pages_asked_for": os.environ.get("THP_MEM_ALLOC_ENABLE", "0"),
+    }

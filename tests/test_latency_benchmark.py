@@ -20,12 +20,14 @@ from torch import nn
 import lncompile
 from lncompile.lowering import torch_private_codegen
 from lncompile.lowering.triton_without_gpu import triton_for_sm90
+from lncompile.machine import describe_machine
 from lncompile.models import randomise
 from lncompile.processes import RepeatedTimings
 from lncompile.timing import PairedTimings
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
+import equal_programs
 import latency
 from suite import measurement, peers, repeated, workloads
 from suite.candidates import ALL_RECIPES, BASELINE, CANDIDATE, EAGER, FOR_ONE_ROW, LIMIT, PEERS, RECIPES, Recipe
@@ -388,6 +390,36 @@ def test_a_workload_is_measured_in_processes(monkeypatch) -> None:
     assert (ran.name, ran.depth) == (workload.name, 2)
     assert [recipe.name for recipe in ran_recipes] == [CANDIDATE, BASELINE]
     assert settings == Settings(seconds=2.0, empty_caches=False)
+
+
+def test_equal_programs_are_compared_and_counted(monkeypatch) -> None:
+    """That the benchmark counts what it says; how often there is a winner is the benchmark's own result."""
+    monkeypatch.setattr(equal_programs, "SIZES", {"tiny": (8, 2)})
+    monkeypatch.setattr(equal_programs, "SECONDS", {"tiny": 0.05})
+    with torch.no_grad():
+        tests = [
+            equal_programs.compare("tiny", pair, order)
+            for pair in equal_programs.PAIRS
+            for order in equal_programs.ORDERS
+        ]
+    assert all(test["rounds"] >= 15 and test["median_s"] > 0 for test in tests)
+    decided = {**tests[0], "abtest": {**tests[0]["abtest"], "winner_at_any_look": "candidate"}}
+    undecided = [{**test, "abtest": {**test["abtest"], "winner_at_any_look": None}} for test in tests[1:]]
+    found = equal_programs.summarise([[decided, *undecided], [*undecided, {**tests[0], **undecided[0]}]])
+    assert (found["tests"], found["abtest_winners"]) == (8, 1)
+    first = found["kinds"][0]
+    assert (first["size"], first["pair"], first["tests"], first["abtest_winners"]) == ("tiny", "stock, stock", 4, 1)
+    json.dumps(found)
+
+
+def test_what_decides_where_memory_lies_is_said(monkeypatch) -> None:
+    monkeypatch.setenv("LD_PRELOAD", "")
+    assert describe_machine()["memory"]["allocator"]
+    monkeypatch.setenv("LD_PRELOAD", "/usr/lib/libjemalloc.so")
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")
+    memory = describe_machine()["memory"]
+    assert memory["allocator"] == "/usr/lib/libjemalloc.so"
+    assert memory["huge_pages_asked_for"] == "1"
 
 
 def test_a_tree_without_its_history_is_measured_all_the_same(monkeypatch, tmp_path: Path) -> None:

@@ -403,9 +403,9 @@ def test_equal_programs_are_compared_and_counted(monkeypatch) -> None:
             for order in equal_programs.ORDERS
         ]
     assert all(test["rounds"] >= 15 and test["median_s"] > 0 for test in tests)
+    undecided = [{**test, "abtest": {**test["abtest"], "winner_at_any_look": None}} for test in tests]
     decided = {**tests[0], "abtest": {**tests[0]["abtest"], "winner_at_any_look": "candidate"}}
-    undecided = [{**test, "abtest": {**test["abtest"], "winner_at_any_look": None}} for test in tests[1:]]
-    found = equal_programs.summarise([[decided, *undecided], [*undecided, {**tests[0], **undecided[0]}]])
+    found = equal_programs.summarise([[decided, *undecided[1:]], undecided])
     assert (found["tests"], found["abtest_winners"]) == (8, 1)
     first = found["kinds"][0]
     assert (first["size"], first["pair"], first["tests"], first["abtest_winners"]) == ("tiny", "stock, stock", 4, 1)

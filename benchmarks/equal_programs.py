@@ -40,7 +40,7 @@ SIZES = {"0.1 ms": (144, 8), "1 ms": (512, 32), "10 ms": (768, 96)}
 PAIRS = {"stock, stock": ("inductor", "inductor"), "stock, lnfold": ("inductor", "lnfold")}
 ORDERS = ("baseline first", "candidate first")
 #: How long each comparison of a pair takes, in seconds, by size.
-SECONDS = {"0.1 ms": 1.0, "1 ms": 1.5, "10 ms": 3.0}
+SECONDS = {"0.1 ms": 0.8, "1 ms": 1.2, "10 ms": 2.4}
 
 
 class Layers(nn.Module):

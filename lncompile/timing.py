@@ -35,7 +35,7 @@ class Ratio(Estimate):
 
 @dataclass(frozen=True)
 class PairedTimings:
-    """Seconds of each call, by candidate; the i-th calls of all candidates were made in one round."""
+    """Seconds of each timed call, by candidate; the i-th calls of all candidates were made in one round."""
 
     seconds: Mapping[str, tuple[float, ...]]
 
@@ -177,10 +177,13 @@ def measure(
     stopwatch: Stopwatch | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> PairedTimings:
-    """Time several callables in turn, round after round, each round in a random order.
+    """Time several callables in turn, round after round.
 
-    The order is random so that no candidate follows another one more often than the others do: what ran before decides
-    what is in the cache.
+    A round calls the candidates in a random order, each twice, and times the second call. What ran before decides what
+    is in the cache, and in front of each timed call that is the same candidate. Timed at once, a call is slower behind
+    another candidate's, and slower still behind the bookkeeping of a round. The ratios of equal programs then lie in
+    two heaps, one for each order, and their median is in whichever is larger. That made the second of two equal
+    programs 0.8% slower.
 
     Args:
         candidates: what to time, by name. They do the same work.
@@ -194,7 +197,7 @@ def measure(
         progress: called after each round with the share done; 1 after the last, and only then.
 
     Returns:
-        The seconds of every call.
+        The seconds of every timed call.
 
     Example:
         >>> timings = measure({"inductor": lambda: a(x), "lnfold": lambda: b(x)})
@@ -219,6 +222,7 @@ def measure(
     rounds, share = 0, 0.0
     while share < 1.0:
         for index in order.permutation(len(names)):
+            once(names[index])
             samples[names[index]].append(once(names[index]))
         rounds += 1
         # Both the time and the rounds asked for have to be spent.

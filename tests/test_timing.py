@@ -59,10 +59,33 @@ def test_the_order_is_random_and_each_call_is_prepared_untimed() -> None:
         stopwatch=stopwatch,
     )
     a, b = ["start", "a", "stop"], ["prepare b", "start", "b", "stop"]
-    rounds = len(a + b)
-    orders = [log[start : start + rounds] for start in range(0, len(log), rounds)]
-    assert all(order in (a + b, b + a) for order in orders)
-    assert 10 <= orders.count(a + b) <= 30
+    size = 2 * len(a + b)
+    rounds = [log[start : start + size] for start in range(0, len(log), size)]
+    assert all(order in (a + a + b + b, b + b + a + a) for order in rounds)
+    assert 10 <= rounds.count(a + a + b + b) <= 30
+
+
+def test_what_ran_before_makes_no_difference() -> None:
+    """A call is slower behind another program's, and slower still behind bookkeeping; the programs are equal."""
+    last, calls = "", 0
+
+    def program(name: str) -> Callable[[], None]:
+        def call() -> None:
+            nonlocal last
+            last = name
+
+        return call
+
+    def stopwatch(call: Callable[[], Any]) -> float:
+        nonlocal calls
+        calls += 1
+        before = last
+        call()
+        return 1.0 + 0.02 * (before != last) + 0.1 * (calls % 4 == 1)
+
+    candidates = {"a": program("a"), "b": program("b")}
+    timings = measure(candidates, seconds=1e-9, minimum_rounds=25, warmup=0, stopwatch=stopwatch)
+    assert set(timings.seconds["a"]) == set(timings.seconds["b"]) == {1.0}
 
 
 def test_wall_clock_times_the_call() -> None:

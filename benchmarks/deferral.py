@@ -84,7 +84,7 @@ def carry_out(task: dict[str, Any]) -> dict[str, Any]:
     torch.compiler.reset()
     runs = compiled_in_order(model, lambda run: run(value), CANDIDATES, task["order"], device)
     for name, lowering in ((OFF, "rms_norm"), (ON, "rms_norm_deferred")):
-        report = lncompile.explain(runs[name], value)
+        (report,) = lncompile.reports(runs[name])
         if [site.lowering for site in report.sites] != [lowering, "rms_norm"]:
             raise RuntimeError(f"{name}: expected {lowering}, and got\n{report}")
     timed = time_case({name: functools.partial(run, value) for name, run in runs.items()}, task["seconds"], device)

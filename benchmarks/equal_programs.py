@@ -2,8 +2,12 @@
 
 A model without any norm is compiled twice: by stock and by stock, and by stock and by lnfold, which has nothing to do
 there; in both orders; with sizes that make a call take about 0.1, 1 and 10 ms. Each pair is compared by ``ABTest`` and
-by ``timing.measure``. Pairs of all kinds come in each process, which compiles each pair anew; at the end the interval
-over processes, which is what ``lncompile bench`` prints, is made from the first pairs of each kind.
+by ``timing.measure``. Pairs of all kinds come in each process, which compiles each pair anew, in an order of its own.
+The interval over processes is what ``lncompile bench`` prints.
+
+The pairs are compiled on even terms (``lncompile.even_terms``). What ``ABTest(model)`` compiles by itself has the
+settled process, and where torch can a list of its own, but no twin of the model, so that what ``forward`` assigns is
+shared.
 
     python benchmarks/equal_programs.py [--processes 17]
 
@@ -16,6 +20,7 @@ import argparse
 import functools
 import itertools
 import random
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -32,7 +37,7 @@ from lncompile.even_terms import compile_apart, settle
 from lncompile.lowering import torch_private_caches
 from lncompile.machine import describe_machine
 from lncompile.processes import RepeatedTimings, run_processes
-from lncompile.timing import PairedTimings, measure
+from lncompile.timing import PairedTimings, Ratio, measure
 
 #: Width and rows that make a call of six layers take about so long, in milliseconds, on one thread.
 SIZES = {"0.1 ms": (144, 8), "1 ms": (512, 32), "10 ms": (768, 96)}
@@ -113,6 +118,17 @@ def carry_out(task: dict[str, Any]) -> dict[str, Any]:
     return {"tests": [compare(*kind) for kind in task["kinds"]]}
 
 
+def over_processes(processes: Sequence[Sequence[dict[str, Any]]]) -> Ratio:
+    """The speed-up over processes, each of which gives one number: the geometric mean of its tests' ratios.
+
+    Args:
+        processes: tests of one kind, by process.
+    """
+    ratios = [statistics.geometric_mean(test["median_ratio"] for test in process) for process in processes]
+    timings = (PairedTimings({"baseline": (ratio,), "candidate": (1.0,)}) for ratio in ratios)
+    return RepeatedTimings(tuple(timings)).speedup("candidate", "baseline")
+
+
 def summarise(processes: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
     """Count the winners, and make the interval over processes of each kind.
 
@@ -123,29 +139,20 @@ def summarise(processes: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
     winners = [test for test in tests if test["abtest"]["winner_at_any_look"] is not None]
     kinds = []
     for size, pair in itertools.product(SIZES, PAIRS):
-        ours = [test for test in tests if (test["size"], test["pair"]) == (size, pair)]
-        by_order = {
-            order: RepeatedTimings(
-                tuple(
-                    PairedTimings({"baseline": (test["median_ratio"],), "candidate": (1.0,)})
-                    for test in ours
-                    if test["order"] == order
-                )
-            ).speedup("candidate", "baseline")
-            for order in ORDERS
-        }
-        both = RepeatedTimings(
-            tuple(PairedTimings({"baseline": (test["median_ratio"],), "candidate": (1.0,)}) for test in ours)
-        ).speedup("candidate", "baseline")
+        ours = [[test for test in process if (test["size"], test["pair"]) == (size, pair)] for process in processes]
+        flat = [test for process in ours for test in process]
         kinds.append(
             {
                 "size": size,
                 "pair": pair,
-                "tests": len(ours),
-                "median_s": float(torch.tensor([test["median_s"] for test in ours]).median()),
-                "abtest_winners": sum(test["abtest"]["winner_at_any_look"] is not None for test in ours),
-                "speedup_over_processes": vars(both),
-                "speedup_over_processes_by_order": {order: vars(ratio) for order, ratio in by_order.items()},
+                "tests": len(flat),
+                "median_s": statistics.median(test["median_s"] for test in flat),
+                "abtest_winners": sum(test["abtest"]["winner_at_any_look"] is not None for test in flat),
+                "speedup_over_processes": vars(over_processes(ours)),
+                "speedup_over_processes_by_order": {
+                    order: vars(over_processes([[t for t in process if t["order"] == order] for process in ours]))
+                    for order in ORDERS
+                },
             }
         )
     return {"tests": len(tests), "abtest_winners": len(winners), "kinds": kinds}
@@ -154,7 +161,14 @@ def summarise(processes: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark as a command."""
     parser = argparse.ArgumentParser(description="How often do comparisons find a winner between equal programs?")
-    parser.add_argument("--processes", type=int, default=17, help="each makes 12 tests (default: 17)")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        choices=range(2, 101),
+        default=17,
+        metavar="N",
+        help="each makes 12 tests (default: 17)",
+    )
     parser.add_argument("--output", type=Path, default=recording.RESULTS / "equal_programs.json")
     chosen = parser.parse_args(arguments)
     machine = describe_machine()

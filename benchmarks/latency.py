@@ -40,7 +40,7 @@ log = logging.getLogger("lncompile.benchmarks")
 #: What each suite takes at most, unless asked otherwise.
 MINUTES = {"cpu": 10.0, "gpu": 8.0, "all": 120.0}
 SECONDS = {"cpu": 20.0, "gpu": 6.0, "all": 20.0}
-PROCESSES = {"cpu": 4, "gpu": 2, "all": 2}
+PROCESSES = {"cpu": 4, "gpu": 3, "all": 3}
 
 
 class Budget:
@@ -172,7 +172,7 @@ def versions() -> dict[str, str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Latency of whole models, interleaved in one process.")
+    parser = argparse.ArgumentParser(description="Latency of whole models, interleaved, in several processes.")
     parser.add_argument("--suite", choices=sorted(SUITES), default="cpu", help="which workloads (default: cpu)")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="those whose name holds one of these")
     parser.add_argument("--minutes", type=_positive, help="for everything (default: cpu 10, gpu 8, all 120)")
@@ -180,7 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--layers", type=_count, help="of each model at most (default: all; 6 of some in the gpu suite)"
     )
-    parser.add_argument("--processes", type=_count, help="for each workload (default: 4; gpu and all 2)")
+    parser.add_argument("--processes", type=_count, help="for each workload (default: 4; gpu and all 3)")
     parser.add_argument("--no-peers", action="store_true", help="only inductor, lnfold, no norm and eager")
     parser.add_argument("--threads", type=_count, help="CPU threads; one is steadier on a machine shared with others")
     parser.add_argument("--output", type=Path, default=recording.RESULTS, help="folder of JSON and PNG")

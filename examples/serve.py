@@ -50,7 +50,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def build(options: argparse.Namespace) -> Service:
-    """Load the model and put the service around it. Nothing is compiled yet.
+    """Load the model and put the service around it. Nothing of it is compiled yet.
 
     Raises:
         ModelError: for a model that cannot be served.

@@ -77,17 +77,23 @@ class Answer:
 
     def _reason(self) -> str:
         report, latency = self.report, self.latency
+        if not report.total and report.differences:
+            first, count = report.differences[0], len(report.differences)
+            more = f" (and {count - 1} more)" if count > 1 else ""
+            return f"no LayerNorm is recognised. A mean is subtracted at {first.location}{more}, but {first.detail}."
         if not report.total:
             return _first_to_lower(report.nothing_to_fold())
         if not report.folded:
             return f"none of the {report.total} LayerNorms folds ({self._obstacles()})."
         if not self.stays_exact:
+            if self.verification is not None and self._stock_overflows(self.verification):
+                return "outputs are not finite, with stock torch.compile as well: use a wider dtype."
             return "predictions would get worse. This is a bug in lncompile: please report it."
         if latency is None:
             return "latency was not measured."
         ratio = f"{latency.speedup.median:.3f} times as fast as stock torch.compile {_brackets(latency.speedup)}"
         if self.outcome is Outcome.USE_IT:
-            return f"lnfold is {ratio}."
+            return f"lnfold is {ratio}{latency.caveat()}."
         partly = "" if report.folded == report.total else f" Only {report.folded} of {report.total} LayerNorms fold."
         if latency.speedup.high < 1:
             return f"lnfold is slower, {ratio}.{partly}"
@@ -98,6 +104,11 @@ class Answer:
             return f"norms take {_cost(limit)} of a call, and what lnfold saves of that cannot be measured.{partly}"
         return f"no difference from stock torch.compile can be measured.{partly}"
 
+    @staticmethod
+    def _stock_overflows(verification: Verification) -> bool:
+        worse = [output for output in verification.outputs if not output.passed]
+        return all(output.not_finite_inductor >= output.not_finite > 0 for output in worse)
+
     def _obstacles(self) -> str:
         counted = Counter(site.reason.value for site in self.report.sites if site.reason is not None)
         return ", ".join(f"{count} {reason}" for reason, count in counted.most_common())
@@ -105,8 +116,10 @@ class Answer:
     def change(self) -> str | None:
         """What would have to change for a better answer; None where nothing is known that would."""
         report, latency = self.report, self.latency
-        if not report.total or not self.stays_exact:
+        if not self.stays_exact:
             return None
+        if not report.total:
+            return report.differences[0].remedy if report.differences else None
         if report.headline():
             return report.headline()
         wanted = Counter((site.reason, site.remedy) for site in report.sites if site.reason is not None)

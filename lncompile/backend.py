@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import types
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -94,7 +93,7 @@ def lnfold(
             raise
         return _untouched(graph_module, example_inputs, inductor_config, arguments, error)
     report = prepared.report
-    _publish(report, torch_private.frame_being_compiled())
+    _publish(report)
     if prepared.graph_module is None:
         compiled = torch_private.inductor_compile(graph_module, example_inputs, inductor_config)
         return _remember(compiled, report, arguments, prepared.reader)
@@ -144,12 +143,17 @@ def _untouched(
     return _remember(compiled, report, arguments, reader)
 
 
-def _publish(report: FoldReport, frame: torch_private.Frame | None) -> None:
+def _publish(report: FoldReport) -> None:
     torch_private.count("graphs")
     torch_private.count("sites", report.total)
     torch_private.count("folded", report.folded)
-    torch_private.trace_artifact("lnfold_report", lambda: json.dumps(report.to_dict(), indent=2))
-    log_lines.say(report, frame)
+    try:
+        torch_private.trace_artifact("lnfold_report", lambda: json.dumps(report.to_dict(), indent=2))
+        log_lines.say(report, torch_private.frame_being_compiled())
+    except Exception as error:
+        if not safety_net.enabled:
+            raise
+        safety_net.log_failure("lnfold cannot say what it made of a graph, and goes on", error)
 
 
 def _remember(
@@ -168,20 +172,27 @@ def _remember(
     record = CompiledGraph(report, code, arguments, reader, materializer)
     compiled_graphs.add(record)
     compiled = torch_private.innermost_function(compiled)
-    run = compiled
-    if isinstance(compiled, types.MethodType):  # nothing can be tied to it
+    if materializer is not None and unfolded is not None and materializer.expressions:
+
+        def folded(*arguments: Any) -> Any:
+            values = materializer(arguments)
+            return unfolded(*arguments) if values is None else compiled(*arguments, *values)
+
+        return _tied(folded, record)
+    try:
+        return _tied(compiled, record)
+    except AttributeError:  # a bound method, say
 
         def run(*arguments: Any) -> Any:
             return compiled(*arguments)
 
-    if materializer is not None and unfolded is not None and materializer.expressions:
+        return _tied(run, record)
 
-        def run(*arguments: Any) -> Any:
-            values = materializer(arguments)
-            return unfolded(*arguments) if values is None else compiled(*arguments, *values)
 
-    run.record = record  # type: ignore[attr-defined]
-    return run
+def _tied(function: Callable[..., Any], record: CompiledGraph) -> Callable[..., Any]:
+    """Have a record live as long as a function."""
+    function.record = record  # type: ignore[attr-defined]
+    return function
 
 
 __all__ = ["CompiledGraph", "Options", "compiled_graphs", "lnfold"]

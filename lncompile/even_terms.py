@@ -52,13 +52,19 @@ def settle(device: torch.device | str = "cpu") -> None:
     gc.collect()
 
 
+def begin_anew() -> None:
+    """Settle again when it is next asked for: ``torch.compiler.reset()`` forgot what was compiled."""
+    _small_programs.cache_clear()
+
+
 @functools.cache
 def _small_programs(device: str) -> tuple[Callable[..., Any], ...]:
-    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)).eval().to(device)
-    value = torch.zeros(8, 8, device=device)
-    programs = tuple(compile_apart(model, backend="inductor") for _ in range(SMALL_MODULES))
+    programs: tuple[Callable[..., Any], ...] = ()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):  # what is drawn here is not the caller's
+            model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)).eval().to(device)
+            value = torch.zeros(8, 8, device=device)
+            programs = tuple(compile_apart(model, backend="inductor") for _ in range(SMALL_MODULES))
             for program in programs:
                 program(value)
     except Exception as error:
@@ -79,8 +85,8 @@ def compile_apart(model: Callable[..., Any], *, backend: Any, **arguments: Any) 
     That alone is not enough: such a program still finds what was compiled without it.
 
     Args:
-        model: a module or function. Weights are shared, not copied. What ``forward`` assigns to the module itself stays
-            in the twin.
+        model: a module or function. Parameters, buffers and submodules are shared, not copied. Any other attribute
+            that ``forward`` assigns to the module itself stays in the twin.
         backend: as for ``torch.compile``.
         arguments: likewise.
 

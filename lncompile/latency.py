@@ -17,14 +17,13 @@ from rich.text import Text
 from torch import nn
 
 from lncompile.even_terms import compile_apart, settle
-from lncompile.explanation import settings_of
 from lncompile.lowering import torch_private, torch_private_caches
 from lncompile.machine import describe_machine
 from lncompile.no_norm import no_norm, with_small_weights
 from lncompile.options import arms
 from lncompile.processes import RepeatedTimings, orders, run_processes
 from lncompile.progress import Say
-from lncompile.timing import PairedTimings, Ratio, measure
+from lncompile.timing import PairedTimings, Ratio
 
 #: The candidates: the model as it is, stock torch.compile, lnfold, and stock without any norm, which is the limit.
 EAGER, BASELINE, CANDIDATE, LIMIT = "eager", "inductor", "lnfold", "no norms"
@@ -125,12 +124,10 @@ class Candidates:
     Attributes:
         calls: by name, in the order in which they were compiled.
         left_out: those that could not be compiled, and why.
-        functions: what ``torch.compile`` returned for those that are compiled.
     """
 
     calls: Mapping[str, Callable[[], Any]]
     left_out: Mapping[str, str]
-    functions: Mapping[str, Callable[..., Any]]
 
 
 def compile_candidates(
@@ -142,7 +139,6 @@ def compile_candidates(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
     device: torch.device | str = "cpu",
-    say: Callable[[str], None] = lambda words: None,
 ) -> Candidates:
     """Compile and call each candidate once, on even terms.
 
@@ -154,7 +150,6 @@ def compile_candidates(
         mode: of ``torch.compile``.
         options: of ``torch.compile``, ours included.
         device: what they run on.
-        say: called before each compilation.
 
     Returns:
         The candidates. The limit is left out, with its reason, where norms cannot be taken out of the graph.
@@ -162,7 +157,6 @@ def compile_candidates(
     settle(device)
     given = arms(mode, options)
     calls: dict[str, Callable[[], Any]] = {}
-    functions: dict[str, Callable[..., Any]] = {}
     left_out: dict[str, str] = {}
     for name in names:
         function = model
@@ -174,8 +168,6 @@ def compile_candidates(
                 continue
             function = compile_apart(with_small_weights(model), backend=no_norm(mode, given[BASELINE].get("options")))
         if function is not model:
-            functions[name] = function
-            say(f"compiling {name}")
             gc.collect()  # what earlier compilations left would be holes to fill
         call = functools.partial(function, *args, **kwargs)
         try:
@@ -184,60 +176,17 @@ def compile_candidates(
         except Exception as error:
             if name != LIMIT:
                 raise
-            left_out[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            left_out[name] = _why(error)
             continue
         calls[name] = call
-    return Candidates(calls, left_out, functions)
+    return Candidates(calls, left_out)
 
 
-def compare_latency(
-    model: Callable[..., Any],
-    args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
-    *,
-    seconds: float = 10.0,
-    device: torch.device | str = "cpu",
-    machine: Mapping[str, Any] | None = None,
-    progress: Say | None = None,
-) -> Latency:
-    """Measure eager, stock Inductor and lnfold in turn, call by call, under ``torch.no_grad()``, in this process.
-
-    The interval is over rounds: it holds for this process. Another one, where weights and code lie elsewhere in memory,
-    differs by some tenths of a percent to some percent. :func:`compare_in_processes` measures in several.
-
-    Args:
-        model: a module or function; one compiled with lnfold is measured with its mode and options.
-        args: what it is called with, by position.
-        kwargs: what it is called with, by name.
-        seconds: how long to measure, compilation and warm-up not counted.
-        device: where the work happens; calls on CUDA are synchronised.
-        machine: :func:`lncompile.machine.describe_machine` as it was before other work began; by default as it is now.
-        progress: called before each compilation and after each round.
-
-    Returns:
-        The timings.
-
-    Example:
-        >>> print(compare_latency(model, (input_ids,), seconds=5.0).sentence())
-    """
-    say = progress or (lambda words, share=None: None)
-    settings = settings_of(model) or {}
-    machine = machine or describe_machine(device)
-    with torch.no_grad():
-        candidates = compile_candidates(
-            torch_private.original_callable(model),
-            args,
-            kwargs or {},
-            (EAGER, BASELINE, CANDIDATE),
-            mode=settings.get("mode"),
-            options=settings.get("options"),
-            device=device,
-            say=say,
-        )
-        timings = measure(
-            candidates.calls, seconds=seconds, device=device, progress=lambda share: say("measuring", share)
-        )
-    return Latency(RepeatedTimings((timings,)), machine)
+def _why(error: Exception) -> str:
+    """A reason in one line; Dynamo wraps what a backend raises."""
+    inner = getattr(error, "inner_exception", None) or error
+    lines = str(inner).strip().splitlines()
+    return lines[0] if isinstance(inner, NotImplementedError) and lines else f"{type(inner).__name__}: {lines[:1]}"
 
 
 def compare_in_processes(

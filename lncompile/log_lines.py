@@ -11,6 +11,7 @@ import logging
 import threading
 import weakref
 from collections import Counter
+from types import CodeType
 from typing import Any
 
 from torch import nn
@@ -54,7 +55,8 @@ def tell_again() -> None:
 
 
 def _level(report: FoldReport, code: object, frame: torch_private.Frame | None) -> int:
-    receiver, piece = (None, None) if frame is None else (frame.receiver, frame.code)
+    # Not the code itself: Dynamo keeps with it what it compiled, and would keep it for ever.
+    receiver, piece = (None, None) if frame is None else (frame.receiver, (_place(frame.code), code))
     said = _lines_of_modules.setdefault(receiver, set()) if isinstance(receiver, nn.Module) else _lines_of_functions
     is_first = piece not in said
     said.add(piece)
@@ -64,6 +66,10 @@ def _level(report: FoldReport, code: object, frame: torch_private.Frame | None) 
         _warnings.add((code, reason))
         return logging.WARNING
     return logging.INFO if is_first else logging.DEBUG
+
+
+def _place(code: CodeType) -> tuple[str, int, str]:
+    return code.co_filename, code.co_firstlineno, code.co_name
 
 
 def _source(frame: torch_private.Frame | None) -> tuple[str, int] | None:

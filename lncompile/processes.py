@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import subprocess
 import sys
 import tempfile
@@ -31,7 +32,17 @@ from lncompile.timing import Estimate, PairedTimings, Ratio
 
 
 class ProcessError(Exception):
-    """A process that was to measure ended without a result. The message says how, and what it printed last."""
+    """A process that was to measure ended without a result. The message says how.
+
+    Attributes:
+        printed: what it printed, its traceback included.
+        out_of_memory: whether that is, or seems to be, why.
+    """
+
+    def __init__(self, message: str, printed: str = "", *, out_of_memory: bool = False) -> None:
+        super().__init__(message)
+        self.printed = printed
+        self.out_of_memory = out_of_memory
 
 
 @dataclass(frozen=True)
@@ -87,6 +98,8 @@ class RepeatedTimings:
     def share_removed(self, name: str, baseline: str, limit: str) -> Estimate | None:
         """How much of the way from a baseline to its limit a candidate goes; see ``PairedTimings.share_removed``.
 
+        The interval is that of the candidate's part of the way. How well the way itself is known is not in it.
+
         Returns:
             None unless the limit is faster than the baseline: its cost is then smaller than the noise.
         """
@@ -101,6 +114,15 @@ class RepeatedTimings:
     def to_dict(self) -> dict[str, Any]:
         """Return each process's medians and samples, ready for JSON."""
         return {"processes": [process.to_dict() for process in self.processes]}
+
+
+def _failure(process: str, ended: subprocess.CompletedProcess[str]) -> ProcessError:
+    printed = ended.stderr or ended.stdout
+    if any(words in printed for words in ("DefaultCPUAllocator", "OutOfMemoryError", "MemoryError")):
+        return ProcessError(f"{process} ran out of memory", printed, out_of_memory=True)
+    if ended.returncode == -signal.SIGKILL:
+        return ProcessError(f"{process} was killed, most likely for the memory it took", printed, out_of_memory=True)
+    return ProcessError(f"{process} ended with code {ended.returncode}", printed)
 
 
 def _geometric(values: Sequence[float]) -> tuple[float, float, float]:
@@ -153,9 +175,6 @@ def run_processes(
             command = [sys.executable, *what, str(given), str(written)]
             ended = subprocess.run(command, check=False, capture_output=True, text=True)
             if ended.returncode != 0 or not written.is_file():
-                last = (ended.stderr.strip() or ended.stdout.strip() or "nothing").splitlines()[-1]
-                raise ProcessError(
-                    f"process {number + 1} of {len(tasks)} ended with code {ended.returncode} and printed last: {last}"
-                )
+                raise _failure(f"process {number + 1} of {len(tasks)}", ended)
             results.append(json.loads(written.read_text()))
     return results

@@ -6,6 +6,7 @@ A part of :mod:`.torch_private`, which says what its modules are for.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import types
 from collections.abc import Callable
@@ -49,10 +50,13 @@ def with_code_of_its_own(model: Callable[..., Any]) -> Callable[..., Any]:
     """
     if isinstance(model, torch.nn.Module):
         twin = copy.copy(model)
-        forward = model.forward
-        if isinstance(forward, types.MethodType) and isinstance(forward.__func__, types.FunctionType):
+        forward: Any = model.forward
+        is_own = isinstance(forward, types.MethodType) and forward.__self__ is model
+        if is_own and isinstance(forward.__func__, types.FunctionType):
             object.__setattr__(twin, "forward", types.MethodType(_with_own_code(forward.__func__), twin))
         return twin
+    if isinstance(model, functools.partial) and isinstance(model.func, types.FunctionType):
+        return functools.partial(_with_own_code(model.func), *model.args, **model.keywords)
     return _with_own_code(model) if isinstance(model, types.FunctionType) else model
 
 
@@ -65,6 +69,8 @@ def _with_own_code(function: types.FunctionType) -> types.FunctionType:
         function.__closure__,
     )
     twin.__kwdefaults__ = function.__kwdefaults__
+    twin.__annotations__, twin.__qualname__ = function.__annotations__, function.__qualname__
+    twin.__module__ = function.__module__
     twin.__dict__.update(function.__dict__)
     return twin
 

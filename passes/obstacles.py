@@ -219,6 +219,8 @@ class _Stream:
             keys = [key for key in self._variables if key in self._positions and key in shifted]
             if keys:
                 break
+        if not keys:
+            return Named(blocker)
         nodes = list(dict.fromkeys(key[0] for key in keys))
         nearest = next((node for node in nodes if node is blocker.node), nodes[0])
         returned = tuple(

@@ -14,6 +14,7 @@ from lncompile.factories import call_factory
 from lncompile.machine import available_memory
 from lncompile.model_names import ModelError
 from lncompile.models import inputs_of_length, load_model
+from lncompile.processes import ProcessError
 
 # --- Factories that do not return ------------------------------------------------------------------------------------
 
@@ -146,9 +147,13 @@ def test_what_helps_is_what_is_at_work(monkeypatch):
     error = assert_refused("verify", f"{HERE}:make_sized", "-t", 1, "--dtype", "bfloat16", says=("bfloat16",))
     assert "no option of this command needs less" in error
 
-    monkeypatch.setattr("lncompile.cli.bench.compare_latency", fail_to_allocate)
-    error = assert_refused("bench", f"{HERE}:make_net", says=("while bench ran", "--dtype bfloat16"))
+    def end_for_want_of_memory(*arguments, **named):
+        raise ProcessError("process 1 of 4 ran out of memory", out_of_memory=True)
+
+    monkeypatch.setattr("lncompile.cli.bench.compare_in_processes", end_for_want_of_memory)
+    error = assert_refused("bench", f"{HERE}:make_net", says=("while bench ran", "process 1 of 4", "--dtype bfloat16"))
     assert "float64" not in error
+    assert "the weights take 0.7 kB" in error
 
 
 def test_sizes_of_a_configuration_are_known_where_it_cannot_be_loaded(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import lncompile
-from lncompile.even_terms import SMALL_MODULES, compile_apart, settle
+from lncompile.even_terms import SMALL_MODULES, begin_anew, compile_apart, settle
 from lncompile.lowering import torch_private_caches
 from lncompile.models import randomise
 
@@ -128,7 +129,31 @@ def test_where_torch_cannot_keep_them_apart_each_gets_code_of_its_own(monkeypatc
     assert function.__code__ is not events.__code__
 
 
-def test_a_twin_sees_weights_that_are_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forward_of_another_object_stays_its_own() -> None:
+    model, other = Layers(True).eval(), Layers(False).eval()
+    model.forward = other.forward  # type: ignore[method-assign]
+    x = torch.randn(4, 8)
+    torch.testing.assert_close(torch_private_caches.with_code_of_its_own(model)(x), other(x), rtol=0, atol=0)
+
+
+def test_a_partial_function_gets_code_of_its_own() -> None:
+    twin = torch_private_caches.with_code_of_its_own(functools.partial(torch.nn.functional.softplus, beta=2))
+    x = torch.randn(4)
+    torch.testing.assert_close(twin(x), torch.nn.functional.softplus(x, beta=2))
+    partial = functools.partial(events, lambda: None)
+    assert torch_private_caches.with_code_of_its_own(partial).func.__code__ is not events.__code__  # type: ignore[attr-defined]
+
+
+def test_settling_draws_no_random_number_of_the_caller() -> None:
+    begin_anew()
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    settle()
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_a_twin_sees_weights_that_are_exchanged() -> None:
     model = Layers(True).eval()
     twin = torch_private_caches.with_code_of_its_own(model)
     x = torch.randn(4, 8)

@@ -30,18 +30,6 @@ def test_the_interval_over_processes_contains_the_truth_in_95_of_100_cases(count
     assert 0.93 <= held / 600 <= 0.97
 
 
-def test_a_bootstrap_over_few_processes_would_be_too_narrow() -> None:
-    """Why it is not one: the 95% interval of four processes contains the truth in some 80 of 100 cases."""
-    generator = numpy.random.default_rng(0)
-    held = 0
-    for _ in range(600):
-        medians = generator.normal(0.0, 0.01, 4)
-        means = medians[generator.integers(0, 4, (500, 4))].mean(axis=1)
-        low, high = numpy.quantile(means, [0.025, 0.975])
-        held += low <= 0.0 <= high
-    assert held / 600 < 0.87
-
-
 def test_the_interval_within_one_process_says_nothing_of_the_next() -> None:
     generator = numpy.random.default_rng(0)
     held = 0
@@ -97,5 +85,22 @@ def test_processes_get_tasks_and_give_results(tmp_path: Path) -> None:
     begun: list[int] = []
     assert run_processes(str(script), [{"number": 1}, {"number": 4}], begun.append) == [{"doubled": 2}, {"doubled": 8}]
     assert begun == [0, 1]
-    with pytest.raises(ProcessError, match="process 2 of 2 ended with code 1 and printed last: not this one"):
+    with pytest.raises(ProcessError, match="process 2 of 2 ended with code 1") as failed:
         run_processes(str(script), [{"number": 1}, {"number": 13}])
+    assert failed.value.printed.strip() == "not this one"
+    assert not failed.value.out_of_memory
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("raise MemoryError", "process 1 of 1 ran out of memory"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "process 1 of 1 was killed, most likely for the memory it took"),
+    ],
+)
+def test_a_process_without_memory_is_told_apart(body: str, says: str, tmp_path: Path) -> None:
+    script = tmp_path / "greedy.py"
+    script.write_text(f"import os, signal\n{body}\n")
+    with pytest.raises(ProcessError, match=says) as failed:
+        run_processes(str(script), [{}])
+    assert failed.value.out_of_memory

@@ -19,7 +19,7 @@ from served_example import as_they_are, continuation, embedding
 
 import lncompile
 from lncompile.abtest.arms import compiled_arms
-from lncompile.lowering import torch_private
+from lncompile.lowering import torch_private_caches
 from lncompile.lowering.torch_private import compilation_watch
 from serving.arms import CompilationNeeded, eager_arm, model_arms, nothing_compiled, pad
 from serving.models import Served, small_gpt2
@@ -128,7 +128,7 @@ def laid_out_by_inductor(graph: torch.fx.GraphModule, inputs: list[Any]) -> Call
 
 def by_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile for any size, without waiting for Inductor."""
-    separate = torch_private.separate_recompile_limits()
+    separate = torch_private_caches.separate_caches()
     compiled: Callable[..., Any] = torch.compile(function, backend=laid_out_by_inductor, dynamic=True, **separate)
     return compiled
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import lncompile
-from lncompile.even_terms import settle
+from lncompile.even_terms import begin_anew, settle
 from lncompile.lowering import torch_private, torch_private_caches, torch_private_codegen
 from lncompile.lowering.inspection import GeneratedCode
 from lncompile.machine import describe_machine
@@ -204,6 +204,7 @@ def measure_workload(
 def _forget_the_last(device: str) -> None:
     """Drop compiled code, CUDA graphs and memory of what was measured before, whether it ended well or not."""
     torch.compiler.reset()
+    begin_anew()
     gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()

@@ -79,6 +79,8 @@ def compiled_arms(
 ) -> dict[str, Callable[..., Any]]:
     """Compile a model twice, with stock Inductor and with lnfold, sharing weights. The work is done at the first calls.
 
+    The process is settled first (:func:`lncompile.even_terms.settle`), which compiles some small modules.
+
     Args:
         model: a module or function that is not compiled yet.
         mode: as for ``torch.compile``.

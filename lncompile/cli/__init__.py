@@ -1,7 +1,7 @@
 """The command ``lncompile``: ``explain``, ``verify``, ``bench`` and ``ab`` of any model, for people and for scripts.
 
 Results go to stdout, as a table or with ``--json`` as JSON alone; progress and errors go to stderr. The exit code is 0
-where all is well, 1 where the answer is no (worse predictions, a regression), 2 where there is no answer.
+where all is well, 1 where predictions get worse or lnfold is a regression, 2 where there is no answer.
 
 torch is imported after the command line was read and found right: :mod:`.commands` holds the commands' parameters,
 :mod:`.checks` what can be checked without it, :mod:`.running` what surrounds every command, and a module of each

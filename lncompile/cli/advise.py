@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from torch import nn
 
 from lncompile.answer import Answer
 from lncompile.cli.running import Run, place_of
@@ -40,9 +39,8 @@ def run_advise(run: Run, seconds: float, processes: int) -> Answer:
         with run.steps.step("Whether predictions stay the same") as say:
             verification = verify(run.compile(loaded), *loaded.arguments, progress=say, **loaded.inputs)
         answer = dataclasses.replace(answer, verification=verification)
-    # The processes that measure load the model themselves: memory for one is enough.
-    loaded = run.loaded = dataclasses.replace(loaded, model=nn.Identity(), inputs={}, arguments=())
     if report.folded and answer.stays_exact:
+        run.free_weights()
         with run.steps.step(f"Latency: {processes} processes, {seconds:g} s of calls") as say:
             latency = compare_in_processes(
                 loaded.name,

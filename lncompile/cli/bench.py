@@ -25,6 +25,7 @@ def run_bench(run: Run, seconds: float, processes: int) -> None:
         found = {"machine": machine, "measured": False, "sentence": sentence, "explain": report.to_dict()}
         run.show(loaded, found, sentence)
         return
+    run.free_weights()
     with run.steps.step(f"Latency: {processes} processes, {seconds:g} s of calls") as say:
         latency = compare_in_processes(
             loaded.name,

@@ -33,9 +33,10 @@ from lncompile.model_names import RANDOM_GPT2
 app = typer.Typer(
     name="lncompile",
     cls=command_group(default="advise"),
-    help='Whether torch.compile(model, backend="lnfold") is worth while for a model on this machine: "lncompile MODEL" '
-    "gives one answer, the commands below its parts.",
-    epilog="Exit codes: 0 all is well, 1 the answer is no, 2 there is no answer (wrong usage, no such model, ...).",
+    help='Find out whether torch.compile(model, backend="lnfold") is worthwhile for a model on this machine: '
+    '"lncompile MODEL" gives one answer, the commands below its parts.',
+    epilog="Exit codes: 0 all is well, 1 predictions get worse or lnfold is a regression, 2 there is no answer (wrong "
+    "usage, no such model, ...).",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     # Errors are sentences here; --traceback shows where they came up.
@@ -68,7 +69,10 @@ def _options(
 Processes = Annotated[
     int,
     typer.Option(
-        "--processes", min=2, metavar="N", help="How many processes measure; half compile in the opposite order."
+        "--processes",
+        min=2,
+        metavar="N",
+        help="Number of measuring processes; every other one compiles in the opposite order.",
     ),
 ]
 

@@ -12,6 +12,7 @@ from lncompile.machine import size_in_words
 from lncompile.model_names import Kind, ModelError, kind_of
 from lncompile.models import load_model
 from lncompile.pretrained import has_weights
+from lncompile.processes import ProcessError
 
 if TYPE_CHECKING:
     from lncompile.cli.parameters import Asked
@@ -23,6 +24,8 @@ _NARROW = (torch.bfloat16, torch.float16)
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out."""
+    if isinstance(error, ProcessError):
+        return error.out_of_memory
     # The CPU allocator raises a plain RuntimeError.
     of_the_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
     return of_the_cpu or isinstance(error, MemoryError | torch.OutOfMemoryError)
@@ -47,7 +50,7 @@ def out_of_memory(error: BaseException, run: Run) -> str:
 
 def _request(error: BaseException) -> str:
     """The allocation that failed."""
-    if isinstance(error, MemoryError) and str(error):
+    if isinstance(error, ProcessError) or (isinstance(error, MemoryError) and str(error)):
         return str(error)
     found = re.search(r"tried to allocate (\d+) bytes", str(error))
     if found:

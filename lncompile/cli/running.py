@@ -81,6 +81,19 @@ class Run:
             loaded = inputs_of_length(loaded, self.asked.batch, tokens, self.asked.seed)
         return loaded.arguments, loaded.inputs
 
+    def free_weights(self) -> None:
+        """Free the memory of the model, whose shapes stay: processes that measure load it themselves."""
+        import gc
+
+        import torch
+
+        assert self.loaded is not None
+        self.loaded.model.to("meta")
+        torch.compiler.reset()  # what was compiled holds centered copies
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
     def note(self, words: str) -> None:
         """Say something about the step that is done."""
         self.steps.console.print(f"     {words}", soft_wrap=True)
@@ -203,11 +216,22 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _printed(text: str, asked: Asked) -> str:
+    """What a process printed: its last line, or all of it where the traceback is wanted."""
+    lines = text.strip().splitlines()
+    if not lines:
+        return ""
+    return "\n" + text.rstrip() if asked.show_traceback else f": {lines[-1].strip()} (--traceback shows all of it)"
+
+
 def _sentence(error: BaseException, asked: Asked, run: Run | None) -> str:
     """What went wrong and what can be done about it."""
     if run is not None:
         from lncompile.cli.memory import is_out_of_memory, out_of_memory  # it needs torch, which is there by now
+        from lncompile.processes import ProcessError
 
+        if isinstance(error, ProcessError) and not error.out_of_memory:
+            return f"{error}{_printed(error.printed, asked)}"
         for link in chain_of(error):
             if is_out_of_memory(link):
                 return out_of_memory(link, run)

@@ -7,7 +7,7 @@ import torch
 from lncompile.cli.running import Run
 from lncompile.explanation import explain
 from lncompile.models import LoadedModel
-from lncompile.options import parse_options
+from lncompile.options import arms, parse_options
 from lncompile.report import FoldReport
 
 SAME_CODE = (
@@ -29,6 +29,9 @@ def changes_nothing(run: Run, loaded: LoadedModel) -> tuple[bool, FoldReport]:
     with run.steps.step("Which LayerNorms fold") as say, torch.no_grad():
         say("capturing the graph")
         report = explain(run.compile(loaded), *loaded.arguments, **loaded.inputs)
-    options, _ = parse_options(run.asked.mode, run.options)
-    rewritten = options.nonfoldable != "inductor" and report.total
+    options, ours = parse_options(run.asked.mode, run.options)
+    given = arms(run.asked.mode, run.options)["inductor"]
+    _, stocks = parse_options(given.get("mode"), given.get("options"))
+    # lnfold.matrix_vector="on" turns a tuning of Inductor's on, whatever folds.
+    rewritten = (options.nonfoldable != "inductor" and report.total) or ours != stocks
     return not report.folded and not rewritten, report

@@ -65,3 +65,8 @@ def test_links_lead_somewhere(page: Path) -> None:
         there = page.parent / file if file else page
         assert there.exists(), target
         assert not anchor or anchor in anchors(there), target
+
+
+def test_nothing_is_left_to_be_filled_in() -> None:
+    for document in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        assert "@@" not in document.read_text(), document

@@ -17,7 +17,7 @@ stamp := $(VENV)/.installed
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(stamp)-demo ## whether to use lnfold for GPT-2 small's shapes, and why (MODEL=hub-id-or-folder for another; 4 minutes)
+demo: $(stamp)-demo ## whether to use lnfold for GPT-2 small's shapes, and why (MODEL=hub-id-or-folder for another; 5 minutes)
 	$(VENV)/bin/lncompile "$(MODEL)"
 
 serve: $(stamp)-serve ## a server of a model that A/B tests stock torch.compile against lnfold (SERVE="--model ... --port 8000")
@@ -29,7 +29,7 @@ SMOKE := tests/test_structure.py tests/test_backend.py tests/test_placement.py t
 # A process for every core, and one thread in each: the models are tiny. Tests of one group share what they compile.
 pytest := OMP_NUM_THREADS=1 $(python) -m pytest -n auto --dist loadgroup
 
-test: $(stamp)-test ## the test suite (25 to 30 minutes on two cores)
+test: $(stamp)-test ## the test suite (about 30 minutes on two cores)
 	$(pytest) -m "not slow"
 
 smoke: $(stamp)-test ## the part of the test suite that says within three minutes whether anything works

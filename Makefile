@@ -59,6 +59,7 @@ bench: bench-cpu ## everything that is measured on a CPU: bench-cpu, and the oth
 	$(python) benchmarks/nonfoldable.py
 	$(python) benchmarks/deferral.py
 	$(python) benchmarks/norm_kernels.py
+	OMP_NUM_THREADS=1 $(python) benchmarks/norm_kernels_on_cpu.py
 
 bench-cpu: $(stamp)-test ## latency of models on the CPU: stock, lnfold, without norms, eager (10 minutes)
 	$(python) benchmarks/latency.py --suite cpu $(BENCH)

@@ -5,11 +5,11 @@ there; in both orders; with sizes that make a call take about 0.1, 1 and 10 ms. 
 by ``timing.measure``. Pairs of all kinds come in each process, which compiles each pair anew, in an order of its own.
 The interval over processes is what ``lncompile bench`` prints.
 
-The pairs are compiled on even terms (``lncompile.even_terms``). What ``ABTest(model)`` compiles by itself has the
-settled process, and where torch can a list of its own, but no twin of the model, so that what ``forward`` assigns is
-shared.
+The pairs are compiled on even terms (``lncompile.even_terms``). Beside them ``ABTest(model)`` compiles by itself, as a
+server has it do. There arms have the settled process, and where torch can a list of their own, but are not twins of the
+model, so that what ``forward`` assigns is shared, and AOTAutograd's cache is used as the process has it.
 
-    python benchmarks/equal_programs.py [--processes 17]
+    python benchmarks/equal_programs.py [--processes 14]
 
 Writes ``benchmarks/results/equal_programs.json``.
 """
@@ -33,6 +33,7 @@ from one_process import answer_task
 from torch import Tensor, nn
 
 from lncompile import ABTest
+from lncompile.abtest.arms import compiled_arms
 from lncompile.even_terms import compile_apart, settle
 from lncompile.lowering import torch_private_caches
 from lncompile.machine import describe_machine
@@ -44,6 +45,8 @@ SIZES = {"0.1 ms": (144, 8), "1 ms": (512, 32), "10 ms": (768, 96)}
 #: Baseline and candidate.
 PAIRS = {"stock, stock": ("inductor", "inductor"), "stock, lnfold": ("inductor", "lnfold")}
 ORDERS = ("baseline first", "candidate first")
+#: The pair that ``ABTest(model)`` compiles by itself, at its first requests, in the order in which they come.
+BY_ITSELF, AS_REQUESTED = "ABTest(model)", "as requested"
 #: How long each comparison of a pair takes, in seconds, by size.
 SECONDS = {"0.1 ms": 0.8, "1 ms": 1.2, "10 ms": 2.4}
 
@@ -66,19 +69,17 @@ class Layers(nn.Module):
         return x
 
 
-def compare(size: str, pair: str, order: str) -> dict[str, Any]:
-    """Compile a pair and compare it both ways.
+def compile_pair(model: nn.Module, value: Tensor, pair: str, order: str) -> dict[str, Callable[..., Any]]:
+    """Compile both programs of a pair, baseline and candidate.
 
     Args:
-        size: one of ``SIZES``.
-        pair: one of ``PAIRS``.
-        order: one of ``ORDERS``.
-
-    Returns:
-        What both comparisons say, ready for JSON.
+        model: not compiled yet.
+        value: what it is called with.
+        pair: one of ``PAIRS``, or ``BY_ITSELF``, whose programs the first requests compile.
+        order: one of ``ORDERS``, or ``AS_REQUESTED``.
     """
-    width, rows = SIZES[size]
-    model, value = Layers(width).eval(), torch.randn(rows, width)
+    if pair == BY_ITSELF:
+        return compiled_arms(model, None, None, {})
     names = ("baseline", "candidate")
     backends = dict(zip(names, PAIRS[pair], strict=True))
     arms: dict[str, Callable[..., Any]] = {}
@@ -86,14 +87,34 @@ def compare(size: str, pair: str, order: str) -> dict[str, Any]:
         arms[name] = compile_apart(model, backend=backends[name])
         with torch_private_caches.without_autograd_cache():
             arms[name](value)
-    ab = ABTest(arms={name: arms[name] for name in names}, warmup=10)
+    return {name: arms[name] for name in names}
+
+
+def compare(size: str, pair: str, order: str) -> dict[str, Any]:
+    """Compile a pair and compare it both ways.
+
+    Args:
+        size: one of ``SIZES``.
+        pair: one of ``PAIRS``, or ``BY_ITSELF``.
+        order: one of ``ORDERS``, or ``AS_REQUESTED``.
+
+    Returns:
+        What both comparisons say, ready for JSON.
+    """
+    width, rows = SIZES[size]
+    model, value = Layers(width).eval(), torch.randn(rows, width)
+    arms = compile_pair(model, value, pair, order)
+    ab = ABTest(arms=arms, warmup=10)
+    while ab.verdict().requests < 1:
+        ab(value)
     end = time.perf_counter() + SECONDS[size]
     decided = None
     while time.perf_counter() < end:
         ab(value)
         # Looked at after every batch of requests, as a server's page does.
         decided = decided or ab.verdict().winner
-    timings = measure({name: functools.partial(arms[name], value) for name in names}, seconds=SECONDS[size])
+    baseline, candidate = (functools.partial(arm, value) for arm in arms.values())
+    timings = measure({"baseline": baseline, "candidate": candidate}, seconds=SECONDS[size])
     verdict = ab.verdict()
     return {
         "size": size,
@@ -138,7 +159,8 @@ def summarise(processes: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
     tests = [test for process in processes for test in process]
     winners = [test for test in tests if test["abtest"]["winner_at_any_look"] is not None]
     kinds = []
-    for size, pair in itertools.product(SIZES, PAIRS):
+    for size, pair in itertools.product(SIZES, (*PAIRS, BY_ITSELF)):
+        orders = sorted({test["order"] for test in tests if test["pair"] == pair})
         ours = [[test for test in process if (test["size"], test["pair"]) == (size, pair)] for process in processes]
         flat = [test for process in ours for test in process]
         kinds.append(
@@ -151,7 +173,7 @@ def summarise(processes: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
                 "speedup_over_processes": vars(over_processes(ours)),
                 "speedup_over_processes_by_order": {
                     order: vars(over_processes([[t for t in process if t["order"] == order] for process in ours]))
-                    for order in ORDERS
+                    for order in orders
                 },
             }
         )
@@ -165,14 +187,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--processes",
         type=int,
         choices=range(2, 101),
-        default=17,
+        default=14,
         metavar="N",
-        help="each makes 12 tests (default: 17)",
+        help="each makes 15 tests (default: 14)",
     )
     parser.add_argument("--output", type=Path, default=recording.RESULTS / "equal_programs.json")
     chosen = parser.parse_args(arguments)
     machine = describe_machine()
-    kinds = list(itertools.product(SIZES, PAIRS, ORDERS))
+    kinds = [*itertools.product(SIZES, PAIRS, ORDERS), *((size, BY_ITSELF, AS_REQUESTED) for size in SIZES)]
     tasks = []
     for number in range(chosen.processes):
         random.Random(number).shuffle(kinds)

@@ -15,18 +15,14 @@ text: loads and stores written, and passes over a row.
     python benchmarks/norm_kernels.py [--widths 64 ... --rows 1 ... --dtypes bfloat16 ...] [--time]
 
 Prints a table and writes ``benchmarks/results/norm_kernels.json``. ``--time`` also times the three kernels on an NVIDIA
-GPU, interleaved; without one it times the C++ kernels on the CPU, counts nothing, and writes
-``benchmarks/results/norm_kernels-cpu.json``.
+GPU, interleaved. ``norm_kernels_on_cpu.py`` times the C++ kernels.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import importlib.metadata
-import itertools
-import operator
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -38,15 +34,11 @@ from rich.table import Table
 from torch import Tensor, fx
 from torch.nn import functional
 
-from lncompile.even_terms import compile_apart, settle
 from lncompile.lowering import (
     FOLDED_STATISTIC,
     persistent_norms,
     rms_norm,
-    sizes_of_stored_scale,
-    slices_of_row,
     torch_private,
-    torch_private_caches,
     torch_private_codegen,
 )
 from lncompile.lowering.inspection import GeneratedCode
@@ -59,11 +51,7 @@ WIDTHS = (64, 768, 1024, 1280, 2048, 4096, 5120, 8192, 16384)
 ROWS = (8192, 1, 65536)
 DTYPES = ("bfloat16", "float16", "float32")
 CPU_WIDTHS = (64, 768, 1024, 4096, 16384)
-#: Times on a CPU: up to where a row no longer fits into its nearest cache, with as many rows as fit into the next one.
-TIMED_WIDTHS, TIMED_ELEMENTS, TERMS = (64, 256, 768, 1024, 2048, 4096, 8192, 16384), 1 << 19, (2, 5)
 KINDS = ("layer_norm", "rms_norm", "lnfold")
-#: Inductor's ``realize_reads_threshold``.
-_MOST_TERMS_ADDED_ANEW = 4
 
 
 def add_layer_norm(value: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -233,79 +221,6 @@ def timed(rows: int, width: int, dtype: str) -> dict[str, Any]:
     }
 
 
-def timed_on_cpu(rows: int, width: int, dtype: str, terms: int, seconds: float) -> dict[str, Any]:
-    """Microseconds of the three kinds on this machine's CPU, interleaved, in as many threads as torch uses.
-
-    Args:
-        rows: of the input.
-        width: of the input.
-        dtype: of input, γ and β.
-        terms: of the stream. Of few terms it is added anew wherever it is read; of more than four it is written first,
-            in a loop of its own, and kept for who reads it next.
-        seconds: how long to measure.
-    """
-    *_, weight, bias = arguments(rows, width, dtype)
-    stream = [torch.randn(rows, width, dtype=weight.dtype) for _ in range(terms)]
-    calls: dict[str, Callable[[], Any]] = {}
-    for kind in KINDS:
-        norm: Callable[..., Tensor] = functional.layer_norm if kind == "layer_norm" else rms_norm
-        if kind == "lnfold":
-            norm = functools.partial(
-                rms_norm, slices=slices_of_row(stream[0]), stored_scale=sizes_of_stored_scale(stream[0])
-            )
-        function, backend = functools.partial(_norm_of_sum, norm), compiled_by(kind)[1]
-        calls[kind] = functools.partial(compile_apart(function, backend=backend, dynamic=False), weight, bias, *stream)
-        with torch_private.many_recompiles(), torch_private_caches.without_autograd_cache():
-            calls[kind]()
-    timings = measure(calls, seconds=seconds)
-    return {
-        "dtype": dtype,
-        "rows": rows,
-        "width": width,
-        "terms": terms,
-        "rounds": len(timings.seconds[KINDS[0]]),
-        "load_average_after": describe_machine()["load_average"],
-        **{f"{kind}_us": timings.median(kind) * 1e6 for kind in KINDS},
-        **{f"lnfold_over_{kind}": vars(timings.speedup("lnfold", kind)) for kind in KINDS[:2]},
-    }
-
-
-def _norm_of_sum(norm: Callable[..., Tensor], weight: Tensor, bias: Tensor, *terms: Tensor) -> tuple[Tensor, ...]:
-    total = functools.reduce(operator.add, terms)
-    output = norm(total, (weight.shape[0],), weight, bias)
-    # A stream that is written anyway, which the next layer reads. Returning another would have it written.
-    return (output, total) if len(terms) > _MOST_TERMS_ADDED_ANEW else (output,)
-
-
-def time_on_cpu(widths: Sequence[int], dtypes: Sequence[str], threads: int, seconds: float) -> int:
-    """Time the C++ kernels, print a table, and write the result."""
-    torch.set_num_threads(threads)
-    settle()
-    machine, measured = describe_machine("cpu"), recording.commit()
-    headers = [*(f"{kind} µs" for kind in KINDS), *(f"lnfold over {kind}" for kind in KINDS[:2])]
-    table = Table("dtype", "rows", "width", "terms", *headers)
-    cells: list[dict[str, Any]] = []
-    with torch.no_grad():
-        for dtype, terms in itertools.product(dtypes, TERMS):
-            for width in widths:
-                cell = timed_on_cpu(max(1, TIMED_ELEMENTS // width), width, dtype, terms, seconds)
-                cells.append(cell)
-                ratios = [cell[f"lnfold_over_{kind}"] for kind in KINDS[:2]]
-                table.add_row(
-                    dtype,
-                    str(cell["rows"]),
-                    str(width),
-                    str(terms),
-                    *(f"{cell[f'{kind}_us']:.0f}" for kind in KINDS),
-                    *(f"{ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]" for ratio in ratios),
-                )
-    result = {"commit": measured, "measured_at": recording.now(), "machine": machine, "cells": cells}
-    path = recording.write("norm_kernels-cpu", result)
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
-    print(f"wrote {path}")
-    return 0
-
-
 # --- Command ---------------------------------------------------------------------------------------------------------
 
 
@@ -315,14 +230,10 @@ def main() -> int:
     parser.add_argument("--widths", type=int, nargs="+", help="default: from 64 to 16384")
     parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS), help="default: from 1 to 65536")
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
-    parser.add_argument(
-        "--time", action="store_true", help="time the kernels too; without a GPU the CPU's, and no more"
-    )
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU, with --time (default: 1)")
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each size on the CPU (default: 1)")
+    parser.add_argument("--time", action="store_true", help="time the kernels too; needs an NVIDIA GPU")
     chosen = parser.parse_args()
     if chosen.time and not torch.cuda.is_available():
-        return time_on_cpu(chosen.widths or TIMED_WIDTHS, chosen.dtypes, chosen.threads, chosen.seconds)
+        parser.error("--time needs an NVIDIA GPU; norm_kernels_on_cpu.py times the CPU's kernels")
     chosen.widths = chosen.widths or list(WIDTHS)
     machine, measured = describe_machine("cuda" if chosen.time else "cpu"), recording.commit()
     table = Table("dtype", "rows", "width", *KINDS, "registers", "more than LN", title="instructions a row, per warp")

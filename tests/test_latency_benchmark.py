@@ -402,12 +402,14 @@ def test_equal_programs_are_compared_and_counted(monkeypatch) -> None:
             for pair in equal_programs.PAIRS
             for order in equal_programs.ORDERS
         ]
+        tests.append(equal_programs.compare("tiny", equal_programs.BY_ITSELF, equal_programs.AS_REQUESTED))
     assert all(test["rounds"] >= 15 and test["median_s"] > 0 for test in tests)
     undecided = [{**test, "abtest": {**test["abtest"], "winner_at_any_look": None}} for test in tests]
     decided = {**tests[0], "abtest": {**tests[0]["abtest"], "winner_at_any_look": "candidate"}}
     found = equal_programs.summarise([[decided, *undecided[1:]], undecided])
-    assert (found["tests"], found["abtest_winners"]) == (8, 1)
-    first = found["kinds"][0]
+    assert (found["tests"], found["abtest_winners"]) == (10, 1)
+    first, *_, last = found["kinds"]
+    assert (last["pair"], last["tests"], len(last["speedup_over_processes_by_order"])) == ("ABTest(model)", 2, 1)
     assert (first["size"], first["pair"], first["tests"], first["abtest_winners"]) == ("tiny", "stock, stock", 4, 1)
     json.dumps(found)
 

@@ -6,6 +6,7 @@ import functools
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from lncompile.lowering.inspection import GeneratedCode
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import norm_kernels
+import norm_kernels_on_cpu
 import recording
 
 
@@ -33,7 +35,7 @@ def test_kinds_compute_one_thing(without_inductor: None) -> None:
 @pytest.mark.parametrize(("terms", "written"), [(2, False), (5, True)])
 def test_the_sum_is_written_where_it_says(terms: int, written: bool) -> None:
     *_, weight, bias = norm_kernels.arguments(4, 64, "float32")
-    function = functools.partial(norm_kernels._norm_of_sum, norm_kernels.rms_norm)
+    function = functools.partial(norm_kernels_on_cpu.norm_of_sum, norm_kernels.rms_norm)
     with norm_kernels.generated_only() as wrappers:
         torch.compile(function, dynamic=False)(weight, bias, *(torch.randn(4, 64) for _ in range(terms)))
     (kernel,) = GeneratedCode.from_wrappers(wrappers).kernels
@@ -43,18 +45,22 @@ def test_the_sum_is_written_where_it_says(terms: int, written: bool) -> None:
 def test_times_on_a_cpu_are_written(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, without_inductor: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    orders = []
+
+    def run_here(script: str, tasks: list[dict[str, Any]], progress: Any) -> list[Any]:
+        assert Path(script).name == "norm_kernels_on_cpu.py"
+        orders.extend(task["order"] for task in tasks)
+        return [json.loads(json.dumps(norm_kernels_on_cpu.carry_out(json.loads(json.dumps(task))))) for task in tasks]
+
     monkeypatch.setattr(recording, "RESULTS", tmp_path)
-    monkeypatch.setattr(sys, "argv", "x --time --widths 64 --dtypes float32 --seconds 0.01".split())
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    threads = torch.get_num_threads()
-    try:
-        assert norm_kernels.main() == 0
-    finally:
-        torch.set_num_threads(threads)
+    monkeypatch.setattr(norm_kernels_on_cpu, "run_processes", run_here)
+    chosen = "--widths 64 --dtypes float32 --seconds 0.01 --processes 2"
+    assert norm_kernels_on_cpu.main(chosen.split()) == 0
+    assert orders == [norm_kernels.KINDS, norm_kernels.KINDS[::-1]]
     result = json.loads((tmp_path / "norm_kernels-cpu.json").read_text())
     assert [cell["terms"] for cell in result["cells"]] == [2, 5]
     for cell in result["cells"]:
-        assert (cell["width"], cell["rows"] * cell["width"]) == (64, norm_kernels.TIMED_ELEMENTS)
+        assert (cell["width"], cell["rows"] * cell["width"]) == (64, norm_kernels_on_cpu.ELEMENTS)
         assert all(cell[f"{kind}_us"] > 0 for kind in norm_kernels.KINDS)
-        assert cell["rounds"] >= 15
+        assert cell["rounds"] >= 2 * 15
     assert "lnfold over layer_norm" in capsys.readouterr().out

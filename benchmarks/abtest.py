@@ -24,7 +24,7 @@ import recording
 from rich.console import Console
 from rich.table import Table
 
-from lncompile.machine import describe_machine
+from lncompile.comparisons.machine import describe_machine
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 

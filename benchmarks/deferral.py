@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import lncompile
-from lncompile.lowering.inspection import generated_code
-from lncompile.machine import describe_machine
-from lncompile.models import randomise
+from lncompile.comparisons.machine import describe_machine
+from lncompile.lowering.inspect.generated_code import generated_code
+from lncompile.models.loading import randomise
 
 WIDTHS, ROWS = (768, 1024, 2048), (128, 1024, 4096)
 DTYPES = (torch.float32, torch.bfloat16)

@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.table import Table
 
 from lncompile.analysis import analyse
+from lncompile.comparisons.machine import describe_machine
 from lncompile.lowering import torch_private
-from lncompile.machine import describe_machine
-from lncompile.models import randomise
+from lncompile.models.loading import randomise
 from lncompile.options import Options
 from lncompile.transform import transform
 

@@ -5,9 +5,10 @@ there; in both orders; with sizes that make a call take about 0.1, 1 and 10 ms. 
 by ``timing.measure``. Pairs of all kinds come in each process, which compiles each pair anew, in an order of its own.
 The interval over processes is what ``lncompile bench`` prints.
 
-The pairs are compiled on even terms (``lncompile.even_terms``). Beside them ``ABTest(model)`` compiles by itself, as a
-server has it do. There arms have the settled process, and where torch can a list of their own, but are not twins of the
-model, so that what ``forward`` assigns is shared, and AOTAutograd's cache is used as the process has it.
+The pairs are compiled on even terms (``lncompile.comparisons.even_terms``). Beside them ``ABTest(model)`` compiles by
+itself, as a server has it do. There arms have the settled process, and where torch can a list of their own. They are
+not twins of the model, so that what ``forward`` assigns is shared, and AOTAutograd's cache is used as the process has
+it.
 
     python benchmarks/equal_programs.py [--processes 14]
 
@@ -34,11 +35,11 @@ from torch import Tensor, nn
 
 from lncompile import ABTest
 from lncompile.abtest.arms import compiled_arms
-from lncompile.even_terms import compile_apart, settle
+from lncompile.comparisons.even_terms import compile_apart, settle
+from lncompile.comparisons.machine import describe_machine
+from lncompile.comparisons.processes import RepeatedTimings, run_processes
+from lncompile.comparisons.timing import PairedTimings, Ratio, measure
 from lncompile.lowering import torch_private_caches
-from lncompile.machine import describe_machine
-from lncompile.processes import RepeatedTimings, run_processes
-from lncompile.timing import PairedTimings, Ratio, measure
 
 #: Width and rows that make a call of six layers take about so long, in milliseconds, on one thread.
 SIZES = {"0.1 ms": (144, 8), "1 ms": (512, 32), "10 ms": (768, 96)}

@@ -33,7 +33,7 @@ from suite.presentation import draw, print_tables, summarise_run
 from suite.repeated import carry_out, measure_in_processes
 from suite.workloads import SUITES, Workload
 
-from lncompile.machine import describe_machine
+from lncompile.comparisons.machine import describe_machine
 
 log = logging.getLogger("lncompile.benchmarks")
 

@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 import lncompile
-from lncompile.machine import describe_machine
-from lncompile.models import randomise
+from lncompile.comparisons.machine import describe_machine
+from lncompile.models.loading import randomise
 
 SHAPES = ((1, 128), (8, 128))
 DTYPES = (torch.float32, torch.bfloat16)

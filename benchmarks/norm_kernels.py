@@ -34,18 +34,13 @@ from rich.table import Table
 from torch import Tensor, fx
 from torch.nn import functional
 
-from lncompile.lowering import (
-    FOLDED_STATISTIC,
-    persistent_norms,
-    rms_norm,
-    torch_private,
-    torch_private_codegen,
-)
-from lncompile.lowering.inspection import GeneratedCode
+from lncompile.comparisons.machine import describe_machine
+from lncompile.comparisons.timing import measure
+from lncompile.lowering import FOLDED_STATISTIC, persistent_norms, rms_norm, torch_private
+from lncompile.lowering.inspect import torch_private_codegen
+from lncompile.lowering.inspect.generated_code import GeneratedCode
+from lncompile.lowering.inspect.triton_without_gpu import H200, MachineCode, compile_kernel, triton_for_sm90
 from lncompile.lowering.persistent import WIDEST_ROW
-from lncompile.lowering.triton_without_gpu import H200, MachineCode, compile_kernel, triton_for_sm90
-from lncompile.machine import describe_machine
-from lncompile.timing import measure
 
 WIDTHS = (64, 768, 1024, 1280, 2048, 4096, 5120, 8192, 16384)
 ROWS = (8192, 1, 65536)

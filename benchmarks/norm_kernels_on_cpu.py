@@ -28,7 +28,10 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional
 
-from lncompile.even_terms import compile_apart, settle
+from lncompile.comparisons.even_terms import compile_apart, settle
+from lncompile.comparisons.machine import describe_machine
+from lncompile.comparisons.processes import RepeatedTimings, orders, run_processes
+from lncompile.comparisons.timing import PairedTimings, measure
 from lncompile.lowering import (
     rms_norm,
     sizes_of_stored_scale,
@@ -36,9 +39,6 @@ from lncompile.lowering import (
     torch_private,
     torch_private_caches,
 )
-from lncompile.machine import describe_machine
-from lncompile.processes import RepeatedTimings, orders, run_processes
-from lncompile.timing import PairedTimings, measure
 
 #: Up to where a row no longer fits into its nearest cache.
 WIDTHS = (64, 256, 768, 1024, 2048, 4096, 8192, 16384)

@@ -26,8 +26,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from lncompile.comparisons.machine import describe_machine
 from lncompile.lowering import torch_private
-from lncompile.machine import describe_machine
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from lncompile.even_terms import compile_apart, settle
+from lncompile.comparisons.even_terms import compile_apart, settle
+from lncompile.comparisons.processes import RepeatedTimings, orders, run_processes
+from lncompile.comparisons.timing import PairedTimings, measure
 from lncompile.lowering import torch_private, torch_private_caches
-from lncompile.processes import RepeatedTimings, orders, run_processes
-from lncompile.timing import PairedTimings, measure
 
 #: How many processes measure a case, half of which compile its candidates in the opposite order.
 PROCESSES = 4

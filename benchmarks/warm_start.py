@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from lncompile.machine import describe_machine
-from lncompile.timing import PairedTimings
+from lncompile.comparisons.machine import describe_machine
+from lncompile.comparisons.timing import PairedTimings
 
 BACKENDS = ("inductor", "lnfold")
 PROCESS = """

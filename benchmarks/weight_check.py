@@ -2,9 +2,9 @@
 
 *The look.* Before each call of a compiled model the parameters that have centered copies are compared with those the
 copies were made from: by identity, version, place and a few elements (``lnfold.check="values"``, the default), by
-identity and version (``"versions"``), or not (``"off"``); see ``passes/parameter_state.py``. This times the look alone,
-for a model of so many centered parameters: with all of them in the cache, as between calls of a small model, and behind
-a pass over other memory that leaves nothing of them in the cache, as between calls of a large one.
+identity and version (``"versions"``), or not (``"off"``); see ``lncompile/runtime/parameter_state.py``. This times the
+look alone, for a model of so many centered parameters: with all of them in the cache, as between calls of a small
+model, and behind a pass over other memory that leaves nothing of them in the cache, as between calls of a large one.
 
 *Weights that move.* A decoder whose parameters get other storage in front of each call, as offloading does it: stock
 against lnfold, after lnfold gave folding up. The two are timed in turn, the order changing from round to round.
@@ -32,10 +32,10 @@ from torch import Tensor, nn
 
 import lncompile
 from lncompile.analysis import analyse
-from lncompile.machine import describe_machine
-from lncompile.models import randomise
+from lncompile.comparisons.machine import describe_machine
+from lncompile.models.loading import randomise
 from lncompile.options import Options
-from lncompile.passes.materialize import Materializer
+from lncompile.runtime.materialize import Materializer
 from lncompile.transform import transform
 
 # Short runs, and many: few of them are interrupted by what else the machine does, and the median is one that was not.

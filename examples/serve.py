@@ -15,7 +15,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from lncompile.factories import ModelError
+from lncompile.models.factories import ModelError
 from serving.arms import model_arms
 from serving.models import BYTES_GPT2, load
 from serving.server import Server

@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from lncompile.explanation import explain, refresh, reports, restore
     from lncompile.folding import FoldedModule, fold
     from lncompile.integrations import allow_in_accelerate
-    from lncompile.lowering.inspection import GeneratedCode, generated_code
+    from lncompile.lowering.inspect.generated_code import GeneratedCode, generated_code
     from lncompile.options import OptionError, Options
     from lncompile.passes.decisions import Reason, Site
-    from lncompile.report import FoldReport
+    from lncompile.reporting.report import FoldReport
     from lncompile.signature import CallError
     from lncompile.verification import Verification, verify
 
@@ -49,10 +49,10 @@ _MODULES = {
     "explanation": ("explain", "refresh", "reports", "restore"),
     "folding": ("FoldedModule", "fold"),
     "integrations": ("allow_in_accelerate",),
-    "lowering.inspection": ("GeneratedCode", "generated_code"),
+    "lowering.inspect.generated_code": ("GeneratedCode", "generated_code"),
     "options": ("OptionError", "Options"),
     "passes.decisions": ("Reason", "Site"),
-    "report": ("FoldReport",),
+    "reporting.report": ("FoldReport",),
     "signature": ("CallError",),
     "verification": ("Verification", "verify"),
 }

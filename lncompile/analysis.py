@@ -13,24 +13,25 @@ from torch import fx, nn
 
 from lncompile.lowering import torch_private
 from lncompile.options import Options
-from lncompile.passes.affine import Absorption, parameters_centered_for, plan_absorptions
-from lncompile.passes.budget import Budgeted, limit_in_bytes, place_within
-from lncompile.passes.copying import copy_graph_module
-from lncompile.passes.costs import CostModel
 from lncompile.passes.decisions import PartKind, Reason, Site, Stream, StreamPart, UnrecognisedDifference
-from lncompile.passes.deferral import Deferral, plan_deferrals
-from lncompile.passes.expand import EXPANDED_FROM, closed_norms, expand_opaque_layers, find_opaque_layers
-from lncompile.passes.graph_facts import GraphFacts, is_in_evaluation, trained_parameter, turns_gradients_on
-from lncompile.passes.handwritten import find_handwritten_norms
-from lncompile.passes.matrix_vector import MatrixVectors, plan_matrix_vectors
-from lncompile.passes.obstacles import name_obstacles
-from lncompile.passes.placement import Placement, place
-from lncompile.passes.regions import find_regions, write_out_regions
-from lncompile.passes.sites import NormSite, find_sites
-from lncompile.passes.stream_map import map_streams
-from lncompile.passes.streams import Variable, VariableKey, build_streams
-from lncompile.passes.subgraphs import norms_in_subgraphs
-from lncompile.passes.verdicts import describe_lookalikes, judge, left_alone, say_lowering
+from lncompile.passes.graph.copying import copy_graph_module
+from lncompile.passes.graph.facts import GraphFacts, is_in_evaluation, trained_parameter, turns_gradients_on
+from lncompile.passes.norms.expand import EXPANDED_FROM, closed_norms, expand_opaque_layers, find_opaque_layers
+from lncompile.passes.norms.handwritten import find_handwritten_norms
+from lncompile.passes.norms.regions import find_regions, write_out_regions
+from lncompile.passes.norms.sites import NormSite, find_sites
+from lncompile.passes.norms.subgraphs import norms_in_subgraphs
+from lncompile.passes.placement.budget import Budgeted, limit_in_bytes, place_within
+from lncompile.passes.placement.costs import CostModel
+from lncompile.passes.placement.cut import Placement, place
+from lncompile.passes.placement.streams import Variable, VariableKey, build_streams
+from lncompile.passes.rewrites.affine import Absorption, parameters_centered_for, plan_absorptions
+from lncompile.passes.rewrites.deferral import Deferral, plan_deferrals
+from lncompile.passes.rewrites.matrix_vector import MatrixVectors, plan_matrix_vectors
+from lncompile.passes.rules.writes import can_be_read
+from lncompile.passes.verdicts.judge import describe_lookalikes, judge, left_alone, say_lowering
+from lncompile.passes.verdicts.obstacles import name_obstacles
+from lncompile.passes.verdicts.stream_map import map_streams
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ def _analyse_expanded(
     expand_opaque_layers(copy.graph, opaque)
     trained = trained_parameter(copy.graph, example_inputs)
     # Facts before sites: what is written to in place decides what is read as a chain.
-    facts = GraphFacts(copy.graph, example_inputs, training=trained is not None)
+    facts = GraphFacts(copy.graph, example_inputs, can_be_read, training=trained is not None)
     chains = find_handwritten_norms(copy.graph)
     sites, differences = tuple(find_sites(copy.graph, chains)), describe_lookalikes(chains.lookalikes)
     detail = ""
@@ -262,5 +263,5 @@ def _without_gradients(
     """
     if all(verdict.reason is not Reason.TRAINING for verdict in verdicts) or not is_in_evaluation(graph_module.graph):
         return None
-    facts = GraphFacts(copy.graph, example_inputs)
+    facts = GraphFacts(copy.graph, example_inputs, can_be_read)
     return len(place(sites, build_streams(sites, facts), options.assist).folded)

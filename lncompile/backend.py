@@ -15,17 +15,18 @@ from typing import Any
 
 from torch import fx
 
-from lncompile import log_lines, safety_net
+from lncompile import safety_net
 from lncompile.lowering import persistent_norms, torch_private
 from lncompile.options import Options, parse_options
-from lncompile.passes.materialize import Materializer, give_back
-from lncompile.passes.ownership import Reader
-from lncompile.passes.parameter_identity import parameters_of
-from lncompile.passes.renewals import tell_again
-from lncompile.passes.uses import Use
+from lncompile.passes.rewrites.uses import Use
 from lncompile.pipeline import prepare, prepare_frozen
-from lncompile.report import FoldReport
-from lncompile.unfolded import Unfolded, given_up
+from lncompile.reporting import log_lines
+from lncompile.reporting.report import FoldReport
+from lncompile.runtime.materialize import Materializer, give_back
+from lncompile.runtime.ownership import Reader
+from lncompile.runtime.parameter_identity import parameters_of
+from lncompile.runtime.renewals import tell_again
+from lncompile.runtime.unfolded import Unfolded, given_up
 from lncompile.versions import warn_if_untested
 
 

@@ -13,17 +13,17 @@ from torch import fx
 
 from lncompile import safety_net
 from lncompile.backend import compiled_graphs
-from lncompile.captured import inside, norms_outside, with_paths
 from lncompile.lowering import torch_private, torch_private_breaks
-from lncompile.model_reports import Reports
+from lncompile.models.stand_ins import is_on_meta, stand_ins
 from lncompile.options import parse_options
-from lncompile.passes.graph_breaks import in_words
-from lncompile.passes.in_place import restore_for_good
-from lncompile.passes.materialize import forget_all
-from lncompile.passes.parameter_identity import Place, held_by
+from lncompile.passes.graph.graph_breaks import in_words
 from lncompile.pipeline import plan
-from lncompile.report import FoldReport, merge
-from lncompile.stand_ins import is_on_meta, stand_ins
+from lncompile.reporting.captured import inside, norms_outside, with_paths
+from lncompile.reporting.model_reports import Reports
+from lncompile.reporting.report import FoldReport, merge
+from lncompile.runtime.in_place import restore_for_good
+from lncompile.runtime.materialize import forget_all
+from lncompile.runtime.parameter_identity import Place, held_by
 
 
 def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> FoldReport:

@@ -22,15 +22,15 @@ from lncompile.analysis import analyse
 from lncompile.held_weights import Weight, hold_weights
 from lncompile.lowering import torch_private
 from lncompile.options import Options, parse_options
-from lncompile.passes.copying import copy_graph_module
-from lncompile.passes.expressions import Expression
-from lncompile.passes.materialize import Stored, give_back
-from lncompile.passes.provenance import parameter_name
-from lncompile.passes.sharding import local_bytes
-from lncompile.passes.uses import remove_unread
+from lncompile.passes.graph.copying import copy_graph_module
+from lncompile.passes.graph.expressions import Expression
+from lncompile.passes.graph.provenance import parameter_name
+from lncompile.passes.graph.sharding import local_bytes
+from lncompile.passes.rewrites.uses import remove_unread
 from lncompile.pipeline import make_report, uses_in
-from lncompile.report import FoldReport
+from lncompile.reporting.report import FoldReport
 from lncompile.returned import Returned, Size
+from lncompile.runtime.materialize import Stored, give_back
 from lncompile.signature import Signature
 from lncompile.transform import transform
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lncompile.lowering import torch_private
-from lncompile.passes.canonical import canonicalise
+from lncompile.passes.graph.canonical import canonicalise
 
 # Names that a graph module, or any module, has for itself. What a dictionary's keys are called can be any of them.
 _OF_A_GRAPH_MODULE = frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph())))

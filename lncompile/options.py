@@ -32,10 +32,10 @@ class Options:
             weights at every step costs less than it saves; ``"on"``: wherever they can; ``"off"``: not at all.
         memory_budget: how much memory the centered copies of weights may take beside the model, for each compiled
             graph. An int: bytes; a float from 0 to 1: a share of the bytes of the graph's own parameters; None: no
-            limit. Placement then saves what it can with copies that fit, see :mod:`lncompile.passes.budget`.
+            limit. Placement then saves what it can with copies that fit, see :mod:`lncompile.passes.placement.budget`.
         check: how every call looks whether a weight has changed. ``"values"``: by identity, version and place, and by
             a few elements of each weight, which show the writes that torch does not count
-            (:mod:`lncompile.passes.weight_samples`); ``"versions"``: by identity and version alone, and a write that
+            (:mod:`lncompile.runtime.weight_samples`); ``"versions"``: by identity and version alone, and a write that
             torch does not count needs :func:`lncompile.refresh`; ``"off"``: not at all, centered weights are those of
             the first call with a set of parameters until :func:`lncompile.refresh`.
         absorb_affine: whether γ and β of a folded norm go into the linear layers that read it. ``"auto"``: where those
@@ -46,7 +46,7 @@ class Options:
             weights hold, on a CPU only in bfloat16, and only where weights are copied anyway (see ``absorb_affine``);
             ``"on"``: wherever no kernel is added; ``"off"``: nowhere.
         matrix_vector: whether products of one row (decoding at batch 1) become sums that Inductor generates, with the
-            norm in front of them and what follows them in one kernel, see :mod:`lncompile.passes.matrix_vector`.
+            norm in front of them and what follows them in one kernel (:mod:`lncompile.passes.rewrites.matrix_vector`).
             ``"auto"``: on a GPU where Inductor's ``coordinate_descent_tuning`` is on (mode ``"max-autotune"``), with
             weights that need no copy for it; ``"on"``: wherever it can be done, with that tuning turned on unless the
             options say something else; ``"off"``: nowhere.

@@ -15,20 +15,20 @@ from torch import Tensor, fx
 from lncompile.analysis import Analysis, analyse
 from lncompile.lowering import torch_private
 from lncompile.options import Options
-from lncompile.passes.canonical import tensor_of
 from lncompile.passes.decisions import GraphBreak, RuntimeCentering, Site, WeightRewrite
-from lncompile.passes.expressions import Expression
-from lncompile.passes.frozen_weights import lift_weights
-from lncompile.passes.graph_breaks import graph_break_of
-from lncompile.passes.materialize import Materializer, Stored, give_back
-from lncompile.passes.ownership import Ownership, Reader
-from lncompile.passes.parameter_identity import parameters_of
-from lncompile.passes.provenance import parameter_name, parameter_names
-from lncompile.passes.rms_norms import count_rms_norms
-from lncompile.passes.sharding import local_bytes
-from lncompile.passes.uses import Use, uses_of
-from lncompile.passes.verdicts import describe_centerings
-from lncompile.report import FoldReport
+from lncompile.passes.graph.canonical import tensor_of
+from lncompile.passes.graph.expressions import Expression
+from lncompile.passes.graph.frozen_weights import lift_weights
+from lncompile.passes.graph.graph_breaks import graph_break_of
+from lncompile.passes.graph.provenance import parameter_name, parameter_names
+from lncompile.passes.graph.sharding import local_bytes
+from lncompile.passes.norms.rms_norms import count_rms_norms
+from lncompile.passes.rewrites.uses import Use, uses_of
+from lncompile.passes.verdicts.judge import describe_centerings
+from lncompile.reporting.report import FoldReport
+from lncompile.runtime.materialize import Materializer, Stored, give_back
+from lncompile.runtime.ownership import Ownership, Reader
+from lncompile.runtime.parameter_identity import parameters_of
 from lncompile.transform import Transformed, transform
 
 

@@ -12,9 +12,9 @@ from torch import fx
 
 from lncompile.lowering import torch_private
 from lncompile.passes.decisions import Reason
-from lncompile.passes.sites import find_sites
-from lncompile.passes.verdicts import left_alone
-from lncompile.report import FoldReport
+from lncompile.passes.norms.sites import find_sites
+from lncompile.passes.verdicts.judge import left_alone
+from lncompile.reporting.report import FoldReport
 
 log = logging.getLogger("lncompile")
 

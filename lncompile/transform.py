@@ -10,15 +10,16 @@ from torch import fx
 from lncompile.analysis import Analysis
 from lncompile.lowering import NormCall, lower_to_aten, lower_to_rms_norm, sizes_of_stored_scale, slices_of_row
 from lncompile.options import Options
-from lncompile.passes.affine import absorb
-from lncompile.passes.canonical import tensor_of
-from lncompile.passes.deferral import defer
-from lncompile.passes.expressions import Expression, closure, hoist
-from lncompile.passes.handwritten_fold import fold_handwritten_norm
-from lncompile.passes.matrix_vector import copy_transposed, write_as_sums
-from lncompile.passes.norm_calls import WITH_STATISTICS
-from lncompile.passes.rewrite import rewrite
-from lncompile.passes.sites import NormSite
+from lncompile.passes.graph.canonical import tensor_of
+from lncompile.passes.graph.expressions import Expression, closure
+from lncompile.passes.norms.calls import WITH_STATISTICS
+from lncompile.passes.norms.sites import NormSite
+from lncompile.passes.rewrites.affine import absorb
+from lncompile.passes.rewrites.center import rewrite
+from lncompile.passes.rewrites.deferral import defer
+from lncompile.passes.rewrites.handwritten import fold_handwritten_norm
+from lncompile.passes.rewrites.hoist import hoist
+from lncompile.passes.rewrites.matrix_vector import copy_transposed, write_as_sums
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""Graph in, decisions and a rewritten graph out: sites → rules → placement → rewrite → materialize.
+"""Graph in, decisions and a rewritten graph out.
 
-Detection touches no weight; a rewrite changes only what a placement says. The modules in the order of the pipeline:
-``copying``, ``expand``, ``graph_facts``, ``sites``, ``streams`` (with ``canonical``, ``axes``, ``rules``,
-``composed_sources``), ``placement``, ``rewrite`` (with ``centering``), ``materialize``; ``verdicts``, ``decisions`` and
-``provenance`` put it in words.
+The rooms in the order of the pipeline: ``graph`` (operations, axes, facts), ``norms`` (the LayerNorms), ``rules`` (how
+centering passes an operation), ``placement`` (what is centered where), ``rewrites`` (carrying it out), ``verdicts``
+(the decisions in words). ``decisions`` holds the words that all of them use. Detection touches no weight, and a rewrite
+changes only what a placement says.
 """

@@ -10,7 +10,7 @@ import transformers
 import typer
 from torch import nn
 
-from lncompile.models import randomise
+from lncompile.models.loading import randomise
 
 HERE = Path(__file__).resolve()
 TINY = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 61, "bos_token_id": 1,

@@ -30,8 +30,8 @@ from weight_writes import SEEN, UNSEEN, another_process, prepared
 import lncompile
 from lncompile import safety_net
 from lncompile.lowering import torch_private
-from lncompile.passes import rewrite
-from lncompile.passes.axes import Axes
+from lncompile.passes.graph.axes import Axes
+from lncompile.passes.rewrites import center
 
 CALLS = 3
 # A process for each write would take longer than all the rest.
@@ -129,9 +129,9 @@ def centering_left_out() -> Iterator[None]:
         return weight * scale.reshape(sizes)
 
     with (
-        mock.patch.object(rewrite, "center_weight", not_centered),
-        mock.patch.object(rewrite, "center_activation", not_centered),
-        mock.patch.object(rewrite, "center_scaled_weight", only_scaled),
+        mock.patch.object(center, "center_weight", not_centered),
+        mock.patch.object(center, "center_activation", not_centered),
+        mock.patch.object(center, "center_scaled_weight", only_scaled),
     ):
         yield
 

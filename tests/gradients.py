@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lncompile.analysis import analyse
 from lncompile.options import Options
-from lncompile.passes.materialize import Materializer
+from lncompile.runtime.materialize import Materializer
 from lncompile.transform import transform
 
 # A parameter whose gradient is this much smaller than the largest has rounding errors of the large ones.

@@ -42,8 +42,8 @@ from graphs import Captured
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from lncompile.passes.expand import expand_opaque_layers, find_opaque_layers
-from lncompile.passes.sites import NormSite, find_sites
+from lncompile.passes.norms.expand import expand_opaque_layers, find_opaque_layers
+from lncompile.passes.norms.sites import NormSite, find_sites
 
 EXACT, ROUNDED = 1e-8, 1e-4
 _MASKED = 1e30

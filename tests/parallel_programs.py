@@ -36,7 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lncompile.backend import compiled_graphs
 from lncompile.lowering import torch_private
-from lncompile.passes import expressions
+from lncompile.passes.graph import expressions
 
 WORLD = 2
 #: Centering in the graph wherever it is possible, where this version can: gradients must be the same.

@@ -13,8 +13,8 @@ from torch.nn import functional
 
 import lncompile
 from lncompile.options import OptionError, Options, parse_options
-from lncompile.passes import affine
-from lncompile.passes.affine import scale_weight, shift_bias
+from lncompile.passes.rewrites import affine
+from lncompile.passes.rewrites.affine import scale_weight, shift_bias
 from lncompile.transform import transform
 from lncompile.verification import floating_outputs, relative_error
 

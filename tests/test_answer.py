@@ -13,12 +13,12 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import lncompile
-from lncompile.answer import Answer, Outcome
-from lncompile.latency import Latency, compile_candidates
-from lncompile.models import randomise
-from lncompile.processes import RepeatedTimings
-from lncompile.report import FoldReport
-from lncompile.timing import PairedTimings
+from lncompile.comparisons.answer import Answer, Outcome
+from lncompile.comparisons.latency import Latency, compile_candidates
+from lncompile.comparisons.processes import RepeatedTimings
+from lncompile.comparisons.timing import PairedTimings
+from lncompile.models.loading import randomise
+from lncompile.reporting.report import FoldReport
 from lncompile.verification import OutputError, Verification
 
 MACHINE = {"device": "a processor", "device_type": "cpu", "threads": 2, "load_average": 0.0}
@@ -235,7 +235,7 @@ def test_a_busy_machine_is_in_the_first_line() -> None:
 
 def test_why_there_is_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Norms by hand cannot be taken out: the reason is that of the backend, not Dynamo's."""
-    monkeypatch.setattr("lncompile.latency.settle", lambda device: None)
+    monkeypatch.setattr("lncompile.comparisons.latency.settle", lambda device: None)
     model, value = make_by_hand()
     with torch.no_grad():
         found = compile_candidates(model.eval(), (value,), {}, ("eager", "no norms"))

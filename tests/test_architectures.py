@@ -13,7 +13,7 @@ from graphs import capture_all
 
 import lncompile
 from lncompile.backend import lnfold
-from lncompile.passes import rewrite
+from lncompile.passes.rewrites import center
 from lncompile.verification import floating_outputs, relative_error
 
 BY_NAME = {architecture.name: architecture for architecture in ARCHITECTURES}
@@ -79,7 +79,7 @@ def test_control_without_centering_predictions_change(
     def not_centered(weight: torch.Tensor, *arguments: object) -> torch.Tensor:
         return weight.to(torch.float64).to(torch.float64)
 
-    monkeypatch.setattr(rewrite, "center_weight", not_centered)
+    monkeypatch.setattr(center, "center_weight", not_centered)
     model = architecture.model()
     inputs = architecture.inputs(torch.float64)
     expected = model(**inputs)

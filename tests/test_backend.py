@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import lncompile
 from lncompile import backend, pipeline, safety_net
 from lncompile.lowering import torch_private
-from lncompile.passes import provenance
+from lncompile.passes.graph import provenance
 
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -286,7 +286,7 @@ class PostNorm(nn.Module):
 
 @pytest.mark.parametrize("choice", ["inductor", "eager"])
 def test_nonfoldable_sites(choice: str) -> None:
-    from lncompile.lowering.inspection import generated_code
+    from lncompile.lowering.inspect.generated_code import generated_code
 
     net, x = randomise(PostNorm().double()), value()
     compiled = torch.compile(net, backend="lnfold", options={"lnfold.nonfoldable": choice})
@@ -395,7 +395,7 @@ def test_verify_refuses_training_mode() -> None:
 
 
 def test_verify_notices_a_wrong_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lncompile.passes import rewrite
+    from lncompile.passes.rewrites import center as rewrite
 
     net = randomise(Residual()).eval()
     monkeypatch.setattr(rewrite, "center_weight", lambda weight, *_: weight.to(torch.float64).to(torch.float32))

@@ -18,13 +18,13 @@ from torch import Tensor, fx, nn
 
 import lncompile
 from lncompile.options import OptionError, Options, parse_options
-from lncompile.passes import placement as placement_module
-from lncompile.passes.axes import Axes
-from lncompile.passes.budget import Budgeted, limit_in_bytes, place_within
-from lncompile.passes.costs import Bytes, CostModel
 from lncompile.passes.decisions import Blocker, MemoryBudget, Reason
-from lncompile.passes.placement import place
-from lncompile.passes.streams import Variable, VariableKey
+from lncompile.passes.graph.axes import Axes
+from lncompile.passes.placement import cut
+from lncompile.passes.placement.budget import Budgeted, limit_in_bytes, place_within
+from lncompile.passes.placement.costs import Bytes, CostModel
+from lncompile.passes.placement.cut import place
+from lncompile.passes.placement.streams import Variable, VariableKey
 
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
 AXES = Axes.trailing((2, 8), 1)
@@ -108,7 +108,7 @@ def test_no_placement_with_as_many_bytes_saves_more(problem: Problem) -> None:
     """At every budget: what is chosen fits and is optimal for the bytes that are proven."""
     variables, sites = problem
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(placement_module, "benefit", lambda site, costs: Bytes(site.worth, site.worth))
+        patch.setattr(cut, "benefit", lambda site, costs: Bytes(site.worth, site.worth))
         best = frontier(variables, sites)
         everything = sum(v.node.meta["example_value"].nbytes for v in variables.values() if v.parameter is not None)
         for limit in range(everything + 1):
@@ -127,7 +127,7 @@ def test_no_placement_with_as_many_bytes_saves_more(problem: Problem) -> None:
 
 def test_room_that_the_last_corner_leaves_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
     """A norm that needs two weights of 20 bytes is worth more for its bytes than one of 6, but does not fit."""
-    monkeypatch.setattr(placement_module, "benefit", lambda site, costs: Bytes(site.worth, site.worth))
+    monkeypatch.setattr(cut, "benefit", lambda site, costs: Bytes(site.worth, site.worth))
     graph = fx.Graph()
     variables: dict[VariableKey, Variable] = {}
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lncompile.passes.axes import Axes
-from lncompile.passes.centering import (
+from lncompile.passes.graph.axes import Axes
+from lncompile.passes.rewrites.arithmetic import (
     batch_norm_scale,
     batch_norm_shift,
     center_composed_bias,

@@ -16,14 +16,14 @@ import transformers
 from command_line import answer, assert_refused, run
 from torch import nn
 
-import lncompile.models
+import lncompile.models.loading
 from lncompile import backend, cli
-from lncompile.factories import ModelError
-from lncompile.latency import Latency
-from lncompile.models import load_model, randomise
+from lncompile.comparisons.latency import Latency
+from lncompile.comparisons.processes import RepeatedTimings
+from lncompile.comparisons.timing import PairedTimings
+from lncompile.models.factories import ModelError
+from lncompile.models.loading import load_model, randomise
 from lncompile.options import arms
-from lncompile.processes import RepeatedTimings
-from lncompile.timing import PairedTimings
 from lncompile.verification import OutputError, Verification
 
 TINY = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 61, "bos_token_id": 1,
@@ -414,7 +414,7 @@ def test_an_interrupt_is_no_answer(monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(lncompile.models, "load_model", interrupt)
+    monkeypatch.setattr(lncompile.models.loading, "load_model", interrupt)
     assert run("explain").exit_code == 130
 
 

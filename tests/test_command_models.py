@@ -10,11 +10,11 @@ from command_line import answer, assert_refused, run
 from torch import nn
 
 import lncompile
-from lncompile.factories import call_factory
-from lncompile.machine import available_memory
-from lncompile.model_names import ModelError
-from lncompile.models import inputs_of_length, load_model
-from lncompile.processes import ProcessError
+from lncompile.comparisons.machine import available_memory
+from lncompile.comparisons.processes import ProcessError
+from lncompile.models.factories import call_factory
+from lncompile.models.loading import inputs_of_length, load_model
+from lncompile.models.names import ModelError
 
 # --- Factories that do not return ------------------------------------------------------------------------------------
 
@@ -158,12 +158,12 @@ def test_what_helps_is_what_is_at_work(monkeypatch):
 
 def test_sizes_of_a_configuration_are_known_where_it_cannot_be_loaded(tmp_path, monkeypatch):
     transformers.GPT2Config(**TINY).save_pretrained(tmp_path)
-    load = lncompile.models.load_model
+    load = lncompile.models.loading.load_model
 
     def without_memory(*arguments, **named):
         return load(*arguments, **named) if named.get("device") == "meta" else fail_to_allocate()
 
-    monkeypatch.setattr("lncompile.models.load_model", without_memory)
+    monkeypatch.setattr("lncompile.models.loading.load_model", without_memory)
     monkeypatch.setattr("lncompile.cli.memory.load_model", load)
     error = assert_refused("explain", tmp_path / "config.json", says=("the weights take 117.9 kB in float32",))
     assert "--dtype" not in error, "random weights are made in float32 first"
@@ -173,8 +173,8 @@ def test_sizes_of_a_configuration_are_known_where_it_cannot_be_loaded(tmp_path, 
 def test_weights_that_no_memory_is_left_for_are_not_made(tmp_path, monkeypatch):
     """A system may end a process that takes too much, and nobody could say anything then."""
     transformers.GPT2Config(**TINY).save_pretrained(tmp_path)
-    monkeypatch.setattr("lncompile.pretrained.available_memory", lambda: 100_000)
-    monkeypatch.setattr("lncompile.pretrained.randomise", lambda *_: pytest.fail("they are made"))
+    monkeypatch.setattr("lncompile.models.pretrained.available_memory", lambda: 100_000)
+    monkeypatch.setattr("lncompile.models.pretrained.randomise", lambda *_: pytest.fail("they are made"))
     for name, says in (
         (tmp_path, "117.9 kB in float32, and 100.0 kB are left"),
         (tmp_path / "config.json", "117.9 kB"),
@@ -183,7 +183,7 @@ def test_weights_that_no_memory_is_left_for_are_not_made(tmp_path, monkeypatch):
         assert "--dtype" not in error
     assert_refused("bench", tmp_path, "--dtype", "bfloat16", says=("no option of this command needs less",))
     monkeypatch.undo()
-    monkeypatch.setattr("lncompile.pretrained.available_memory", lambda: 120_000)
+    monkeypatch.setattr("lncompile.models.pretrained.available_memory", lambda: 120_000)
     assert answer("explain", tmp_path)["explain"]["folded"] == 5
 
 
@@ -228,7 +228,7 @@ def test_what_a_factory_puts_elsewhere_comes_to_the_meta_device_as_it_is():
 @pytest.mark.parametrize("command", ["verify", "bench", "ab"])
 def test_what_needs_values_refuses_the_meta_device(command, monkeypatch):
     assert_refused(command, f"{HERE}:make_on_meta", says=("no values", f"{command} needs values", "explain"))
-    monkeypatch.setattr("lncompile.models.load_model", lambda *_, **__: pytest.fail("the work has begun"))
+    monkeypatch.setattr("lncompile.models.loading.load_model", lambda *_, **__: pytest.fail("the work has begun"))
     assert_refused(command, f"{HERE}:make_net", "--device", "meta", says=("no values", "only explain works there"))
 
 

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import lncompile
 from lncompile.cli.commands import app
 from lncompile.cli.group import command_group
-from lncompile.model_names import Kind, ModelError, kind_of
+from lncompile.models.names import Kind, ModelError, kind_of
 
 CLONE = HERE.parent.parent
 COMMANDS = ("explain", "verify", "bench", "ab")
@@ -72,7 +72,7 @@ def test_folders_and_configurations(tmp_path):
 
 
 def test_a_file_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch):
-    monkeypatch.setattr("lncompile.models.load_model", lambda *_, **__: pytest.fail("the work has begun"))
+    monkeypatch.setattr("lncompile.models.loading.load_model", lambda *_, **__: pytest.fail("the work has begun"))
     model = f"{HERE}:make_net"
     for command, option in (("explain", "--html"), ("ab", "--plot")):
         assert_refused(command, model, option, tmp_path, says=(option, "is a folder"))
@@ -124,7 +124,7 @@ def test_an_interrupt_behind_imports_is_an_exception_again(monkeypatch):
         handlers.append(signal.getsignal(signal.SIGINT))
         raise RuntimeError("a library's own words") from KeyboardInterrupt()
 
-    monkeypatch.setattr("lncompile.models.load_model", interrupted)
+    monkeypatch.setattr("lncompile.models.loading.load_model", interrupted)
     before = signal.getsignal(signal.SIGINT)
     assert run("explain", f"{HERE}:make_net").exit_code == 130
     assert handlers == [before]

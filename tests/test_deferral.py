@@ -15,12 +15,12 @@ from torch_versions import IS_OLD, unless_old
 
 import lncompile
 from lncompile.lowering import torch_private
-from lncompile.lowering.inspection import GeneratedCode
+from lncompile.lowering.inspect.generated_code import GeneratedCode
+from lncompile.lowering.inspect.triton_without_gpu import H200, retargeted_to_gpu, triton_for_sm90
 from lncompile.lowering.target import compiled_for
-from lncompile.lowering.triton_without_gpu import H200, retargeted_to_gpu, triton_for_sm90
 from lncompile.options import OptionError, Options, parse_options
-from lncompile.passes import deferral
-from lncompile.passes.costs import NOTHING, Bytes, Device, Price
+from lncompile.passes.placement.costs import NOTHING, Bytes, Device, Price
+from lncompile.passes.rewrites import deferral
 from lncompile.transform import transform
 from lncompile.verification import floating_outputs, relative_error
 

@@ -21,7 +21,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an N
 # One process cannot both interpret and compile Triton kernels.
 INTERPRETED = """
 import json, torch
-from lncompile.passes.weight_samples import _DeviceMemory, _Word, word_places
+from lncompile.runtime.weight_samples import _DeviceMemory, _Word, word_places
 
 weights = [torch.randn(30, 40, dtype=dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16)]
 weights += [torch.randn(64, 64) for _ in range(400)]  # words for more than one program
@@ -122,7 +122,7 @@ def test_noticed_by_the_second_call(mode: str | None, write: str) -> None:
 @needs_gpu
 def test_the_look_does_not_wait() -> None:
     """A sleeping stream holds up neither the look nor the call."""
-    from lncompile.passes.weight_samples import WeightSamples
+    from lncompile.runtime.weight_samples import WeightSamples
 
     weight = torch.zeros(64, 64, device="cuda")
     samples = WeightSamples([weight])

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 import lncompile
 from lncompile.passes.decisions import REMEDIES, Reason
-from lncompile.report import merge
+from lncompile.reporting.report import merge
 
 # What each false friend is listed with; those without a word here are not listed.
 WHY: dict[str, str] = {

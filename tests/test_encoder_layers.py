@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import lncompile
 from lncompile import Reason
 from lncompile.lowering import torch_private
-from lncompile.passes.expand import closed_norms, find_opaque_layers, transformer_encoder_layer
+from lncompile.passes.norms.expand import closed_norms, find_opaque_layers, transformer_encoder_layer
 from lncompile.verification import relative_error
 
 D, HEADS, BATCH, LENGTH = 12, 2, 3, 5
@@ -213,7 +213,7 @@ def test_a_mask_whose_causality_is_asked_for_is_not_compiled_at_all(without_indu
 def test_what_cannot_be_written_out_is_reported_with_a_reason(
     without_inductor: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lncompile.passes import expand
+    from lncompile.passes.norms import expand
 
     monkeypatch.setattr(expand, "_MASK_RANKS", {0: 2})
     model = randomise(Encoder().double()).eval()

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import lncompile
-from lncompile.even_terms import SMALL_MODULES, begin_anew, compile_apart, settle
+from lncompile.comparisons.even_terms import SMALL_MODULES, begin_anew, compile_apart, settle
 from lncompile.lowering import torch_private_caches
-from lncompile.models import randomise
+from lncompile.models.loading import randomise
 
 
 class Layers(nn.Module):
@@ -162,7 +162,7 @@ def test_a_twin_sees_weights_that_are_exchanged() -> None:
 
 
 def test_settling_is_done_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lncompile import even_terms
+    from lncompile.comparisons import even_terms
 
     even_terms._small_programs.cache_clear()
     compiled: list[Any] = []
@@ -181,7 +181,7 @@ def test_settling_is_done_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_process_that_cannot_be_settled_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from lncompile import even_terms
+    from lncompile.comparisons import even_terms
 
     def broken(model: Any, *, backend: str) -> Callable[..., Any]:
         def program(value: Tensor) -> Tensor:

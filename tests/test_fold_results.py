@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 import lncompile
 from lncompile.held_weights import Weight, hold_weights
-from lncompile.passes.uses import remove_unread
+from lncompile.passes.rewrites.uses import remove_unread
 from lncompile.verification import relative_error
 
 WIDTH = 16

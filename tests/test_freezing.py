@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import lncompile
-from lncompile.lowering.inspection import generated_code
-from lncompile.passes import rewrite
-from lncompile.passes.expressions import Expression
+from lncompile.lowering.inspect.generated_code import generated_code
+from lncompile.passes.graph.expressions import Expression
+from lncompile.passes.rewrites import center
 from lncompile.verification import floating_outputs, relative_error
 
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
@@ -81,7 +81,7 @@ def test_weights_are_constants_and_fold() -> None:
 
 
 def test_without_centering_it_would_be_wrong(monkeypatch: pytest.MonkeyPatch, without_inductor: None) -> None:
-    monkeypatch.setattr(rewrite, "center_weight", lambda weight, axes, dtype, compute_dtype=None: weight.to(dtype))
+    monkeypatch.setattr(center, "center_weight", lambda weight, axes, dtype, compute_dtype=None: weight.to(dtype))
     model = net()
     expected = copy.deepcopy(model)(IDS)
     assert (torch.compile(model, backend="lnfold")(IDS) - expected).abs().max() > 1e-2

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional
 
 from lncompile.lowering import rms_norm, torch_private
-from lncompile.lowering.inspection import GeneratedCode, Kernel, generated_code, inspect_kernel
-from lncompile.lowering.triton_without_gpu import (
+from lncompile.lowering.inspect.generated_code import GeneratedCode, Kernel, generated_code, inspect_kernel
+from lncompile.lowering.inspect.triton_without_gpu import (
     MachineCode,
     RetargetedCode,
     compile_kernel,

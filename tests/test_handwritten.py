@@ -45,9 +45,9 @@ from torch.nn import functional
 
 import lncompile
 from lncompile.options import Options
-from lncompile.passes import rewrite
-from lncompile.passes.canonical import canonicalise
-from lncompile.passes.handwritten_fold import variance_of_centered
+from lncompile.passes.graph.canonical import canonicalise
+from lncompile.passes.rewrites import center
+from lncompile.passes.rewrites.handwritten import variance_of_centered
 from lncompile.transform import transform
 from lncompile.verification import relative_error
 
@@ -503,7 +503,7 @@ def test_errors_are_those_of_the_authors_lines_or_less(norm: Norm, without_induc
 
 def test_a_fold_without_a_centered_input_is_seen(monkeypatch: pytest.MonkeyPatch, without_inductor: None) -> None:
     """A negative control: with weights that are not centered the comparisons above fail."""
-    monkeypatch.setattr(rewrite, "center_weight", lambda value, axes, dtype, *rest: value.to(dtype))
+    monkeypatch.setattr(center, "center_weight", lambda value, axes, dtype, *rest: value.to(dtype))
     for norm in (annotated_transformer, normalized, rms_norm, product_with_ones):
         model, value = randomise(Model(norm).double()), torch.randn(5, D, dtype=torch.float64)
         compiled = torch.compile(model, backend="lnfold", fullgraph=True)

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lncompile
-from lncompile.passes import centering, in_place, materialize, renewals
-from lncompile.passes.axes import Axes, Factor
-from lncompile.report import merge
+from lncompile.passes.graph.axes import Axes, Factor
+from lncompile.passes.rewrites import arithmetic
+from lncompile.reporting.report import merge
+from lncompile.runtime import in_place, materialize, renewals
 
 without_inductor = pytest.mark.usefixtures("without_inductor")
 
@@ -33,7 +34,7 @@ def storages(function: Any) -> dict[str, str]:
 def centered_in(model: nn.Module) -> set[str]:
     """The names of those that hold a centered weight, whoever centered them."""
     axes = {name: Axes.of(value.shape, [value.dim() - 1 if "table" in name else 0]) for name, value in weights(model)}
-    return {name for name, value in weights(model) if centering.is_centered(value, axes[name])}
+    return {name for name, value in weights(model) if arithmetic.is_centered(value, axes[name])}
 
 
 def weights(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -60,16 +61,16 @@ SETS_OF_AXES = {
 def test_means_are_what_centering_takes_out(kind: str, dtype: torch.dtype) -> None:
     axes = SETS_OF_AXES[kind]
     weight = (torch.randn(8, 6, dtype=torch.float64) + 0.3).to(dtype)
-    centered = centering.center_weight(weight, axes)
-    means = centering.means_of(weight, axes)
+    centered = arithmetic.center_weight(weight, axes)
+    means = arithmetic.means_of(weight, axes)
     assert means.numel() < weight.numel()
-    restored = centering.add_means(centered, means, axes)
+    restored = arithmetic.add_means(centered, means, axes)
     # Half a unit in the last place of the centered weight: the one rounding there is.
     eps = torch.finfo(dtype).eps
     assert ((restored - weight.double()).abs() <= 0.5 * eps * centered.double().abs() + 4e-16).all()
-    assert not centering.is_centered(weight, axes)
-    assert centering.is_centered(centered, axes)
-    assert not centering.is_centered(centered + (4 * eps * centered.abs().max()), axes)
+    assert not arithmetic.is_centered(weight, axes)
+    assert arithmetic.is_centered(centered, axes)
+    assert not arithmetic.is_centered(centered + (4 * eps * centered.abs().max()), axes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from lncompile.passes.axes import Axes
-from lncompile.passes.canonical import canonicalise
-from lncompile.passes.centering import center_weight
 from lncompile.passes.decisions import Blocked
+from lncompile.passes.graph.axes import Axes
+from lncompile.passes.graph.canonical import canonicalise
+from lncompile.passes.rewrites.arithmetic import center_weight
 from lncompile.passes.rules import RULES
 
 SIZES = (2, 3, 5, 7)

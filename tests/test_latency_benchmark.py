@@ -18,12 +18,12 @@ import torch
 from torch import nn
 
 import lncompile
-from lncompile.lowering import torch_private_codegen
-from lncompile.lowering.triton_without_gpu import triton_for_sm90
-from lncompile.machine import describe_machine
-from lncompile.models import randomise
-from lncompile.processes import RepeatedTimings
-from lncompile.timing import PairedTimings
+from lncompile.comparisons.machine import describe_machine
+from lncompile.comparisons.processes import RepeatedTimings
+from lncompile.comparisons.timing import PairedTimings
+from lncompile.lowering.inspect import torch_private_codegen
+from lncompile.lowering.inspect.triton_without_gpu import triton_for_sm90
+from lncompile.models.loading import randomise
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -37,7 +37,7 @@ from suite.presentation import draw
 from suite.repeated import combine
 from suite.workloads import SUITES
 
-from lncompile.no_norm import no_norm, with_small_weights
+from lncompile.comparisons.no_norm import no_norm, with_small_weights
 
 WORKLOADS = {(suite, workload.name): workload for suite, members in SUITES.items() for workload in members}
 ARCHITECTURES = {workload.architecture.name: workload.architecture for workload in WORKLOADS.values()}

@@ -15,7 +15,7 @@ from architectures import ARCHITECTURES, randomise, tokens
 from torch import Tensor, nn
 
 import lncompile
-from lncompile.passes import materialize
+from lncompile.runtime import materialize
 
 pytestmark = pytest.mark.usefixtures("without_inductor")
 
@@ -295,7 +295,7 @@ def test_bytes_of_two_graphs_of_one_model() -> None:
     reports = lncompile.reports(compiled)
     assert len(reports) == 2
     assert {report.extra_bytes for report in reports} == {grown_since(before)}
-    assert lncompile.report.merge(reports).extra_bytes == grown_since(before)
+    assert lncompile.reporting.report.merge(reports).extra_bytes == grown_since(before)
 
 
 class Copied(nn.Module):

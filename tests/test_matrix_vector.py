@@ -17,11 +17,11 @@ from torch.nn import functional
 
 import lncompile
 from lncompile.lowering import normed_matrix_vector, torch_private
+from lncompile.lowering.inspect.triton_interpreter import run_in_interpreter
+from lncompile.lowering.inspect.triton_without_gpu import retargeted_to_gpu, triton_for_sm90
 from lncompile.lowering.target import compiled_for
-from lncompile.lowering.triton_interpreter import run_in_interpreter
-from lncompile.lowering.triton_without_gpu import retargeted_to_gpu, triton_for_sm90
 from lncompile.options import Options, parse_options
-from lncompile.passes import matrix_vector as passes
+from lncompile.passes.rewrites import matrix_vector as passes
 from lncompile.verification import relative_error
 
 D, OUT = 16, 24

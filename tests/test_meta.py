@@ -14,7 +14,7 @@ from architectures import ARCHITECTURES, Architecture, randomise
 from torch import Tensor, nn
 
 import lncompile
-from lncompile.stand_ins import is_on_meta, stand_ins
+from lncompile.models.stand_ins import is_on_meta, stand_ins
 
 # One each of tied embeddings, cached tables, indexing by lists, an opaque encoder layer, and two inputs.
 CHOSEN = {"gpt2", "gpt_neo", "falcon_new", "whisper", "clip", "transformer_encoder_pre_norm", "opt_350m_post_norm"}

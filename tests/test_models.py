@@ -8,8 +8,8 @@ import transformers
 from command_line import assert_refused
 from torch import nn
 
-from lncompile.factories import ModelError
-from lncompile.models import load_model, randomise
+from lncompile.models.factories import ModelError
+from lncompile.models.loading import load_model, randomise
 
 TINY = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 61}
 

@@ -20,8 +20,8 @@ from torch._dynamo.utils import counters
 
 import lncompile
 from lncompile import backend
-from lncompile.lowering import torch_private_codegen
-from lncompile.passes import materialize
+from lncompile.lowering.inspect import torch_private_codegen
+from lncompile.runtime import materialize
 
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
 

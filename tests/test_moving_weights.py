@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import lncompile
 from lncompile.backend import compiled_graphs
 from lncompile.passes.decisions import Reason
-from lncompile.passes.renewals import Renewals
+from lncompile.runtime.renewals import Renewals
 
 pytestmark = pytest.mark.usefixtures("without_inductor")
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from lncompile.lowering.inspection import GeneratedCode
+from lncompile.lowering.inspect.generated_code import GeneratedCode
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 

@@ -13,7 +13,7 @@ from architectures import randomise
 from torch import Tensor, nn
 
 import lncompile
-from lncompile.passes import in_place
+from lncompile.runtime import in_place
 
 pytestmark = pytest.mark.usefixtures("without_inductor")
 

@@ -16,7 +16,8 @@ from torch.nn.utils import parametrize, prune
 from torch_versions import unless_old
 
 import lncompile
-from lncompile.passes import expressions, parameter_state
+from lncompile.passes.graph import expressions
+from lncompile.runtime import parameter_state
 
 pytestmark = pytest.mark.usefixtures("without_inductor")
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 import lncompile
-from lncompile.passes import in_place
+from lncompile.runtime import in_place
 
 MODES = [pytest.param({}, id="copy"), pytest.param(IN_PLACE, id="inplace")]
 aten: Any = torch.ops.aten

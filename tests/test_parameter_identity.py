@@ -17,9 +17,9 @@ from test_ownership import CENTERED, IDS, IN_PLACE, TOLERANCE, Stream, made
 from torch import Tensor, nn
 
 import lncompile
-from lncompile.passes import in_place, parameter_identity
-from lncompile.passes.parameter_identity import ParameterReference, Place
-from lncompile.passes.parameter_state import ParameterState
+from lncompile.runtime import in_place, parameter_identity
+from lncompile.runtime.parameter_identity import ParameterReference, Place
+from lncompile.runtime.parameter_state import ParameterState
 
 pytestmark = pytest.mark.usefixtures("without_inductor")
 

@@ -17,10 +17,15 @@ from torch.nn import functional
 
 import lncompile
 from lncompile.lowering import FOLDED_STATISTIC, persistent_norms, torch_private
-from lncompile.lowering.inspection import Kernel
+from lncompile.lowering.inspect.generated_code import Kernel
+from lncompile.lowering.inspect.triton_without_gpu import (
+    RetargetedCode,
+    compile_kernel,
+    retargeted_to_gpu,
+    triton_for_sm90,
+)
 from lncompile.lowering.persistent import WIDEST_ROW, ReductionKernel, holds_its_row
 from lncompile.lowering.torch_private_choices import persistent_where
-from lncompile.lowering.triton_without_gpu import RetargetedCode, compile_kernel, retargeted_to_gpu, triton_for_sm90
 
 needs_triton = pytest.mark.usefixtures("triton")
 

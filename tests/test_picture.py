@@ -13,10 +13,10 @@ from torch import nn
 from typer.testing import CliRunner
 
 import lncompile
-from lncompile import picture
 from lncompile.cli.commands import app
 from lncompile.passes.decisions import MemoryBudget, PartKind, Reason, Site, Stream, StreamPart, WeightRewrite
-from lncompile.report import FoldReport, merge
+from lncompile.reporting import picture
+from lncompile.reporting.report import FoldReport, merge
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 61}
 

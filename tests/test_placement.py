@@ -15,13 +15,13 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from lncompile.options import Options
-from lncompile.passes import placement as placement_module
-from lncompile.passes.axes import Axes
-from lncompile.passes.costs import Bytes
 from lncompile.passes.decisions import Blocker, Reason
-from lncompile.passes.placement import place
-from lncompile.passes.streams import Variable, VariableKey
-from lncompile.passes.verdicts import describe_centerings
+from lncompile.passes.graph.axes import Axes
+from lncompile.passes.placement import cut
+from lncompile.passes.placement.costs import Bytes
+from lncompile.passes.placement.cut import place
+from lncompile.passes.placement.streams import Variable, VariableKey
+from lncompile.passes.verdicts.judge import describe_centerings
 
 AXES = Axes.trailing((2, 8), 1)
 
@@ -107,7 +107,7 @@ def brute_force(variables: dict[VariableKey, Variable], sites: list[FakeSite]) -
 def test_the_cut_is_the_optimum_and_does_the_least(problem: tuple[dict[VariableKey, Variable], list[FakeSite]]) -> None:
     variables, sites = problem
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(placement_module, "benefit", lambda site, costs: Bytes(site.worth, site.worth))
+        patch.setattr(cut, "benefit", lambda site, costs: Bytes(site.worth, site.worth))
         placement = place(sites, variables)  # type: ignore[arg-type]
     cost, touched = brute_force(variables, sites)
     assert sum(site.worth for site in sites) - placement.saved.hint == cost

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy
 import pytest
 
-from lncompile.processes import ProcessError, RepeatedTimings, orders, run_processes
-from lncompile.timing import PairedTimings
+from lncompile.comparisons.processes import ProcessError, RepeatedTimings, orders, run_processes
+from lncompile.comparisons.timing import PairedTimings
 
 
 def process(generator: numpy.random.Generator, ratio: float, spread: float, rounds: int = 9) -> PairedTimings:

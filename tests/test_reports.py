@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import lncompile
-from lncompile import report_lines
-from lncompile.model_reports import Reports
 from lncompile.passes.decisions import REMEDIES, GraphBreak, Reason, Site
-from lncompile.report import FoldReport, merge
+from lncompile.reporting import lines as report_lines
+from lncompile.reporting.model_reports import Reports
+from lncompile.reporting.report import FoldReport, merge
 
 D = 16
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 import lncompile
 from lncompile import transform
 from lncompile.lowering import rms_norm, row_scale, sizes_of_deferred_scale, sizes_of_stored_scale, slices_of_row
-from lncompile.lowering.inspection import generated_code
+from lncompile.lowering.inspect.generated_code import generated_code
 from lncompile.lowering.target import compiled_for
-from lncompile.passes import deferral
+from lncompile.passes.rewrites import deferral
 from lncompile.verification import relative_error
 
 WIDTH = 5120

@@ -27,17 +27,18 @@ from test_rules import CASES, OF_SEVERAL_PROCESSES, extra_inputs
 from torch import Tensor, fx
 from torch.nn import functional
 
-from lncompile.passes.axes import Axes, Factor
-from lncompile.passes.canonical import Key, Operation, canonicalise
-from lncompile.passes.centering import center_weight
 from lncompile.passes.decisions import Blocked
-from lncompile.passes.differences import difference_of
-from lncompile.passes.graph_facts import GraphFacts
-from lncompile.passes.operands import WRITTEN
-from lncompile.passes.readings import follow_reading, resolve_reading
+from lncompile.passes.graph.axes import Axes, Factor
+from lncompile.passes.graph.canonical import Key, Operation, canonicalise
+from lncompile.passes.graph.facts import GraphFacts
+from lncompile.passes.graph.operands import WRITTEN
+from lncompile.passes.norms.differences import difference_of
+from lncompile.passes.norms.totals import summed
+from lncompile.passes.placement.streams import build_streams
+from lncompile.passes.rewrites.arithmetic import center_weight
 from lncompile.passes.rules import INVARIANCES, RULES, ZERO_MEANS
-from lncompile.passes.streams import build_streams
-from lncompile.passes.totals import summed
+from lncompile.passes.rules.readings import follow_reading, resolve_reading
+from lncompile.passes.rules.writes import can_be_read
 
 
 class Values(fx.Interpreter):
@@ -220,7 +221,7 @@ def test_identities(name: str) -> None:
     case = CASES[name]
     module = randomise(Around(case.operation, case.norm).double())
     captured = capture(module, torch.randn(2, 5, 7, dtype=torch.float64), extra_inputs())
-    GraphFacts(captured.graph_module.graph, captured.example_inputs)  # marks what is written to
+    GraphFacts(captured.graph_module.graph, captured.example_inputs, can_be_read)  # marks what is written to
     values = Values(captured)
     checked: set[str] = set()
     for node in captured.graph_module.graph.nodes:
@@ -285,7 +286,7 @@ SINKS: dict[str, tuple[str, Callable[[Tensor], Any]]] = {
 def is_unseen(captured: Captured, start: fx.Node, axes: Axes) -> bool:
     """Whether the passes say that nobody sees a shift of a tensor: not its readers, not what is computed from it."""
     site = SimpleNamespace(input=start, axes=axes, handwritten=None)
-    variables = build_streams([site], GraphFacts(captured.graph_module.graph, captured.example_inputs))  # type: ignore[list-item]
+    variables = build_streams([site], GraphFacts(captured.graph_module.graph, captured.example_inputs, can_be_read))  # type: ignore[list-item]
     queue, seen = [(start, axes)], {(start, axes)}
     while queue:
         variable = variables[queue.pop()]

@@ -39,7 +39,7 @@ from torch.nn import functional
 
 import lncompile
 from lncompile import Reason
-from lncompile.passes.canonical import canonicalise
+from lncompile.passes.graph.canonical import canonicalise
 from lncompile.passes.rules import RULES
 
 pytestmark = pytest.mark.usefixtures("without_inductor")

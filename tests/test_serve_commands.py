@@ -27,7 +27,7 @@ import serve
 from served_example import FEW_SHAPES, Running, continuation, embedding
 
 from lncompile.abtest import timers
-from lncompile.models import ModelError
+from lncompile.models.loading import ModelError
 from serving import models
 from serving.arms import pad
 from serving.models import Served, small_gpt2

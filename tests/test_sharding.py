@@ -16,10 +16,10 @@ from torch_versions import IS_OLD
 
 from lncompile import Reason
 from lncompile.options import Options
-from lncompile.passes import sharding
-from lncompile.passes.axes import Axes, Factor
-from lncompile.passes.canonical import canonicalise
-from lncompile.passes.copying import copy_graph_module
+from lncompile.passes.graph import sharding
+from lncompile.passes.graph.axes import Axes, Factor
+from lncompile.passes.graph.canonical import canonicalise
+from lncompile.passes.graph.copying import copy_graph_module
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="this torch is built without torch.distributed")
 

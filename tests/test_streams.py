@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import lncompile
-from lncompile.passes import rewrite
+from lncompile.passes.rewrites import center
 from lncompile.verification import relative_error
 
 pytestmark = pytest.mark.usefixtures("without_inductor")
@@ -335,7 +335,7 @@ def test_counts_and_exactness(function: Callable[[Parts, Tensor], Tensor]) -> No
 def test_control_without_centering_outputs_change(
     function: Callable[[Parts, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rewrite, "center_weight", lambda weight, axes, dtype: weight.to(torch.float64).to(dtype))
+    monkeypatch.setattr(center, "center_weight", lambda weight, axes, dtype: weight.to(torch.float64).to(dtype))
     error, _ = compile_and_compare(function, assist=False)
     assert error > 1e-4
 

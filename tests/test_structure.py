@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import networkx
 import pytest
 
 ROOT = Path(__file__).parent.parent
 PRIVATE_NAMES = [
-    ROOT / "lowering" / f"torch_private{part}.py" for part in ("", "_breaks", "_caches", "_choices", "_codegen")
+    *(ROOT / "lowering" / f"torch_private{part}.py" for part in ("", "_breaks", "_caches", "_choices")),
+    ROOT / "lowering" / "inspect" / "torch_private_codegen.py",
 ]
+#: The rooms, each of which imports what stands before it, and nothing behind it.
+ROOMS = (
+    "lncompile.lowering",
+    "lncompile.lowering.inspect",
+    "lncompile.passes.decisions",
+    "lncompile.passes.graph",
+    "lncompile.passes.norms",
+    "lncompile.passes.rules",
+    "lncompile.passes.placement",
+    "lncompile.passes.rewrites",
+    "lncompile.passes.verdicts",
+    "lncompile.reporting",
+    "lncompile.runtime",
+    "lncompile",
+)
 
 
 def modules(*folders: str) -> list[Path]:
@@ -37,18 +55,76 @@ def dotted(node: ast.AST) -> str:
     return ""
 
 
-def test_import_direction() -> None:
-    """lncompile → passes → lowering, and passes knows lowering by its face only."""
-    for path in modules("passes", "lowering"):
-        for name in imports(ast.parse(path.read_text())):
-            if not name.startswith("lncompile"):
-                continue
-            assert name.startswith(("lncompile.passes", "lncompile.lowering")), f"{path.name} imports {name}"
-            if path.is_relative_to(ROOT / "lowering"):
-                assert not name.startswith("lncompile.passes"), f"{path.name} imports {name}"
-            else:
+def module_name(path: Path) -> str:
+    """The name that a file is imported by."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    name = ".".join(parts if parts[0] == "lncompile" else ("lncompile", *parts))
+    return name.removesuffix(".__init__")
+
+
+def room_of(module: str) -> int:
+    """Where the room of a module stands among the rooms: the last name that fits is the longest."""
+    rooms = [room for room in ROOMS if f"{module}.".startswith(f"{room}.")]
+    return ROOMS.index(max(rooms, key=len))
+
+
+class _WithoutWhatRunsLater(ast.NodeTransformer):
+    """Takes out what an import does not run: the bodies of functions, and what is for type checkers."""
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        return None
+
+    def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> None:
+        return None
+
+    def visit_If(self, node: ast.If) -> ast.AST | None:
+        return None if "TYPE_CHECKING" in ast.dump(node.test) else self.generic_visit(node)
+
+
+MODULES = {module_name(path): path for path in modules("lncompile", "passes", "lowering")}
+
+
+def modules_imported(module: str, when_imported: bool = False) -> set[str]:
+    """The modules of the project that a module imports: anywhere, or while it is itself imported."""
+    tree = ast.parse(MODULES[module].read_text())
+    if when_imported:
+        _WithoutWhatRunsLater().visit(tree)
+    names = {name for name in imports(tree) if name in MODULES}
+    # ``from package import module`` names the package too, which is there already.
+    return {name for name in names if not any(other.startswith(f"{name}.") for other in names)}
+
+
+def test_rooms_import_in_one_direction() -> None:
+    for module in MODULES:
+        for name in modules_imported(module):
+            assert room_of(name) <= room_of(module), f"{module} imports {name}, which stands behind it"
+
+
+def test_no_room_is_empty() -> None:
+    assert {room_of(module) for module in MODULES} == set(range(len(ROOMS)))
+
+
+def test_no_circles() -> None:
+    graph = networkx.DiGraph(
+        (module, name) for module in MODULES for name in modules_imported(module, when_imported=True)
+    )
+    assert graph.number_of_edges() > 500
+    circles = [sorted(group) for group in networkx.strongly_connected_components(graph) if len(group) > 1]
+    assert not circles
+
+
+def test_passes_know_lowering_by_its_face() -> None:
+    for module in MODULES:
+        if module.startswith("lncompile.passes"):
+            for name in imports(ast.parse(MODULES[module].read_text())):
                 face = name.removeprefix("lncompile.lowering").strip(".")
-                assert name.startswith("lncompile.passes") or "." not in face, f"{path.name} imports {name}"
+                assert not name.startswith("lncompile.lowering") or "." not in face, f"{module} imports {name}"
+
+
+def test_every_package_is_installed() -> None:
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {module_name(path) for path in MODULES.values() if path.name == "__init__.py"}
+    assert set(packages) == folders
 
 
 @pytest.mark.parametrize(

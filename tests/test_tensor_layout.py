@@ -14,8 +14,8 @@ from weight_writes import SEEN, Write, prepared
 import lncompile
 from lncompile.lowering import places_of, tensor_layout
 from lncompile.lowering.tensor_layout import read
-from lncompile.passes import parameter_counters
-from lncompile.passes.parameter_counters import counters_of
+from lncompile.runtime import parameter_counters
+from lncompile.runtime.parameter_counters import counters_of
 
 
 @pytest.fixture(params=["read from memory", "asked"])

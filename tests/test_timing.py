@@ -8,7 +8,7 @@ from typing import Any
 import numpy
 import pytest
 
-from lncompile.timing import CudaEvents, PairedTimings, Ratio, measure, wall_clock
+from lncompile.comparisons.timing import CudaEvents, PairedTimings, Ratio, measure, wall_clock
 
 
 def nothing() -> None:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import lncompile
 from lncompile import Reason
 from lncompile.lowering import torch_private
-from lncompile.passes.costs import CostModel
+from lncompile.passes.placement.costs import CostModel
 
 D = 16
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-9}

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from lncompile.lowering import rms_norm
-from lncompile.lowering.triton_interpreter import run_in_interpreter
-from lncompile.lowering.triton_without_gpu import triton_for_sm90
+from lncompile.lowering.inspect.triton_interpreter import run_in_interpreter
+from lncompile.lowering.inspect.triton_without_gpu import triton_for_sm90
 
 pytest.importorskip("triton", reason="needs Triton to generate and interpret CUDA kernels: pip install triton")
 

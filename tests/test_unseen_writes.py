@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from weight_writes import SEEN, UNSEEN, Write, change, changed, prepared
 
 import lncompile
-from lncompile.passes import renewals
+from lncompile.runtime import renewals
 
 pytestmark = [pytest.mark.usefixtures("without_inductor"), pytest.mark.filterwarnings("ignore")]
 
@@ -283,7 +283,7 @@ def test_weights_without_elements() -> None:
 
 def test_a_look_holds_what_it_reads() -> None:
     """While memory is read by address its storage is held: another thread may exchange a parameter's meanwhile."""
-    from lncompile.passes.parameter_state import ParameterState
+    from lncompile.runtime.parameter_state import ParameterState
 
     weight = nn.Parameter(torch.zeros(4, 4))
     state = ParameterState((weight,), values=True)

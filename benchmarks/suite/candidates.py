@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from lncompile.even_terms import compile_apart
-from lncompile.no_norm import no_norm, with_small_weights
+from lncompile.comparisons.even_terms import compile_apart
+from lncompile.comparisons.no_norm import no_norm, with_small_weights
 from lncompile.options import arms
 from suite import peers
 

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 import lncompile
-from lncompile.even_terms import begin_anew, settle
-from lncompile.lowering import torch_private, torch_private_caches, torch_private_codegen
-from lncompile.lowering.inspection import GeneratedCode
-from lncompile.machine import describe_machine
-from lncompile.processes import RepeatedTimings
-from lncompile.timing import Estimate, Stopwatch, measure
+from lncompile.comparisons.even_terms import begin_anew, settle
+from lncompile.comparisons.machine import describe_machine
+from lncompile.comparisons.processes import RepeatedTimings
+from lncompile.comparisons.timing import Estimate, Stopwatch, measure
+from lncompile.lowering import torch_private, torch_private_caches
+from lncompile.lowering.inspect import torch_private_codegen
+from lncompile.lowering.inspect.generated_code import GeneratedCode
 from lncompile.verification import relative_error
 from suite.candidates import BASELINE, CANDIDATE, EAGER, LIMIT, Recipe
 from suite.decoding import decode_step

@@ -14,9 +14,9 @@ from torch import Tensor, fx, nn
 
 from lncompile import safety_net, transform
 from lncompile.backend import lnfold
+from lncompile.comparisons.no_norm import NormsReplaced
 from lncompile.lowering import NormCall, emit
-from lncompile.no_norm import NormsReplaced
-from lncompile.passes.sites import NormSite
+from lncompile.passes.norms.sites import NormSite
 
 
 class Unavailable(Exception):

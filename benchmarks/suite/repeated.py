@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from lncompile.processes import RepeatedTimings, orders, run_processes
-from lncompile.timing import PairedTimings
+from lncompile.comparisons.processes import RepeatedTimings, orders, run_processes
+from lncompile.comparisons.timing import PairedTimings
 from suite.candidates import ALL_RECIPES, Recipe
 from suite.measurement import Settings, measure_workload, summarise
 from suite.workloads import SUITES, Workload

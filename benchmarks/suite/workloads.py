@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lncompile.models import randomise
+from lncompile.models.loading import randomise
 
 Task = Literal["prefill", "decode", "encode"]
 

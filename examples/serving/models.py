@@ -11,8 +11,8 @@ import torch
 import transformers
 from torch import nn
 
-from lncompile.factories import ModelError
-from lncompile.models import load_model, randomise
+from lncompile.models.factories import ModelError
+from lncompile.models.loading import load_model, randomise
 
 #: What a server without a model serves: a small random GPT-2 that reads bytes, made without a network.
 BYTES_GPT2 = "bytes-gpt2"
@@ -101,8 +101,8 @@ def load(name: str = BYTES_GPT2) -> Served:
     """Load a model and its tokenizer.
 
     Args:
-        name: ``"bytes-gpt2"``, or what :func:`lncompile.models.load_model` takes: a hub id or a folder. Where there is
-            no tokenizer beside the model (a folder with nothing but ``config.json``), its tokens are bytes.
+        name: ``"bytes-gpt2"``, or what :func:`lncompile.models.loading.load_model` takes: a hub id or a folder. Where
+            there is no tokenizer beside the model (a folder with nothing but ``config.json``), its tokens are bytes.
 
     Raises:
         ModelError: if there is not such a model, or it cannot be served.

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lncompile.even_terms import settle
+from lncompile.comparisons.even_terms import settle
 from lncompile.lowering import torch_private, torch_private_caches
 from lncompile.options import PREFIX, parse_options
 
@@ -79,7 +79,7 @@ def compiled_arms(
 ) -> dict[str, Callable[..., Any]]:
     """Compile a model twice, with stock Inductor and with lnfold, sharing weights. The work is done at the first calls.
 
-    The process is settled first (:func:`lncompile.even_terms.settle`), which compiles some small modules.
+    The process is settled first (:func:`lncompile.comparisons.even_terms.settle`), which compiles some small modules.
 
     Args:
         model: a module or function that is not compiled yet.

@@ -14,7 +14,7 @@ from lncompile.abtest.simulation import send_requests
 from lncompile.cli.parameters import InputError
 from lncompile.cli.running import Run, place_of
 from lncompile.cli.sameness import SAME_CODE, changes_nothing
-from lncompile.machine import describe_machine
+from lncompile.comparisons.machine import describe_machine
 from lncompile.options import arms
 
 

@@ -6,11 +6,11 @@ import dataclasses
 
 import torch
 
-from lncompile.answer import Answer
 from lncompile.cli.running import Run, place_of
+from lncompile.comparisons.answer import Answer
+from lncompile.comparisons.latency import compare_in_processes
+from lncompile.comparisons.machine import describe_machine
 from lncompile.explanation import explain
-from lncompile.latency import compare_in_processes
-from lncompile.machine import describe_machine
 from lncompile.verification import verify
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from lncompile.cli.running import Run, place_of
 from lncompile.cli.sameness import SAME_CODE, changes_nothing
-from lncompile.latency import compare_in_processes
-from lncompile.machine import describe_machine
+from lncompile.comparisons.latency import compare_in_processes
+from lncompile.comparisons.machine import describe_machine
 
 
 def run_bench(run: Run, seconds: float, processes: int) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lncompile.cli.parameters import Asked, InputError
-from lncompile.model_names import kind_of
+from lncompile.models.names import kind_of
 from lncompile.options import parse_ours
 
 

@@ -28,7 +28,7 @@ from lncompile.cli.parameters import (
     Traceback,
 )
 from lncompile.cli.running import running
-from lncompile.model_names import RANDOM_GPT2
+from lncompile.models.names import RANDOM_GPT2
 
 app = typer.Typer(
     name="lncompile",

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from lncompile.machine import size_in_words
-from lncompile.model_names import Kind, ModelError, kind_of
-from lncompile.models import load_model
-from lncompile.pretrained import has_weights
-from lncompile.processes import ProcessError
+from lncompile.comparisons.machine import size_in_words
+from lncompile.comparisons.processes import ProcessError
+from lncompile.models.loading import load_model
+from lncompile.models.names import Kind, ModelError, kind_of
+from lncompile.models.pretrained import has_weights
 
 if TYPE_CHECKING:
     from lncompile.cli.parameters import Asked
     from lncompile.cli.running import Run
-    from lncompile.models import LoadedModel
+    from lncompile.models.loading import LoadedModel
 
 _NARROW = (torch.bfloat16, torch.float16)
 

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from lncompile.model_names import RANDOM_GPT2
+from lncompile.models.names import RANDOM_GPT2
 
 
 class InputError(Exception):

@@ -16,15 +16,15 @@ import typer
 from lncompile.cli.checks import check, require_values
 from lncompile.cli.interrupts import INTERRUPTED, importing
 from lncompile.cli.parameters import Asked, InputError
-from lncompile.machine import MachineError, require_compiler
-from lncompile.model_names import Kind, ModelError, kind_of
+from lncompile.comparisons.machine import MachineError, require_compiler
+from lncompile.models.names import Kind, ModelError, kind_of
 from lncompile.options import OptionError, arms, parse_options
 
 if TYPE_CHECKING:
     import torch
 
     from lncompile.abtest.simulation import Request
-    from lncompile.models import LoadedModel
+    from lncompile.models.loading import LoadedModel
     from lncompile.progress import Steps
 
 
@@ -56,7 +56,7 @@ class Run:
         Args:
             tokens: of a sequence, by default those that were asked for.
         """
-        from lncompile.models import load_model
+        from lncompile.models.loading import load_model
 
         with self.steps.step("The model") as say:
             say(f"loading {self.asked.model}")
@@ -73,7 +73,7 @@ class Run:
 
     def request(self, loaded: LoadedModel, tokens: int | None) -> Request:
         """Return positional and keyword arguments of a request with sequences of a length."""
-        from lncompile.models import inputs_of_length, load_model
+        from lncompile.models.loading import inputs_of_length, load_model
 
         if kind_of(self.asked.model) is Kind.FACTORY:
             loaded = load_model(self.asked.model, **self._loading(tokens))
@@ -228,7 +228,7 @@ def _sentence(error: BaseException, asked: Asked, run: Run | None) -> str:
     """What went wrong and what can be done about it."""
     if run is not None:
         from lncompile.cli.memory import is_out_of_memory, out_of_memory  # it needs torch, which is there by now
-        from lncompile.processes import ProcessError
+        from lncompile.comparisons.processes import ProcessError
 
         if isinstance(error, ProcessError) and not error.out_of_memory:
             return f"{error}{_printed(error.printed, asked)}"

@@ -6,9 +6,9 @@ import torch
 
 from lncompile.cli.running import Run
 from lncompile.explanation import explain
-from lncompile.models import LoadedModel
+from lncompile.models.loading import LoadedModel
 from lncompile.options import arms, parse_options
-from lncompile.report import FoldReport
+from lncompile.reporting.report import FoldReport
 
 SAME_CODE = (
     "lnfold compiles this model to the same code as stock torch.compile, so there is nothing to compare: a difference "

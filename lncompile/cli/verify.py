@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lncompile.cli.running import Run, place_of
-from lncompile.machine import describe_machine
+from lncompile.comparisons.machine import describe_machine
 from lncompile.verification import verify
 
 

@@ -15,9 +15,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lncompile.passes.axes import Axes, PartlyConstant, Size, Uncuttable
-from lncompile.passes.canonical import Key, Operation
 from lncompile.passes.decisions import Blocked, Reason
+from lncompile.passes.graph.axes import Axes, PartlyConstant, Size, Uncuttable
+from lncompile.passes.graph.canonical import Key, Operation
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from lncompile.passes.axes import Axes, Dimension, Size, same_size
-from lncompile.passes.canonical import Key, Operation
 from lncompile.passes.decisions import Blocked, Reason
-from lncompile.passes.einsum_labels import Label, einsum_labels
-from lncompile.passes.operands import result_shape, shape
+from lncompile.passes.graph.axes import Axes, Dimension, Size, same_size
+from lncompile.passes.graph.canonical import Key, Operation
+from lncompile.passes.graph.einsum_labels import Label, einsum_labels
+from lncompile.passes.graph.operands import result_shape, shape
 from lncompile.passes.rules.base import AxisMap, Linear, aligned, linear_rule, require_uncontracted
 from lncompile.passes.rules.products import one_dimension
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from lncompile.passes.axes import Axes
-from lncompile.passes.canonical import Key, Operation
 from lncompile.passes.decisions import Blocked, Reason
-from lncompile.passes.operands import other_operands, result_shape, shape
+from lncompile.passes.graph.axes import Axes
+from lncompile.passes.graph.canonical import Key, Operation
+from lncompile.passes.graph.operands import other_operands, result_shape, shape
 from lncompile.passes.rules.base import SAME, AxisMap, Linear, aligned, linear_rule
 
 

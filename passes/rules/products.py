@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lncompile.passes.axes import Axes, Dimension, Size, shape_of
-from lncompile.passes.canonical import Key, Operation, value_of
 from lncompile.passes.decisions import Blocked, Reason
-from lncompile.passes.operands import result_shape, shape
+from lncompile.passes.graph.axes import Axes, Dimension, Size, shape_of
+from lncompile.passes.graph.canonical import Key, Operation, value_of
+from lncompile.passes.graph.operands import result_shape, shape
 from lncompile.passes.rules.base import AxisMap, Linear, aligned, linear_rule, require_free, require_uncontracted
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lncompile.passes.axes import Axes, Size
-from lncompile.passes.canonical import Operation
 from lncompile.passes.decisions import Blocked, Reason
-from lncompile.passes.operands import dimension_of, result_shape, shape
+from lncompile.passes.graph.axes import Axes, Size
+from lncompile.passes.graph.canonical import Operation
+from lncompile.passes.graph.operands import dimension_of, result_shape, shape
 from lncompile.passes.rules.base import AxisMap, Linear, chained, linear_rule, permuted, require_free, reshaped
 
 

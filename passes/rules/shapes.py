@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from lncompile.passes.axes import Axes, Size, same_size, shape_of
-from lncompile.passes.canonical import Operation, canonicalise, tensor_of, value_of
 from lncompile.passes.decisions import Blocked, Reason
-from lncompile.passes.operands import dimension_of, dimensions_of, other_operands, result_shape, shape
+from lncompile.passes.graph.axes import Axes, Size, same_size, shape_of
+from lncompile.passes.graph.canonical import Operation, canonicalise, tensor_of, value_of
+from lncompile.passes.graph.operands import dimension_of, dimensions_of, other_operands, result_shape, shape
 from lncompile.passes.rules.base import (
     SAME,
     AxisMap,

@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from lncompile.passes import sharding
-from lncompile.passes.axes import Axes, Dimension, Factor, Size, shape_of
-from lncompile.passes.canonical import Operation, tensor_of
 from lncompile.passes.decisions import Blocked, Reason
-from lncompile.passes.operands import other_operands, shape
+from lncompile.passes.graph import sharding
+from lncompile.passes.graph.axes import Axes, Dimension, Factor, Size, shape_of
+from lncompile.passes.graph.canonical import Operation, tensor_of
+from lncompile.passes.graph.operands import other_operands, shape
 from lncompile.passes.rules.base import SAME, AxisMap, Linear, linear_rule
 
 

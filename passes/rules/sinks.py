@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from lncompile.passes.axes import Axes
-from lncompile.passes.canonical import Key, Operation, canonicalise
 from lncompile.passes.decisions import Blocked, Reason
-from lncompile.passes.differences import difference_of, serves_only_the_variance, uses_of_mean
-from lncompile.passes.moments import reduction
-from lncompile.passes.norm_calls import mean_is_read, normalised_axes
-from lncompile.passes.operands import WRITTEN, dimension_of, shape
+from lncompile.passes.graph.axes import Axes
+from lncompile.passes.graph.canonical import Key, Operation, canonicalise
+from lncompile.passes.graph.operands import WRITTEN, dimension_of, shape
+from lncompile.passes.norms.calls import mean_is_read, normalised_axes
+from lncompile.passes.norms.differences import difference_of, serves_only_the_variance, uses_of_mean
+from lncompile.passes.norms.moments import reduction
+from lncompile.passes.norms.totals import summed
 from lncompile.passes.rules.base import invariant, zero_mean
-from lncompile.passes.totals import summed
 
 
 @invariant("layer_norm", "native_layer_norm", "group_norm", "native_group_norm")

@@ -1,0 +1,1 @@
+"""Models by name, and what is needed to call one."""

@@ -1,0 +1,1 @@
+"""Reports: the data, the sentences, and what they are printed as."""

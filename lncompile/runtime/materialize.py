@@ -1,0 +1,434 @@
+"""Weights are centered once, not per call: parameter expressions leave the graph and become extra inputs.
+
+Each centered parameter expression of the graph was cut out into a small graph of its own (:mod:`.expressions`), and a
+placeholder took its place. At each call a :class:`Materializer` supplies the values, computed under
+``torch.no_grad()`` from the parameters *that arrive in this call* and kept while these are the same tensors and nobody
+writes to them (``parameter_state``). A parameter that holds its centered weight itself, because it was written there
+(``in_place``) or came centered, is passed as it is. Nothing is baked in: Dynamo reuses one compiled graph for several
+parameter sets, and in-place updates, ``load_state_dict`` or a swapped Parameter cause no recompile.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import operator
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.overrides import has_torch_function
+
+from lncompile.lowering import torch_private
+from lncompile.passes.graph.axes import Axes
+from lncompile.passes.graph.expressions import Expression
+from lncompile.passes.graph.sharding import local_bytes
+from lncompile.passes.rewrites.arithmetic import is_centered
+from lncompile.runtime import in_place
+from lncompile.runtime.ownership import Ownership, Survey
+from lncompile.runtime.parameter_identity import LifetimeReference, watch
+from lncompile.runtime.parameter_state import ParameterState, addresses_of, version_of
+from lncompile.runtime.renewals import Renewals, say_given_up, say_written_unseen
+from lncompile.runtime.stream_order import StreamOrder
+from lncompile.runtime.weight_samples import lies_within, local
+
+log = logging.getLogger("lncompile")
+
+
+class _Entry:
+    """One materialised tensor and the state of the parameters it was made from. Kept alive by its materializers."""
+
+    def __init__(self, expression: Expression, leaves: tuple[Tensor, ...]) -> None:
+        # The state is read before the value is computed: a write in between makes the entry outdated, not wrong.
+        self.state = ParameterState(leaves)
+        self.value = expression.evaluate(leaves)
+
+    def is_current(self, leaves: tuple[Tensor, ...]) -> bool:
+        return self.state.is_current(leaves) and self.state.has_storages_of(leaves)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How the value of an expression is kept.
+
+    Attributes:
+        storage: ``"copy"`` beside the model, ``"inplace"`` in the parameter, ``"centered"``: the parameter as it came.
+        bytes: what that takes of memory; in place it is what undoing it takes.
+        detail: in words, why there is a copy where the parameter was to be written to.
+        version: of the parameter, where that is what holds the value.
+    """
+
+    storage: str
+    bytes: int
+    detail: str = ""
+    version: int | None = None
+
+
+class _Store:
+    """Materialised tensors of the process: one per (expression, parameters), however many graphs use it."""
+
+    def __init__(self) -> None:
+        self._entries: weakref.WeakValueDictionary[tuple[Any, ...], _Entry] = weakref.WeakValueDictionary()
+
+    def get(self, expression: Expression, leaves: tuple[Tensor, ...]) -> tuple[_Entry, bool]:
+        """The value of an expression, and whether another graph's value of it turned out to be outdated unnoticed.
+
+        It is always computed, and then shared with the graphs that have the same one: a graph that is new, or that was
+        not called for a while, is not to inherit what others made before a write that torch did not count.
+        """
+        key = (expression.code, *(id(leaf) for leaf in leaves))
+        with in_place.lock:
+            fresh = _Entry(expression, leaves)
+            torch_private.count("materialized")
+            # An id() is used again after its owner is freed; the entry's state knows.
+            known = self._entries.get(key)
+            believed = known is not None and known.is_current(leaves)
+            if known is not None and believed and _are_equal(known.value, fresh.value):
+                return known, False
+            self._entries[key] = fresh
+            return fresh, believed
+
+    def clear(self) -> None:
+        with in_place.lock:
+            self._entries.clear()
+
+
+def _are_equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two values are the same, those that are not numbers included; of sharded ones what this process holds."""
+    one, other = local(one), local(other)
+    return torch.equal(one, other) or torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+_store = _Store()
+
+
+_materializers: weakref.WeakSet[Materializer] = weakref.WeakSet()
+
+
+def forget_all() -> None:
+    """Forget every materialised tensor: the next call of each compiled graph computes its own anew."""
+    in_place.allow_again()
+    for materializer in list(_materializers):
+        materializer.begin_anew()
+    _store.clear()
+
+
+def give_back(uses: Iterable[tuple[Any, tuple[Axes, ...] | None]]) -> None:
+    """Restore what a new graph is about to read in another way than it was written (``in_place.give_back``)."""
+    if in_place.give_back(uses):
+        _forget_sets()
+
+
+def _forget_sets() -> None:
+    for materializer in list(_materializers):
+        materializer.refresh()
+
+
+class _ParameterSet:
+    """The values for one set of parameters that a graph was called with.
+
+    Args:
+        state: of the parameters.
+        values: for each expression the copy that holds its value, or the position of the parameter that does. Of
+            parameters no reference is kept: that they are freed ends the state.
+        stored: how each is kept.
+        arguments: how many the graph is called with.
+        plain: whether no parameter's class has a ``__torch_function__`` of its own, which would be asked at every call.
+    """
+
+    def __init__(
+        self,
+        state: ParameterState,
+        values: Sequence[_Entry | int],
+        stored: Sequence[Stored],
+        arguments: int,
+        plain: bool,
+    ) -> None:
+        self.state = state
+        self.is_current = state.is_current if plain else _asked_plainly(state.is_current)
+        self.stored = tuple(stored)
+        self._entries = [value for value in values if isinstance(value, _Entry)]
+        self.values = [entry.value for entry in self._entries]
+        copies = itertools.count(arguments)
+        places = tuple(value if isinstance(value, int) else next(copies) for value in values)
+        self._choose = None if len(self.values) == len(places) else chooser(places)
+        on_gpus = [local(value) for value in self.values if value.device.type == "cuda"]
+        self._order = StreamOrder(on_gpus) if on_gpus else None
+
+    def take(self, arguments: Sequence[Any]) -> Sequence[Tensor]:
+        """The values, some of which may be among the arguments."""
+        if self._order is not None:
+            self._order.join()
+        return self.values if self._choose is None else self._choose((*arguments, *self.values))
+
+
+def _keeps_nothing(leaf: Tensor) -> bool:
+    """Whether nothing that is computed of a parameter at this moment may be kept for other calls.
+
+    Changes of what was made under ``inference_mode`` cannot be seen, and what is computed while a CUDA graph is
+    captured has no value until that graph is replayed.
+    """
+    return leaf.is_inference() or (leaf.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+
+
+def _asked_plainly(is_current: Callable[[tuple[Tensor, ...]], bool]) -> Callable[[tuple[Tensor, ...]], bool]:
+    def ask(tensors: tuple[Tensor, ...]) -> bool:
+        with torch_private.as_plain_tensors():
+            return is_current(tensors)
+
+    return ask
+
+
+class Materializer:
+    """Supplies the values of a graph's expressions for the arguments of one call.
+
+    Example:
+        >>> values = materializer(arguments)      # arguments: what Dynamo passes to the compiled graph
+        >>> outputs = compiled(*arguments, *values)
+
+    Args:
+        expressions: of the graph.
+        names: of the graph's placeholders, for messages.
+        check: how every call looks whether a parameter has changed since its values were computed: by ``"values"``, by
+            ``"versions"``, or not at all (``"off"``), where a set of parameters is recognised by which ones they are.
+        ownership: where parameters are to be overwritten with their centered weights, says which may be.
+
+    Attributes:
+        keeps_up: whether values last for more than a few calls. Where they did not, no more are supplied until the
+            parameters have stayed for a while (:class:`Renewals`), or :func:`forget_all`.
+    """
+
+    def __init__(
+        self,
+        expressions: Sequence[Expression],
+        names: Sequence[str] = (),
+        check: str = "values",
+        ownership: Ownership | None = None,
+    ) -> None:
+        self.expressions = tuple(expressions)
+        self.keeps_up = True
+        self._names = tuple(names)
+        self._check = check != "off"
+        self._samples = check == "values"
+        self._ownership = ownership
+        self._renewals = Renewals()
+        self._leaves = tuple(sorted({leaf for expression in expressions for leaf in expression.leaves}))
+        self._choose_leaves = chooser(self._leaves)
+        # By the identities of the parameters: one compiled graph may serve many equal blocks in turn.
+        self._sets: dict[bytes, _ParameterSet] = {}
+        # The first parameter of each set that there was, for reports: also of those whose values did not last.
+        self._served: dict[int, LifetimeReference] = {}
+        _materializers.add(self)
+
+    def __call__(self, arguments: Sequence[Any]) -> Sequence[Tensor] | None:
+        """Return the value of each expression for these arguments; None where that does not pay (``keeps_up``).
+
+        Args:
+            arguments: the values of the original placeholders, in order.
+        """
+        if not self._leaves:
+            return []
+        if not self.keeps_up:
+            if not self._renewals.have_ended(arguments[self._leaves[0]]):
+                return None
+            self.keeps_up = True
+        leaves = self._choose_leaves(arguments)
+        known = self._sets.get(addresses_of(leaves))
+        if known is not None and (not self._check or known.is_current(leaves)):
+            self._renewals.spared()
+            return known.take(arguments)
+        return self._renewed(arguments, leaves, known)
+
+    def _renewed(
+        self, arguments: Sequence[Any], leaves: tuple[Tensor, ...], known: _ParameterSet | None
+    ) -> Sequence[Tensor] | None:
+        """The values for parameters that were not seen before or have changed."""
+        with torch_private.as_plain_tensors(), in_place.lock:
+            current = self._sets.get(addresses_of(leaves))
+            if current is not None and current is not known and current.is_current(leaves):
+                return current.take(arguments)  # another thread was faster
+            # Where gradients are recorded a checkpoint may compute again later what was computed before, and has to get
+            # the same: there it goes on.
+            if self._renewals.are_too_many(len(self._sets)) and not torch.is_grad_enabled():
+                self.keeps_up = False
+                self._sets.clear()
+                say_given_up(self._name(0), len(leaves))
+                return None
+            if any(map(_keeps_nothing, leaves)):
+                return [e.evaluate([arguments[index] for index in e.leaves]) for e in self.expressions]
+            written = [] if known is None else known.state.written_unseen(leaves)
+            if written:
+                # torch counts no update of running statistics either, which is not a write of the user's.
+                by_user = [index for index in written if isinstance(leaves[index], torch.nn.Parameter)]
+                late = leaves[written[0]].device.type == "cuda"
+                name = self._name((by_user or written)[0])
+                say_written_unseen(name, len(written), late=late, by_user=bool(by_user))
+            return self._refresh(arguments).take(arguments)
+
+    def _name(self, leaf: int) -> str:
+        return self._names[self._leaves[leaf]] if self._names else f"parameter {self._leaves[leaf]} of the graph"
+
+    def begin(self, arguments: Sequence[Any]) -> tuple[Sequence[Tensor], tuple[Stored, ...]]:
+        """Return the values for the arguments that a graph is compiled with, and how each is kept."""
+        if not self._leaves:
+            return (), ()
+        known = self._refresh(arguments)
+        return known.take(arguments), known.stored
+
+    def seen(self) -> set[int]:
+        """Ids of the living parameters that values were supplied for."""
+        sets = {parameter for known in list(self._sets.values()) for parameter in known.state.living()}
+        return sets | {parameter for parameter, lifetime in list(self._served.items()) if lifetime() is not None}
+
+    def refresh(self) -> None:
+        """Forget all values, so that the next call computes them anew."""
+        self._renewals.excuse(len(self._sets))
+        self._sets.clear()
+
+    def begin_anew(self) -> None:
+        """Forget all values, and that they did not last."""
+        self.refresh()
+        self.keeps_up, self._renewals = True, Renewals()
+
+    def forget(self, parameters: set[int]) -> None:
+        """Forget the values made from any of these, given by their ids; none if changes are not to be looked for."""
+        for first, known in list(self._sets.items()) if self._check else ():
+            if not parameters.isdisjoint(known.state.living()):
+                self._sets.pop(first, None)
+
+    def _refresh(self, arguments: Sequence[Any]) -> _ParameterSet:
+        leaves = self._choose_leaves(arguments)
+        # DDP has the pieces of a model compiled with fake parameters: no call has these.
+        are_real = torch_private.fake_mode_of(leaves) is None
+        for index, leaf in enumerate(leaves if are_real else ()):
+            if not lies_within(local(leaf), local(leaf).untyped_storage()):
+                raise RuntimeError(
+                    f"weight '{self._name(index)}' has no memory: its storage was given back or made smaller (resize_)"
+                )
+        first = addresses_of(leaves)
+        living = {parameter: lifetime for parameter, lifetime in self._served.items() if lifetime() is not None}
+        self._served = {**living, id(leaves[0]): watch(leaves[0])}
+        own = weakref.ref(self)
+
+        def forget(ended: ParameterState) -> None:
+            materializer = own()
+            known = None if materializer is None else materializer._sets.get(first)
+            # A later owner of the same id may have put its own set there.
+            if materializer is not None and known is not None and known.state is ended:
+                materializer._sets.pop(first, None)
+
+        values: list[_Entry | int] = []
+        kept: list[Stored] = []
+        survey = Survey()
+        anything_outdated = False
+        with in_place.lock, torch_private.as_plain_tensors():
+            # Before the values are computed, see _Entry.
+            state = ParameterState(leaves, forget, values=self._samples and are_real)
+            for index, expression in enumerate(self.expressions):
+                stored = self._in_parameter(index, arguments, survey)
+                if stored.version is not None:
+                    (leaf,) = expression.leaves
+                    values.append(leaf)
+                    state.expect(self._leaves.index(leaf), stored.version, leaves)
+                else:
+                    entry, outdated = _store.get(expression, tuple(arguments[leaf] for leaf in expression.leaves))
+                    values.append(entry)
+                    anything_outdated |= outdated
+                    stored = dataclasses.replace(stored, bytes=local_bytes(entry.value))
+                kept.append(stored)
+        if anything_outdated:
+            log.debug("a weight was written to through .data: every compiled graph computes its centered weights anew")
+            _forget_sets()
+        fresh = _ParameterSet(state, values, kept, len(arguments), not has_torch_function(leaves))
+        self._sets[first] = fresh
+        return fresh
+
+    def plan(self, arguments: Sequence[Any]) -> tuple[Stored, ...]:
+        """Say how the values would be kept for these arguments, without computing or writing any.
+
+        The bytes of copies are left out: nothing is computed that has any.
+        """
+        survey = Survey()
+        planned = []
+        for index, expression in enumerate(self.expressions):
+            first = arguments[expression.leaves[0]]
+            with in_place.lock:
+                held = self._held(index, arguments)
+                obstacle = None if held is not None else self._obstacle(index, arguments, survey)
+            if held is not None:
+                planned.append(held)
+            elif obstacle is None:
+                planned.append(Stored("inplace", in_place.bytes_kept(first, expression.centered_along or ())))
+            else:
+                planned.append(Stored("copy", 0, obstacle))
+        return tuple(planned)
+
+    def _in_parameter(self, index: int, arguments: Sequence[Any], survey: Survey) -> Stored:
+        """Have a parameter hold the value of an expression, if it does already or may; else it is to be a copy."""
+        held = self._held(index, arguments)
+        if held is not None:
+            return held
+        for parameter in (arguments[leaf] for leaf in self.expressions[index].leaves):
+            if in_place.written(parameter) is not None:
+                # For another graph, in another way than this one needs it, which was not known when that was compiled.
+                in_place.restore_for_good([parameter], survey.owners(parameter))
+        obstacle = self._obstacle(index, arguments, survey)
+        if obstacle is not None:
+            return Stored("copy", 0, obstacle)
+        expression = self.expressions[index]
+        record = in_place.write(arguments[expression.leaves[0]], expression.centered_along or ())
+        if record is None:
+            return Stored("copy", 0, "somebody else wrote to it at the same time")
+        return Stored("inplace", record.nbytes, version=record.version)
+
+    def _held(self, index: int, arguments: Sequence[Any]) -> Stored | None:
+        """How a parameter holds the value of an expression; None if it does not."""
+        axes = self.expressions[index].centered_along
+        # Without the check a copy outlives changes of the parameter, which holds nothing but the latest.
+        if axes is None or (self._ownership is None and not self._check):
+            return None
+        parameter = arguments[self.expressions[index].leaves[0]]
+        if torch_private.is_opaque_tensor(parameter) or torch_private.fake_mode_of([parameter]) is not None:
+            return None
+        record = in_place.written(parameter)
+        if record is not None:
+            # Centered in another way for another graph, it is a weight like any other here.
+            return Stored("inplace", record.nbytes, version=record.version) if record.axes == axes else None
+        with torch_private.as_plain_tensors():
+            version = version_of(parameter)
+            return Stored("centered", 0, version=version) if is_centered(parameter.detach(), axes) else None
+
+    def _obstacle(self, index: int, arguments: Sequence[Any], survey: Survey) -> str | None:
+        """Why a parameter may not be overwritten with the value of an expression; "" where nobody asked for it."""
+        if self._ownership is None:
+            return ""
+        expression = self.expressions[index]
+        if expression.centered_along is None:
+            return "it is not a parameter in its own dtype but computed from parameters"
+        leaf = expression.leaves[0]
+        return self._ownership.obstacle(leaf, arguments[leaf], survey)
+
+
+def _forget_after_step(optimizer: Optimizer, *_: object) -> None:
+    """Fused optimizers count no write (torch 2.13), and others may not: what an optimizer stepped is outdated."""
+    if torch.compiler.is_compiling():
+        return  # a compiled step: what AOTAutograd compiles does count
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for materializer in list(_materializers):
+        materializer.forget(stepped)
+
+
+register_optimizer_step_post_hook(_forget_after_step)
+
+
+def chooser(indices: tuple[int, ...]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """A function that takes the items at some indices out of a sequence, always as a tuple."""
+    if len(indices) > 1:
+        return operator.itemgetter(*indices)
+    return lambda items: tuple(items[index] for index in indices)

@@ -1,0 +1,1 @@
+"""Tools that only look: what Inductor generated, compiled and run without a GPU."""

@@ -1,0 +1,1 @@
+"""The graph as it came: operations by one name each, axes, provenance, facts."""

@@ -1,0 +1,1 @@
+"""What is centered where: the streams, what each choice costs, and the best choice."""

@@ -1,0 +1,1 @@
+"""Carrying decisions out: each module is one rewrite of the graph."""

@@ -1,0 +1,347 @@
+"""Carrying a placement out: centered weights and activations go into the graph, every site's input is exchanged.
+
+Before (GPT-2's last block, in short)::
+
+    x      = addmm(b, h, W)
+    stream = stream_before + x
+    y      = layer_norm(stream, (768,), γ, β, ε)
+
+After::
+
+    W_centered = sub(W, mean(W, [1]))          # in float64; materialised once, see materialize.py
+    b_centered = sub(b, mean(b, [0]))
+    x      = addmm(b_centered, h, W_centered)
+    stream = stream_before + x                 # now its mean is zero
+    y      = layer_norm(stream, (768,), γ, β, ε)   # still right, and ready to be lowered to an RMSNorm
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from lncompile.lowering import emit
+from lncompile.passes.graph.axes import Axes
+from lncompile.passes.graph.canonical import Key, Operation, tensor_of, value_of
+from lncompile.passes.graph.operands import CENTERED_ALONG
+from lncompile.passes.graph.spellings import aten
+from lncompile.passes.placement.cut import Placement
+from lncompile.passes.placement.streams import Variable, VariableKey
+from lncompile.passes.rewrites.arithmetic import (
+    EXACT,
+    batch_norm_scale,
+    batch_norm_shift,
+    center_activation,
+    center_composed_bias,
+    center_scaled_weight,
+    center_weight,
+    channel_scale,
+    compose_scales,
+    compose_shifts,
+    training_dtype,
+)
+from lncompile.passes.rules.composed_sources import BatchNorm, ComposedSource
+
+
+@dataclass
+class Rewrite:
+    """What a rewrite put into the graph.
+
+    Attributes:
+        weights: nodes that compute a centered parameter expression, once for each set of parameters.
+        trained: those that compute one at every call, because its gradient is wanted.
+        activations: nodes that center an activation at run time, by the node they center.
+        centered: the node that carries each centered value.
+        dead: products that disappeared into their weights.
+        explicit: whether a centered value is another node than the one it is the value of.
+        wants_gradient: parameter expressions whose gradient is wanted.
+        in_training: whether the graph computes gradients.
+    """
+
+    weights: list[fx.Node] = field(default_factory=list)
+    trained: list[fx.Node] = field(default_factory=list)
+    activations: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    centered: dict[VariableKey, fx.Node] = field(default_factory=dict)
+    dead: list[fx.Node] = field(default_factory=list)
+    explicit: dict[VariableKey, bool] = field(default_factory=dict)
+    wants_gradient: Collection[fx.Node] = frozenset()
+    in_training: bool = False
+
+
+def rewrite(
+    graph: fx.Graph,
+    placement: Placement,
+    variables: Mapping[VariableKey, Variable],
+    trained: Collection[fx.Node] = frozenset(),
+    in_training: bool = False,
+) -> Rewrite:
+    """Rewrite the graph so that every stream of the placement is computed centered.
+
+    Args:
+        graph: changed in place.
+        placement: what to do.
+        variables: the streams the placement was made from.
+        trained: parameter expressions whose gradient is wanted.
+        in_training: whether the graph computes gradients.
+
+    Returns:
+        What was put in; ``centered[(site.input, site.axes)]`` is the input of each folded site.
+    """
+    done = Rewrite(wants_gradient=trained, in_training=in_training)
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    for key in sorted(placement.centered, key=lambda key: (order[key[0]], str(key[1]))):
+        _make_centered(graph, key, key in placement.streams, variables[key], done)
+    streams: dict[fx.Node, list[Variable]] = defaultdict(list)
+    for key in sorted(placement.streams, key=lambda key: (order[key[0]], str(key[1]))):
+        streams[key[0]].append(variables[key])
+    for group in streams.values():
+        _exchange_operands(graph, group, variables, done)
+    for site in placement.folded:
+        source = done.centered[(site.input, site.axes)]
+        if source is not site.input:
+            for operation, place in site.places:
+                operation.replace({place: source})
+    for node in done.dead:
+        graph.erase_node(node)
+    return done
+
+
+def _make_centered(graph: fx.Graph, key: VariableKey, is_stream: bool, variable: Variable, done: Rewrite) -> None:
+    node, axes = key
+    done.explicit[key] = not (is_stream or variable.is_zero_mean)
+    if is_stream or variable.is_zero_mean:
+        done.centered[key] = node
+        return
+    if variable.is_recomputed:
+        sources = {source: done.centered[(source, along)] for source, along in variable.needs.items()}
+        done.centered[key] = _recomputed(graph, node, sources)
+        return
+    tensor = tensor_of(node)
+    assert tensor is not None  # variables without a single tensor have no centering cost, so are never chosen
+    with graph.inserting_before(_after_definition(node)):
+        if variable.parameter is not None:
+            centered = _center_weight(graph, variable.parameter, [axes], tensor, done)
+        else:
+            centered = emit(graph, f"{node.name}_centered", center_activation, node, axes, tensor.dtype)
+            done.activations[node] = centered
+    done.centered[key] = centered
+
+
+def _center_weight(graph: fx.Graph, parameter: fx.Node, axes: Sequence[Axes], value: Tensor, done: Rewrite) -> fx.Node:
+    """A parameter centered along sets of axes that do not meet, in the dtype of ``value``."""
+    name = f"{parameter.name}_centered"
+    kept = tensor_of(parameter)
+    assert kept is not None  # a parameter is one tensor
+    if parameter in done.wants_gradient:
+        compute_dtype = training_dtype(kept.dtype)
+        centered = emit(graph, name, center_weight, parameter, tuple(axes), value.dtype, compute_dtype)
+        done.trained.append(centered)
+    else:
+        centered = emit(graph, name, center_weight, parameter, tuple(axes), value.dtype, value=value)
+        done.weights.append(centered)
+    if parameter.op == "placeholder" and kept.dtype == value.dtype:
+        centered.meta[CENTERED_ALONG] = tuple(axes)
+    return centered
+
+
+def _recomputed(graph: fx.Graph, node: fx.Node, sources: Mapping[fx.Node, fx.Node]) -> fx.Node:
+    """Do a view of a parameter once more, on the centered parameter."""
+    with graph.inserting_before(_after_definition(node)):
+        again = graph.node_copy(node)
+        again.meta = dict(node.meta)
+    for source, centered in sources.items():
+        again.replace_input_with(source, centered)
+    return again
+
+
+def _after_definition(node: fx.Node) -> fx.Node:
+    """The node before which something computed from ``node`` can stand; never among the placeholders."""
+    following = node.next
+    while following.op == "placeholder":
+        following = following.next
+    return following
+
+
+def _exchange_operands(
+    graph: fx.Graph, group: Sequence[Variable], variables: Mapping[VariableKey, Variable], done: Rewrite
+) -> None:
+    """Let a node compute its streams: one, or several that center different parts of its result."""
+    first = group[0]
+    if first.composed_source is not None:
+        _compose(graph, first.composed_source, done)
+        return
+    operation = first.operation
+    assert operation is not None  # streams come out of operations with rules
+    needs: dict[fx.Node, list[Axes]] = defaultdict(list)
+    for variable in group:
+        for operand, axes in variable.operands.items():
+            needs[operand].append(axes)
+    _exchange(graph, operation, needs, first.zeros, variables, done)
+    for write in first.writes:
+        values = {value: [axes] for value, axes in write.needs.items()}
+        _exchange(graph, write.operation, values, write.zeros, variables, done)
+    if operation.in_place:
+        # ``x += y`` becomes ``x' = x + y``: the centered x may be a materialised weight, which the next call needs too.
+        operation.node.target = _OUT_OF_PLACE.get(operation.node.target, operation.node.target)
+
+
+def _exchange(
+    graph: fx.Graph,
+    operation: Operation,
+    needs: Mapping[fx.Node, Sequence[Axes]],
+    zeros: Sequence[Key],
+    variables: Mapping[VariableKey, Variable],
+    done: Rewrite,
+) -> None:
+    replacements: dict[Key, object] = {}
+    for key, operand in operation.operands():
+        if operand in needs and key not in zeros:
+            centered = _centered_along(graph, operand, needs[operand], variables, done)
+            if centered is not operand:
+                replacements[key] = centered
+    for name, index in zeros:
+        argument = operation[name] if index is None else operation[name][index]
+        if isinstance(argument, fx.Node) and tensor_of(argument) is not None:
+            with graph.inserting_before(operation.node):
+                zero = _connected_zeros if done.in_training else torch.zeros_like
+                replacements[(name, index)] = emit(graph, f"{argument.name}_centered", zero, argument)
+        else:
+            # A number, or the node of a dynamic one: zero of the same kind, so that no dtype changes.
+            number = value_of(argument) if isinstance(argument, fx.Node) else argument
+            replacements[(name, index)] = 0 if isinstance(number, int | torch.SymInt) else 0.0
+    operation.replace(replacements)
+
+
+def _centered_along(
+    graph: fx.Graph,
+    operand: fx.Node,
+    sets: Sequence[Axes],
+    variables: Mapping[VariableKey, Variable],
+    done: Rewrite,
+) -> fx.Node:
+    """The node that carries an operand centered along every one of some sets of axes."""
+    explicit = [axes for axes in dict.fromkeys(sets) if done.explicit[(operand, axes)]]
+    if len(explicit) <= 1:
+        # What is centered in place is centered in its copies too.
+        return done.centered[(operand, explicit[0])] if explicit else operand
+    parts = [variables[(operand, axes)] for axes in explicit]
+    if all(part.is_recomputed for part in parts):
+        along: dict[fx.Node, list[Axes]] = defaultdict(list)
+        for part in parts:
+            for source, axes in part.needs.items():
+                along[source].append(axes)
+        centered = {
+            source: _centered_along(graph, source, several, variables, done) for source, several in along.items()
+        }
+        return _recomputed(graph, operand, centered)
+    parameter, tensor = parts[0].parameter, tensor_of(operand)
+    assert parameter is not None  # an activation is never centered in parts
+    assert tensor is not None  # a parameter is one tensor
+    with graph.inserting_before(_after_definition(operand)):
+        return _center_weight(graph, parameter, explicit, tensor, done)
+
+
+# The in-place operations that facts read as plain updates, each with the one that leaves its operand alone.
+_OUT_OF_PLACE: dict[Any, Any] = {
+    operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,
+    operator.itruediv: operator.truediv, "add_": "add", "sub_": "sub", "mul_": "mul", "div_": "div",
+    aten.add_.Tensor: aten.add.Tensor, aten.add_.Scalar: aten.add.Scalar, aten.sub_.Tensor: aten.sub.Tensor,
+    aten.mul_.Tensor: aten.mul.Tensor, aten.div_.Tensor: aten.div.Tensor,
+}  # fmt: skip
+
+
+def _compose(graph: fx.Graph, source: ComposedSource, done: Rewrite) -> None:
+    """Compose scales and shifts into the parameters of a product, center these, and take the stages out."""
+    product = source.product
+    weight = product[source.weight[0]]
+    bias = None if source.bias is None else product[source.bias[0]]
+    weight_tensor = tensor_of(weight)
+    assert weight_tensor is not None  # its shape was read when the source was found
+    replacements: dict[tuple[str, int | None], object] = {}
+    is_trained = any(parameter in done.wants_gradient for parameter in source.parameters())
+    compute_dtype = training_dtype(weight_tensor.dtype) if is_trained else EXACT
+    with graph.inserting_before(product.node):
+        scale, shift = _composed_stages(graph, source, compute_dtype)
+        replacements[source.weight] = emit(
+            graph, f"{weight.name}_composed_centered", center_scaled_weight, weight, scale, source.dimension,
+            source.weight_axes, weight_tensor.dtype, source.groups, compute_dtype,
+        )  # fmt: skip
+        if source.bias is not None and (bias is not None or shift is not None):
+            name = f"{product.node.name if bias is None else bias.name}_composed_centered"
+            replacements[source.bias] = emit(
+                graph,
+                name,
+                center_composed_bias,
+                bias,
+                scale,
+                shift,
+                source.bias_axes,
+                weight_tensor.dtype,
+                compute_dtype,
+            )
+    (done.trained if is_trained else done.weights).extend(
+        node for node in replacements.values() if isinstance(node, fx.Node)
+    )
+    product.replace(replacements)
+    carriers: dict[fx.Node, fx.Node] = {}
+    for stage in source.stages:
+        node = stage.operation.node
+        value = _in_dtype_of(graph, carriers.get(stage.value, stage.value), node)
+        carriers[node] = value
+        node.replace_all_uses_with(value)
+        for key, carrier in list(done.centered.items()):
+            if carrier is node:
+                done.centered[key] = value
+        done.dead.append(node)
+
+
+def _connected_zeros(value: Tensor) -> Tensor:
+    """Zeros that autograd knows to come from ``value``: its gradient is zero, as in the original, and not missing.
+
+    Optimizers pass over a parameter without a gradient, weight decay included.
+    """
+    return torch.sub(value, value)
+
+
+def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
+    return value.to(dtype)
+
+
+def _in_dtype_of(graph: fx.Graph, value: fx.Node, node: fx.Node) -> fx.Node:
+    """``value`` in the dtype of the node whose place it takes: a scale may promote what autocast computed."""
+    has, wanted = tensor_of(value), tensor_of(node)
+    assert has is not None  # both were read when the source was found
+    assert wanted is not None
+    if has.dtype == wanted.dtype:
+        return value
+    with graph.inserting_before(node):
+        return emit(graph, node.name, _cast, value, wanted.dtype)
+
+
+def _composed_stages(
+    graph: fx.Graph, source: ComposedSource, compute_dtype: torch.dtype
+) -> tuple[fx.Node, fx.Node | None]:
+    """One scale and one shift of the channels for all stages of a source."""
+    total_scale: fx.Node | None = None
+    total_shift: fx.Node | None = None
+    for stage in source.stages:
+        name = f"{stage.operation.node.name}_composed"
+        shift = None
+        if isinstance(stage, BatchNorm):
+            parameters = (stage.running_var, stage.weight, stage.eps, compute_dtype)
+            scale = emit(graph, f"{name}_scale", batch_norm_scale, *parameters)
+            shift = emit(graph, f"{name}_shift", batch_norm_shift, stage.running_mean, stage.bias, scale, compute_dtype)
+        else:
+            scale = emit(graph, f"{name}_scale", channel_scale, stage.scale, stage.divides, compute_dtype)
+        if total_shift is not None:
+            shift = emit(graph, f"{name}_shift", compose_shifts, scale, total_shift, shift)
+        total_shift = shift
+        total_scale = scale if total_scale is None else emit(graph, f"{name}_scale", compose_scales, scale, total_scale)
+    assert total_scale is not None  # a composed source has a stage
+    return total_scale, total_shift

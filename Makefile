@@ -23,8 +23,8 @@ demo: $(stamp)-demo ## whether to use lnfold for GPT-2 small's shapes, and why (
 serve: $(stamp)-serve ## a server of a model that A/B tests stock torch.compile against lnfold (SERVE="--model ... --port 8000")
 	$(python) examples/serve.py $(SERVE)
 
-SMOKE := tests/test_structure.py tests/test_backend.py tests/test_placement.py tests/test_fold.py tests/test_answer.py \
-	tests/test_parameter_changes.py tests/test_budget.py
+SMOKE := tests/test_structure.py tests/test_backend.py tests/placement/test_placement.py tests/test_fold.py tests/commands/test_answer.py \
+	tests/runtime/test_parameter_changes.py tests/placement/test_budget.py
 
 # A process for every core, and one thread in each: the models are tiny. Tests of one group share what they compile.
 pytest := OMP_NUM_THREADS=1 $(python) -m pytest -n auto --dist loadgroup
@@ -41,10 +41,10 @@ test-all: $(stamp)-test ## the test suite, slow tests included (every model thro
 test-torch: ## the test suite on another torch (TORCH=2.15.0), in an environment of its own
 	$(MAKE) test VENV=.venv-torch-$(TORCH) TORCH=$(TORCH)
 
-fuzz: $(stamp)-test ## random modules through the backend (FUZZ="--minutes 60 --jobs 4"; see tests/fuzz.py --help)
-	$(python) tests/fuzz.py $(FUZZ)
+fuzz: $(stamp)-test ## random modules through the backend (FUZZ="--minutes 60 --jobs 4"; see tests/support/fuzz.py --help)
+	$(python) tests/support/fuzz.py $(FUZZ)
 
-lint: $(stamp)-lint ## ruff, formatting, and mypy on an installed wheel
+lint: $(stamp)-lint ## ruff, formatting, and mypy
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
 	.ci/types $(python)

@@ -1,9 +1,9 @@
 """How often does `lncompile.ABTest` see a difference that is not there, and how soon one that is?
 
-Simulated traffic (`tests/traffic.py`), two kinds: *steady*, with heavy tails, and *drifting*, with autocorrelated load,
-bursts and a changing mix of shapes. Every run is one test of 5,000 requests that is looked at after every request and
-ends at the first look that tells the arms apart. Welch's t-test on the same requests, looked at as often, is what one
-does without thinking.
+Simulated traffic (`tests/support/traffic.py`), two kinds: *steady*, with heavy tails, and *drifting*, with
+autocorrelated load, bursts and a changing mix of shapes. Every run is one test of 5,000 requests that is looked at
+after every request and ends at the first look that tells the arms apart. Welch's t-test on the same requests, looked at
+as often, is what one does without thinking.
 
     python benchmarks/abtest.py [--runs 1000]
 
@@ -26,7 +26,7 @@ from rich.table import Table
 
 from lncompile.comparisons.machine import describe_machine
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 
 ALPHA = 0.05
 REQUESTS = 5000

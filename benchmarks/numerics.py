@@ -29,7 +29,7 @@ from rich.table import Table
 from lncompile.comparisons.machine import describe_machine
 from lncompile.lowering import torch_private
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

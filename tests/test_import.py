@@ -103,3 +103,20 @@ def test_torch_finds_the_backend_with_and_without_the_import(first: str) -> None
         "import lncompile.explanation\n"
         "print(json.dumps(lncompile.explanation.settings_of(compiled)))"
     ) == {"options": {"lnfold.assist": False}}
+
+
+@pytest.mark.parametrize("folder", [ELSEWHERE, PACKAGE.parent], ids=["elsewhere", "in the clone"])
+def test_the_package_is_found_from_anywhere(folder: Path) -> None:
+    """In a clone the folder ``lncompile`` is found before what is installed: the links in it lead to the rest."""
+    program = (
+        "import json, sys\n"
+        "if sys.argv[1:]: sys.meta_path = [f for f in sys.meta_path if 'Editable' not in getattr(f, '__name__', '')]\n"
+        "import lncompile, lncompile.passes.rules, lncompile.lowering.inspect.generated_code as code\n"
+        "print(json.dumps([lncompile.passes.rules.__name__, code.__name__]))\n"
+    )
+    in_the_clone = ["as if nothing were installed"] if folder == PACKAGE.parent else []
+    done = subprocess.run(
+        [sys.executable, "-c", program, *in_the_clone], capture_output=True, text=True, cwd=folder, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == ["lncompile.passes.rules", "lncompile.lowering.inspect.generated_code"]

@@ -24,9 +24,9 @@ it does may be looked at any time and stopped at will. The speed-ups not rejecte
 Annals of Statistics 49, 2021).
 
 Two cases are approximate. With a coin that is not fair d has mean 0 but is not quite symmetric: simulation says how
-good the guarantee is then (tests/test_abtest_statistics.py). And where shapes differ in their speed-up, the interval is
-for the average over the batches seen. One case is not covered: requests of one key, which all go to one arm, are not
-assigned independently, so few keys make the interval too narrow.
+good the guarantee is then (tests/abtest/test_abtest_statistics.py). And where shapes differ in their speed-up, the
+interval is for the average over the batches seen. One case is not covered: requests of one key, which all go to one
+arm, are not assigned independently, so few keys make the interval too narrow.
 """
 
 from __future__ import annotations

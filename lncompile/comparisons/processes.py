@@ -9,7 +9,7 @@ order.
 The interval is Student's, of the logarithms of these numbers. A bootstrap that draws processes, and rounds within them,
 is the usual answer where there are many processes. Of four to eight it draws the same few again and again and is too
 narrow: of four processes its 95% interval contains the truth in 81 of 100 simulated cases, Student's in 95
-(``tests/test_processes.py``).
+(``tests/comparisons/test_processes.py``).
 """
 
 from __future__ import annotations

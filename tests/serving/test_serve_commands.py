@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from places import ROOT
 
 pytest.importorskip("transformers")
 
@@ -231,9 +232,8 @@ class Process:
         transformers.BertConfig(**sizes, max_position_embeddings=32, architectures=["BertModel"]).save_pretrained(
             folder
         )
-        here = Path(__file__).parent
         command = [sys.executable, "-c", _UNCOMPILED, "--model", str(folder), "--port", "0", *arguments]
-        environment = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{here.parent / 'examples'}"}
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'tests' / 'support'}{os.pathsep}{ROOT / 'examples'}"}
         self._log = folder / "log"
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)

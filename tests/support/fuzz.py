@@ -1,7 +1,7 @@
 """``make fuzz``: random programs through the backend for as long as wanted.
 
-    python tests/fuzz.py --minutes 60 --jobs 4
-    python tests/fuzz.py --seed 123 --graphs 1        # one program again
+    python tests/support/fuzz.py --minutes 60 --jobs 4
+    python tests/support/fuzz.py --seed 123 --graphs 1        # one program again
 
 Every difference is shrunk, printed and written to a folder. The exit code is 1 if there was one.
 """
@@ -32,13 +32,13 @@ from random import SystemRandom
 
 import torch
 from fuzzing import COMPILERS, Outcome, Statistics, examine, examine_training
+from places import ROOT
 from random_modules import Program, random_program
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from shrinking import shrink
 
-ROOT = Path(__file__).parent.parent
 BATCH = 20
 # Dynamo keeps something of every class it has seen: workers are replaced before that adds up.
 BATCHES_PER_PROCESS = 100

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from places import ROOT
 
 from lncompile.lowering.inspect.generated_code import GeneratedCode
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import norm_kernels
 import norm_kernels_on_cpu

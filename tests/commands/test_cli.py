@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from command_line import answer, assert_refused, run
+from places import ROOT
 from torch import nn
 
 import lncompile.models.loading
@@ -432,6 +433,6 @@ def test_a_model_error_is_an_exception_of_ours():
 
 
 def test_the_installed_command_is_this_one():
-    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     module, _, function = project["project"]["scripts"]["lncompile"].partition(":")
     assert getattr(importlib.import_module(module), function) is cli.main

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from places import ROOT
 from torch import nn
 
 import lncompile
@@ -25,7 +26,7 @@ from lncompile.lowering.inspect import torch_private_codegen
 from lncompile.lowering.inspect.triton_without_gpu import triton_for_sm90
 from lncompile.models.loading import randomise
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import equal_programs
 import latency

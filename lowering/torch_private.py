@@ -2,7 +2,8 @@
 
 Those that only tools use, which look at what Inductor generates, stand in :mod:`.torch_private_codegen`, those of
 Inductor's choices in :mod:`.torch_private_choices`, those of where compiled code is kept in
-:mod:`.torch_private_caches`, those of graph breaks in :mod:`.torch_private_breaks`. Nothing outside these modules may
+:mod:`.torch_private_caches`, those of graph breaks in :mod:`.torch_private_breaks`, those of
+Inductor's C++ compiler in :mod:`.torch_private_compiler`. Nothing outside these modules may
 import or spell a name of torch that starts with an underscore (a test checks it), so that a new torch release is ported
 by reading them. It imports nothing of ours, and Triton and the larger parts of torch only inside the functions that
 need them. Run on torch 2.11, 2.13 and 2.15.

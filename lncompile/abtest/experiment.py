@@ -78,7 +78,8 @@ class ABTest:
             :func:`~lncompile.abtest.shape_bucket` or a function of ``(args, kwargs)``.
         buckets: how many kinds of requests are told apart. What comes after is served, and not in the verdict.
         alpha: how often a test may be wrong.
-        minimum_effect: the relative difference in latency that matters. A smaller one never makes a winner.
+        minimum_effect: the relative difference in latency that matters. A smaller one never makes a winner, nor does
+            one of less than 3 µs a call: by so much equal programs differ in one process.
         seed: of all coins, and of the hash of ``ab_key``: replicas with one name and seed send a key to the same arm.
         device: where the work happens; default: where the model's parameters or the first tensor of a request are.
         max_failures: how often an arm may raise where the other one does not before it is taken out of service.
@@ -359,8 +360,9 @@ class ABTest:
     def _verdict(self) -> Verdict:
         baseline, candidate = self._arms
         speedup, counts = self._measurements.speedup, self._measurements.counts()
+        minimum_effect = self._measurements.effect_that_counts(self._minimum_effect)
         return Verdict(
-            outcome=outcome_of(speedup, self._minimum_effect),
+            outcome=outcome_of(speedup, minimum_effect),
             baseline=baseline.name,
             candidate=candidate.name,
             speedup=speedup,
@@ -369,7 +371,7 @@ class ABTest:
             buckets=counts["buckets"],
             alpha=self._alpha,
             p_value=self._measurements.test.p_value,
-            minimum_effect=self._minimum_effect,
+            minimum_effect=minimum_effect,
             outputs_agree=self._comparisons.equal,
             comparisons=self._comparisons.compared,
             out_of_service={a.name: a.out_of_service for a in self._arms if a.out_of_service is not None},

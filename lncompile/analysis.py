@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from lncompile.lowering import torch_private
+from lncompile.lowering import torch_private_inductor
 from lncompile.options import Options
 from lncompile.passes.decisions import PartKind, Reason, Site, Stream, StreamPart, UnrecognisedDifference
 from lncompile.passes.graph.copying import copy_graph_module
@@ -24,7 +24,8 @@ from lncompile.passes.norms.subgraphs import norms_in_subgraphs
 from lncompile.passes.placement.budget import Budgeted, limit_in_bytes, place_within
 from lncompile.passes.placement.costs import CostModel
 from lncompile.passes.placement.cut import Placement, place
-from lncompile.passes.placement.streams import Variable, VariableKey, build_streams
+from lncompile.passes.placement.streams import build_streams
+from lncompile.passes.placement.variables import Variable, VariableKey
 from lncompile.passes.rewrites.affine import Absorption, parameters_centered_for, plan_absorptions
 from lncompile.passes.rewrites.deferral import Deferral, plan_deferrals
 from lncompile.passes.rewrites.matrix_vector import MatrixVectors, plan_matrix_vectors
@@ -211,12 +212,12 @@ def _analyse_expanded(
     # What keeps copies of further weights is done by itself only where centered ones are copies, none short of memory.
     are_copies = options.weights == "copy" and options.memory_budget is None
     defer = options.defer if are_copies or options.defer != "auto" else "off"
-    sums = functools.partial(torch_private.writes_products_as_sums, inductor)
+    sums = functools.partial(torch_private_inductor.writes_products_as_sums, inductor)
     one_row, inside = plan_matrix_vectors(
         options.matrix_vector, are_copies, copy.graph, folded, centered, facts, costs, sums
     )
     rest = tuple(site for site in folded if site.node not in inside)
-    generated = functools.partial(torch_private.generates_products, inductor)
+    generated = functools.partial(torch_private_inductor.generates_products, inductor)
     deferrals, scales = plan_deferrals(defer, options.absorb_affine, rest, centered, facts, costs, generated)
     deferred = {deferral.site.node: deferral.absorption for deferral in deferrals}
     mode = options.absorb_affine if are_copies or options.absorb_affine != "auto" else False

@@ -94,11 +94,11 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> tuple[
         >>> parse_options(None, {"lnfold.nonfoldable": "eager", "max_autotune": True})[0].nonfoldable
         'eager'
     """
-    from lncompile.lowering import torch_private
+    from lncompile.lowering import torch_private_inductor
 
     ours = parse_ours(options)
     inductors = {key: value for key, value in (options or {}).items() if not key.startswith(PREFIX)}
-    known = torch_private.inductor_option_names()
+    known = torch_private_inductor.inductor_option_names()
     for key in inductors:
         if key.replace("-", "_") not in known:
             raise OptionError(
@@ -108,7 +108,7 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> tuple[
     if ours.matrix_vector == "on":
         inductors.setdefault("coordinate_descent_tuning", True)
     try:
-        return ours, torch_private.inductor_config(mode, inductors)
+        return ours, torch_private_inductor.inductor_config(mode, inductors)
     except RuntimeError as error:
         # An Inductor option of the wrong type, or an unknown mode: torch's sentence says which.
         raise OptionError(str(error)) from None
@@ -160,9 +160,9 @@ def arms(mode: str | None, options: Mapping[str, Any] | None) -> dict[str, dict[
     """
     patches = dict(options or {})
     if mode is not None and patches:
-        from lncompile.lowering import torch_private
+        from lncompile.lowering import torch_private_inductor
 
-        patches, mode = {**torch_private.inductor_config(mode, {}), **patches}, None
+        patches, mode = {**torch_private_inductor.inductor_config(mode, {}), **patches}, None
     stock = {key: value for key, value in patches.items() if not key.startswith(PREFIX)}
     by_backend = {"inductor": stock, "lnfold": patches}
     return {

@@ -1,6 +1,6 @@
 """What a folded LayerNorm becomes, how the graph is handed to Inductor, and what Inductor made of it."""
 
-from lncompile.lowering import torch_private, torch_private_breaks
+from lncompile.lowering import torch_private, torch_private_breaks, torch_private_dynamo, torch_private_inductor
 from lncompile.lowering.device_words import compare_words, record_words
 from lncompile.lowering.emit import emit
 from lncompile.lowering.matrix_vector import matrix_vector, normed_matrix_vector, transposed_copy
@@ -43,5 +43,7 @@ __all__ = [
     "tensor_layout",
     "torch_private",
     "torch_private_breaks",
+    "torch_private_dynamo",
+    "torch_private_inductor",
     "transposed_copy",
 ]

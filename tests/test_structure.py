@@ -12,7 +12,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PRIVATE_NAMES = [
-    *(ROOT / "lowering" / f"torch_private{part}.py" for part in ("", "_breaks", "_caches", "_choices")),
+    *(
+        ROOT / "lowering" / f"torch_private{part}.py"
+        for part in ("", "_breaks", "_caches", "_choices", "_dynamo", "_inductor")
+    ),
     ROOT / "lowering" / "inspect" / "torch_private_codegen.py",
 ]
 #: The rooms, each of which imports what stands before it, and nothing behind it.
@@ -143,7 +146,7 @@ def test_private_torch_names_stand_in_their_modules(path: Path) -> None:
 @pytest.mark.parametrize("path", modules("lncompile", "passes", "lowering", "examples"), ids=str)
 def test_modules_can_be_read_in_a_sitting(path: Path) -> None:
     text = path.read_text()
-    assert len(text.splitlines()) <= 600
+    assert len(text.splitlines()) <= 400
     assert ast.get_docstring(ast.parse(text)), "every module says what it is for"
 
 

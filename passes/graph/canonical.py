@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, fx
 
 from lncompile.lowering import torch_private
+from lncompile.passes.graph.registry import KEYWORD_ALIASES, Spelling
 from lncompile.passes.graph.sharding import FROM_LOCAL
-from lncompile.passes.graph.spellings import FUNCTIONS, KEYWORD_ALIASES, METHODS, Spelling
+from lncompile.passes.graph.spellings import FUNCTIONS, METHODS
 
 # Where an operand stands: the parameter's name, and its index where the parameter is a list of tensors.
 Key = tuple[str, int | None]

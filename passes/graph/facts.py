@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from lncompile.lowering import torch_private
+from lncompile.lowering import torch_private, torch_private_dynamo
 from lncompile.passes.graph import sharding
 from lncompile.passes.graph.bodies import Call, call_of, counterparts
 from lncompile.passes.graph.canonical import canonicalise, tensor_of, value_of
@@ -282,14 +282,14 @@ def is_in_evaluation(graph: fx.Graph) -> bool:
     They are those that the graph's parameters are reached through: ``self``, or what a function calls ``model``.
     False where none is known.
     """
-    scope = torch_private.scope_being_compiled()
+    scope = torch_private_dynamo.scope_being_compiled()
     modules = []
     for placeholder in (node for node in graph.nodes if node.op == "placeholder"):
         root = re.match(r"([LG])\[(['\"])(\w+)\2\]", torch_private.source_name(placeholder) or "")
         value = scope.get(root.group(1), {}).get(root.group(3)) if root is not None else None
         if isinstance(value, torch.nn.Module):
             modules.append(value)
-    frame = torch_private.frame_being_compiled()
+    frame = torch_private_dynamo.frame_being_compiled()
     if frame is not None and isinstance(frame.receiver, torch.nn.Module):
         modules.append(frame.receiver)
     return bool(modules) and not any(module.training for module in modules)

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, fx
 
 from lncompile.passes.decisions import Blocked, Reason
-from lncompile.passes.graph.axes import Axes, Size, shape_of
+from lncompile.passes.graph.axes import Axes
 from lncompile.passes.graph.canonical import Key, Operation, canonicalise, tensor_of, value_of
+from lncompile.passes.graph.sizes import Size, shape_of
 
 
 def shape(operand: object) -> tuple[Size, ...]:

@@ -13,9 +13,9 @@ import sympy
 import torch
 from torch import fx
 
-from lncompile.passes.graph.axes import Size, same_size, size_of
 from lncompile.passes.graph.canonical import canonicalise, tensor_of, value_of
 from lncompile.passes.graph.operands import WRITTEN
+from lncompile.passes.graph.sizes import Size, same_size, size_of
 from lncompile.passes.graph.spellings import aten
 
 #: A number as the author means it: exact, or a formula in the dynamic sizes of the graph.

@@ -13,9 +13,10 @@ import torch
 from torch import fx
 
 from lncompile.passes.decisions import Blocked
-from lncompile.passes.graph.axes import Axes, Size, same_size
+from lncompile.passes.graph.axes import Axes
 from lncompile.passes.graph.canonical import Operation, canonicalise, tensor_of
 from lncompile.passes.graph.operands import WRITTEN, dimensions_of, shape
+from lncompile.passes.graph.sizes import Size, same_size
 
 Subject = tuple[fx.Node, Axes]
 

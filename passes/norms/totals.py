@@ -15,10 +15,10 @@ import torch
 from torch import fx
 
 from lncompile.passes.decisions import Blocked
-from lncompile.passes.graph.axes import Size, same_size
 from lncompile.passes.graph.canonical import Key, Operation, canonicalise, tensor_of
 from lncompile.passes.graph.einsum_labels import einsum_labels
 from lncompile.passes.graph.operands import result_shape, shape
+from lncompile.passes.graph.sizes import Size, same_size
 from lncompile.passes.graph.uniform import Number, cancels, inverse, number, times, uniform_value
 from lncompile.passes.norms.moments import (
     Moment,

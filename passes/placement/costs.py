@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from lncompile.lowering import torch_private
-from lncompile.passes.graph.axes import Size, size_of
+from lncompile.passes.graph.sizes import Size, size_of
 
 # Stands in for a dynamic size that nothing is known of; the same number Inductor uses.
 UNKNOWN_SIZE_HINT = 8192

@@ -43,21 +43,15 @@ from torch import Tensor, fx
 from lncompile.lowering import emit, row_scale, scale_rows, sizes_of_deferred_scale, slices_of_row, target_of
 from lncompile.passes.decisions import Blocked, Reason
 from lncompile.passes.graph import provenance
-from lncompile.passes.graph.axes import same_size
 from lncompile.passes.graph.canonical import canonicalise, tensor_of
 from lncompile.passes.graph.facts import GraphFacts
 from lncompile.passes.graph.operands import WRITTEN, shape
+from lncompile.passes.graph.sizes import same_size
 from lncompile.passes.norms.sites import NormSite
 from lncompile.passes.placement.costs import NOTHING, Bytes, CostModel, Price, one_pass
-from lncompile.passes.rewrites.affine import (
-    Absorption,
-    CenteredFor,
-    Consumer,
-    device_of,
-    find_consumers,
-    price_absorption,
-)
+from lncompile.passes.rewrites.affine import Absorption, CenteredFor, device_of, price_absorption
 from lncompile.passes.rewrites.arithmetic import training_dtype
+from lncompile.passes.rewrites.consumers import Consumer, find_consumers
 
 # Between norm and product: what leaves rows where they are.
 _KEEP_ROWS = frozenset("view reshape view_as flatten unflatten squeeze unsqueeze cast identity dropout".split())

@@ -60,7 +60,8 @@ from lncompile.passes.graph.parameter_expressions import find_autocast
 from lncompile.passes.norms.calls import LAYER_NORMS, WITH_STATISTICS
 from lncompile.passes.norms.sites import NormSite
 from lncompile.passes.placement.costs import CostModel
-from lncompile.passes.rewrites.affine import LAYOUTS, CenteredFor, features_of, move_features
+from lncompile.passes.rewrites.affine import CenteredFor
+from lncompile.passes.rewrites.consumers import LAYOUTS, features_of, move_features
 
 # What Inductor cuts in two: a sum of more elements than this, for fewer outputs than fill a large GPU twice.
 LONGEST_UNCUT_SUM = 8192

@@ -29,11 +29,12 @@ import torch
 from torch import fx
 
 from lncompile.passes.decisions import Blocked
-from lncompile.passes.graph.axes import Axes, same_size
+from lncompile.passes.graph.axes import Axes
 from lncompile.passes.graph.canonical import Key, Operation, canonicalise, tensor_of
 from lncompile.passes.graph.facts import GraphFacts
 from lncompile.passes.graph.operands import WRITTEN, shape
 from lncompile.passes.graph.sharding import is_sharded
+from lncompile.passes.graph.sizes import same_size
 from lncompile.passes.rules.base import RULES, AxisMap
 
 # Between the product and what scales it there may be these: they only say where the channels go.

@@ -15,7 +15,7 @@ from lncompile.passes.norms.handwritten import Lookalike
 from lncompile.passes.norms.sites import NormSite, site_name
 from lncompile.passes.placement.costs import NOTHING, CostModel
 from lncompile.passes.placement.cut import Placement, benefit
-from lncompile.passes.placement.streams import Variable, VariableKey, describe_blocker, first_blocker
+from lncompile.passes.placement.variables import Variable, VariableKey, describe_blocker, first_blocker
 from lncompile.passes.rewrites.affine import Absorption
 from lncompile.passes.verdicts.obstacles import Named
 

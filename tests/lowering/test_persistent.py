@@ -16,14 +16,10 @@ from torch._dynamo.utils import counters
 from torch.nn import functional
 
 import lncompile
-from lncompile.lowering import FOLDED_STATISTIC, persistent_norms, torch_private
+from lncompile.lowering import FOLDED_STATISTIC, persistent_norms, torch_private_inductor
 from lncompile.lowering.inspect.generated_code import Kernel
-from lncompile.lowering.inspect.triton_without_gpu import (
-    RetargetedCode,
-    compile_kernel,
-    retargeted_to_gpu,
-    triton_for_sm90,
-)
+from lncompile.lowering.inspect.machine_code import compile_kernel
+from lncompile.lowering.inspect.triton_without_gpu import RetargetedCode, retargeted_to_gpu, triton_for_sm90
 from lncompile.lowering.persistent import WIDEST_ROW, ReductionKernel, holds_its_row
 from lncompile.lowering.torch_private_choices import persistent_where
 
@@ -217,7 +213,7 @@ def compile_with_folded(*folded: int) -> Callable[..., Any]:
         for index in folded:
             means[index].meta["custom"] = dict(FOLDED_STATISTIC)
         with persistent_norms(graph_module, {}):
-            return torch_private.inductor_compile(graph_module, inputs, {})
+            return torch_private_inductor.inductor_compile(graph_module, inputs, {})
 
     return backend
 

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 import lncompile
-from lncompile.lowering import torch_private
+from lncompile.lowering import torch_private, torch_private_inductor
 from lncompile.passes.graph.bodies import call_of
 from lncompile.passes.graph.facts import written_arguments
 
@@ -77,7 +77,7 @@ def handed_over(monkeypatch: pytest.MonkeyPatch) -> list[fx.GraphModule]:
         graphs.append(graph_module)
         return graph_module.forward
 
-    monkeypatch.setattr(torch_private, "inductor_compile", run)
+    monkeypatch.setattr(torch_private_inductor, "inductor_compile", run)
     return graphs
 
 

@@ -24,7 +24,7 @@ from lncompile.passes.placement import cut
 from lncompile.passes.placement.budget import Budgeted, limit_in_bytes, place_within
 from lncompile.passes.placement.costs import Bytes, CostModel
 from lncompile.passes.placement.cut import place
-from lncompile.passes.placement.streams import Variable, VariableKey
+from lncompile.passes.placement.variables import Variable, VariableKey
 
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
 AXES = Axes.trailing((2, 8), 1)

@@ -20,7 +20,7 @@ from lncompile.passes.graph.axes import Axes
 from lncompile.passes.placement import cut
 from lncompile.passes.placement.costs import Bytes
 from lncompile.passes.placement.cut import place
-from lncompile.passes.placement.streams import Variable, VariableKey
+from lncompile.passes.placement.variables import Variable, VariableKey
 from lncompile.passes.verdicts.judge import describe_centerings
 
 AXES = Axes.trailing((2, 8), 1)

@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch_versions import IS_OLD, unless_old
 
 import lncompile
-from lncompile.lowering import torch_private
+from lncompile.lowering import torch_private_inductor
 from lncompile.lowering.inspect.generated_code import GeneratedCode
 from lncompile.lowering.inspect.triton_without_gpu import H200, retargeted_to_gpu, triton_for_sm90
 from lncompile.lowering.target import compiled_for
@@ -367,15 +367,15 @@ TEMPLATES = {"max_autotune": True, "max_autotune_gemm_backends": "TRITON", "dete
 def test_what_is_generated() -> None:
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     cpp = {"max_autotune_gemm": True, "max_autotune_gemm_backends": "cpp"}
-    assert torch_private.generates_products(TEMPLATES, gpu) == (not IS_OLD)
-    assert torch_private.generates_products(cpp, cpu) == (not IS_OLD)
+    assert torch_private_inductor.generates_products(TEMPLATES, gpu) == (not IS_OLD)
+    assert torch_private_inductor.generates_products(cpp, cpu) == (not IS_OLD)
     others = ({"max_autotune": False}, {"max_autotune_gemm_backends": "ATEN,TRITON"}, {"epilogue_fusion": False})
-    assert not any(torch_private.generates_products({**TEMPLATES, **other}, gpu) for other in others)
-    assert not torch_private.generates_products(TEMPLATES, cpu)
-    assert not torch_private.generates_products({"max_autotune": True}, gpu), "a measurement decides"
+    assert not any(torch_private_inductor.generates_products({**TEMPLATES, **other}, gpu) for other in others)
+    assert not torch_private_inductor.generates_products(TEMPLATES, cpu)
+    assert not torch_private_inductor.generates_products({"max_autotune": True}, gpu), "a measurement decides"
 
 
-@unless_old("no scale is deferred into a product (torch_private.generates_products)")
+@unless_old("no scale is deferred into a product (torch_private_inductor.generates_products)")
 @pytest.mark.parametrize(("name", "deferred"), [("gpt2", 2), ("vit", 4), ("falcon_7b", 2)])
 def test_generated_products_carry_the_scale(name: str, deferred: int) -> None:
     """In front of attention too, unless a joint projection is cut, in no kernel more: it scales what it stores."""

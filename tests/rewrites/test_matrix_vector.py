@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import lncompile
-from lncompile.lowering import normed_matrix_vector, torch_private
+from lncompile.lowering import normed_matrix_vector, torch_private_inductor
 from lncompile.lowering.inspect.triton_interpreter import run_in_interpreter
 from lncompile.lowering.inspect.triton_without_gpu import retargeted_to_gpu, triton_for_sm90
 from lncompile.lowering.target import compiled_for
@@ -207,10 +207,10 @@ def test_wrong_sums_are_noticed(monkeypatch: pytest.MonkeyPatch, without_inducto
 def test_by_itself_where_inductor_does_so_and_nothing_is_copied() -> None:
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     tuned = {"coordinate_descent_tuning": True}
-    assert torch_private.writes_products_as_sums(tuned, gpu)
-    assert torch_private.writes_products_as_sums(parse_options("max-autotune", None)[1], gpu)
-    assert not torch_private.writes_products_as_sums({"coordinate_descent_tuning": False}, gpu)
-    assert not torch_private.writes_products_as_sums(tuned, cpu)
+    assert torch_private_inductor.writes_products_as_sums(tuned, gpu)
+    assert torch_private_inductor.writes_products_as_sums(parse_options("max-autotune", None)[1], gpu)
+    assert not torch_private_inductor.writes_products_as_sums({"coordinate_descent_tuning": False}, gpu)
+    assert not torch_private_inductor.writes_products_as_sums(tuned, cpu)
     # The last product's weight lies right; so does that of "linear and gelu", and nobody else copies m.weight.
     for name, options, expected in (
         ("linear and gelu", Options(), 2),

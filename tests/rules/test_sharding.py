@@ -17,9 +17,10 @@ from torch_versions import IS_OLD
 from lncompile import Reason
 from lncompile.options import Options
 from lncompile.passes.graph import sharding
-from lncompile.passes.graph.axes import Axes, Factor
+from lncompile.passes.graph.axes import Axes
 from lncompile.passes.graph.canonical import canonicalise
 from lncompile.passes.graph.copying import copy_graph_module
+from lncompile.passes.graph.factors import Factor
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="this torch is built without torch.distributed")
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lncompile
-from lncompile.passes.graph.axes import Axes, Factor
+from lncompile.passes.graph.axes import Axes
+from lncompile.passes.graph.factors import Factor
 from lncompile.passes.rewrites import arithmetic
 from lncompile.reporting.report import merge
 from lncompile.runtime import in_place, materialize, renewals

@@ -186,6 +186,11 @@ def _bind(node: fx.Node, spelling: Spelling) -> Operation | None:
     return Operation(node, spelling.name, arguments, places, in_place)
 
 
+def function_name(node: fx.Node) -> str:
+    """Name of the function or method that a node calls, known or not; "" where it has none."""
+    return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", ""))
+
+
 def value_of(node: fx.Node) -> Any:
     """Return the (fake) value Dynamo computed for a node: a tensor, a tuple of tensors, a number, or None."""
     return node.meta.get("example_value", node.meta.get("val"))

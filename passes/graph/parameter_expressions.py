@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from lncompile.lowering import torch_private
 from lncompile.passes.graph.canonical import canonicalise
+from lncompile.passes.graph.traits import Trait, has
 
 
 class Kind(enum.Enum):
@@ -31,12 +32,17 @@ class Kind(enum.Enum):
     ENLARGING = "enlarging"
 
 
-# By the names of the canonical forms.
-_UNTOUCHED = frozenset(
-    "add sub rsub neg mul div cast to type_as view reshape view_as flatten unflatten squeeze unsqueeze permute "
-    "transpose t mT movedim narrow slice select getitem split chunk unbind identity".split()
+_UNTOUCHED = (
+    Trait.ADDS
+    | Trait.SCALES
+    | Trait.NEGATES
+    | Trait.PASSES
+    | Trait.CASTS
+    | Trait.RESHAPES
+    | Trait.PERMUTES
+    | Trait.CUTS
+    | Trait.SPLITS
 )
-_ENLARGING = frozenset("expand expand_as repeat zeros".split())
 # By the names of torch's functions and methods, whatever module they stand in.
 _WIDENED_NAMES = frozenset(
     "_weight_norm norm_except_dim where masked_fill triu tril diag diagonal diag_embed cat concat concatenate stack "
@@ -65,9 +71,9 @@ def kind_of(node: fx.Node) -> Kind | None:
     operation = canonicalise(node)
     if operation is not None and operation.in_place:
         return None
-    if operation is not None and operation.name in _UNTOUCHED:
+    if has(operation, _UNTOUCHED):
         return Kind.UNTOUCHED
-    if operation is not None and operation.name in _ENLARGING:
+    if operation is not None and (has(operation, Trait.BROADCASTS) or operation.name == "zeros"):
         return Kind.ENLARGING
     name = _name(node)
     if name in _CONSTANT_NAMES:

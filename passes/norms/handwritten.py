@@ -31,6 +31,7 @@ from lncompile.passes.graph import provenance
 from lncompile.passes.graph.axes import Axes
 from lncompile.passes.graph.canonical import canonicalise, tensor_of
 from lncompile.passes.graph.operands import WRITTEN
+from lncompile.passes.graph.traits import Trait, has
 from lncompile.passes.norms.differences import Difference, MeanUses, difference_of_moments, differences_in, uses_of_mean
 from lncompile.passes.norms.moments import (
     Moment,
@@ -275,7 +276,7 @@ def _is_over_features(products: Sequence[fx.Node], moment: Moment) -> bool:
         following = None
         for user in current.users:
             operation = canonicalise(user)
-            if operation is not None and operation.name in ("cast", "to", "type_as"):
+            if operation is not None and has(operation, Trait.CASTS):
                 following = user if operation["input"] is current else following
                 continue
             for other in factors(operation, current) if operation is not None else ():

@@ -19,6 +19,7 @@ from lncompile.passes.graph.canonical import Key, Operation, canonicalise, tenso
 from lncompile.passes.graph.einsum_labels import einsum_labels
 from lncompile.passes.graph.operands import result_shape, shape
 from lncompile.passes.graph.sizes import Size, same_size
+from lncompile.passes.graph.traits import Trait, has
 from lncompile.passes.graph.uniform import Number, cancels, inverse, number, times, uniform_value
 from lncompile.passes.norms.moments import (
     Moment,
@@ -129,7 +130,7 @@ def total_of(node: fx.Node) -> Total | None:
         coarsest = max(coarsest, torch.finfo(tensor.dtype).eps)
         if total is not None:
             return replace(total.scaled(factor), coarsest=coarsest)
-        if operation.name in ("cast", "to", "type_as") and isinstance(operation["input"], fx.Node):
+        if has(operation, Trait.CASTS) and isinstance(operation["input"], fx.Node):
             node = operation["input"]
             continue
         scaled = scaled_tensor(node)

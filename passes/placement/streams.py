@@ -28,12 +28,13 @@ from lncompile.passes.graph.canonical import Operation, canonicalise, tensor_of
 from lncompile.passes.graph.facts import GraphFacts
 from lncompile.passes.graph.operands import WRITTEN
 from lncompile.passes.graph.sharding import centering_obstacle
+from lncompile.passes.graph.traits import VIEWS, has
 from lncompile.passes.norms.sites import NormSite
 from lncompile.passes.placement.costs import A_MARK, NOTHING, Bytes, CostModel
 from lncompile.passes.placement.variables import Variable, VariableKey
 from lncompile.passes.rules import INVARIANCES, RULES, ZERO_MEANS, blockers
 from lncompile.passes.rules.composed_sources import find_composed_source
-from lncompile.passes.rules.precision import VIEWS, is_widened_later, tensor_dtype, widened_cast, widened_parameter
+from lncompile.passes.rules.precision import is_widened_later, tensor_dtype, widened_cast, widened_parameter
 from lncompile.passes.rules.readings import Resolved, follow_reading, resolve_reading
 from lncompile.passes.rules.writes import follow_write, read_write
 
@@ -338,7 +339,7 @@ def is_view_of_parameter(node: fx.Node, facts: GraphFacts) -> bool:
     source: Any = node
     while source not in facts.parametric:
         operation = canonicalise(source) if isinstance(source, fx.Node) else None
-        if operation is None or operation.name not in VIEWS or operation.in_place or source.meta.get(WRITTEN):
+        if operation is None or not has(operation, VIEWS) or operation.in_place or source.meta.get(WRITTEN):
             return False
         source = operation["input"]
     return True

@@ -1,9 +1,13 @@
-"""What the graph reads of a norm, through views and casts, until products."""
+"""What reads a norm, through views and casts, until products: the one walk that every rewrite behind norms asks.
+
+A product may take γ and β into its parameters (:mod:`.affine`), be scaled behind its sum (:mod:`.deferral`), or take in
+the whole norm (:mod:`.matrix_vector`).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
@@ -15,17 +19,13 @@ from lncompile.passes.graph.canonical import Operation, canonicalise, tensor_of
 from lncompile.passes.graph.facts import GraphFacts
 from lncompile.passes.graph.operands import WRITTEN, shape
 from lncompile.passes.graph.sharding import is_sharded
+from lncompile.passes.graph.traits import VIEWS, Trait, has
 from lncompile.passes.norms.calls import LAYER_NORMS, WITH_STATISTICS
 from lncompile.passes.norms.sites import NormSite
 from lncompile.passes.rules.base import RULES
 
 # What only moves elements, or rounds them: it commutes with a scale and a shift of the features.
-_MOVES = frozenset(
-    "view reshape view_as flatten unflatten squeeze unsqueeze permute transpose t mT movedim expand expand_as cast to "
-    "type_as identity dropout getitem narrow slice select index_select roll flip".split()
-)
-
-
+_MOVES = VIEWS | Trait.PASSES | Trait.DROPS | Trait.CUTS | Trait.SELECTS | Trait.ROTATES
 _DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16})
 
 
@@ -49,17 +49,21 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class Consumer:
-    """A product that reads a norm's output, and can take γ and β into its parameters.
+    """A product that reads a norm's output.
 
     Attributes:
         operation: the product.
         layout: where its operands stand.
         path: what stands between the norm and the product, the norm first.
+        axes: the features in what it reads.
+        is_input: whether it reads it as the activation, and nowhere else.
     """
 
     operation: Operation
     layout: Layout
     path: tuple[fx.Node, ...]
+    axes: Axes
+    is_input: bool
 
     @property
     def weight(self) -> fx.Node:
@@ -73,6 +77,49 @@ class Consumer:
         return None if self.layout.bias is None else self.operation[self.layout.bias]
 
 
+def consumers_of(
+    site: NormSite, through: Trait, dtypes: Collection[torch.dtype], asked_for_shape: bool
+) -> Iterator[Consumer]:
+    """Walk from a norm to the products that read it, whatever these can be made of.
+
+    Args:
+        site: a folded LayerNorm.
+        through: what may stand in between.
+        dtypes: which dtypes what stands in between may have.
+        asked_for_shape: whether operations may ask for its shape, which needs the norm to stay.
+
+    Raises:
+        Blocked: something else reads it, or what is read is not the features as one dimension; the sentence says what.
+    """
+    pending: list[tuple[fx.Node, Axes, tuple[fx.Node, ...]]] = [(site.node, site.axes, ())]
+    while pending:
+        node, axes, before = pending.pop()
+        path = (*before, node)
+        if node.meta.get(WRITTEN):
+            raise Blocked(Reason.MUTATION, f"{provenance.describe(node)} is written to")
+        for user in node.users:
+            operation = canonicalise(user)
+            if operation is None or operation.in_place:
+                raise _is_read_by(user)
+            if operation.name in LAYOUTS:
+                layout = LAYOUTS[operation.name]
+                places = {key for key, operand in operation.operands() if operand is node}
+                yield Consumer(operation, layout, path, axes, places == {(layout.input, None)})
+                continue
+            moved = None
+            if operation.name != "metadata":
+                if not has(operation, through):
+                    raise _is_read_by(user)
+                moved = _features_behind(operation, node, axes)
+            if moved is not None:
+                tensor = tensor_of(user)
+                if tensor is None or tensor.dtype not in dtypes:
+                    raise _is_read_by(user)
+                pending.append((user, moved, path))
+            elif not asked_for_shape:
+                raise _is_read_by(user)
+
+
 def find_consumers(site: NormSite, facts: GraphFacts) -> tuple[Consumer, ...]:
     """Return the products that read a norm's output, if they are all that reads it and can absorb its affine.
 
@@ -84,43 +131,28 @@ def find_consumers(site: NormSite, facts: GraphFacts) -> tuple[Consumer, ...]:
         Blocked: something else reads it, or a parameter cannot be rewritten; the sentence says what.
     """
     _require_plain_call(site, facts)
-    consumers: list[Consumer] = []
-    pending: list[tuple[fx.Node, Axes, tuple[fx.Node, ...]]] = [(site.node, site.axes, ())]
-    while pending:
-        node, axes, before = pending.pop()
-        path = (*before, node)
-        if node.meta.get(WRITTEN):
-            raise Blocked(Reason.MUTATION, f"{provenance.describe(node)} is written to")
-        for user in node.users:
-            operation = canonicalise(user)
-            if operation is None or operation.in_place:
-                raise Blocked(Reason.VISIBLE, _reads(user))
-            if operation.name == "metadata":
-                continue
-            places = {key for key, operand in operation.operands() if operand is node}
-            if operation.name in LAYOUTS:
-                consumers.append(_consumer(operation, places, axes, path, site, facts))
-            elif operation.name in _MOVES:
-                moved = move_features(operation, node, axes)
-                tensor = tensor_of(user)
-                if moved is not None and (tensor is None or tensor.dtype not in _DTYPES):
-                    raise Blocked(Reason.VISIBLE, _reads(user))
-                if moved is not None:
-                    pending.append((user, moved, path))
-            else:
-                raise Blocked(Reason.VISIBLE, _reads(user))
+    consumers = []
+    for consumer in consumers_of(site, _MOVES, _DTYPES, asked_for_shape=True):
+        _require_absorbable(consumer, site, facts)
+        consumers.append(consumer)
     if not consumers:
         raise Blocked(Reason.VISIBLE, "nothing multiplies its output")
     return tuple(consumers)
 
 
-def _reads(user: fx.Node) -> str:
-    return "its output is returned" if user.op == "output" else f"its output is read by {provenance.describe(user)}"
+def _is_read_by(user: fx.Node) -> Blocked:
+    words = "its output is returned" if user.op == "output" else f"its output is read by {provenance.describe(user)}"
+    return Blocked(Reason.VISIBLE, words)
+
+
+def is_plain_layer_norm(site: NormSite) -> bool:
+    """Whether a norm is a ``layer_norm`` as torch calls it, which returns nothing else."""
+    name = site.operation.name
+    return site.handwritten is None and name in LAYER_NORMS and name not in WITH_STATISTICS
 
 
 def _require_plain_call(site: NormSite, facts: GraphFacts) -> None:
-    name = site.operation.name
-    if site.handwritten is not None or name not in LAYER_NORMS or name in WITH_STATISTICS:
+    if not is_plain_layer_norm(site):
         raise Blocked(Reason.UNKNOWN_OPERATION, "it is not a plain layer_norm")
     if len(site.normalized_shape) != 1:
         raise Blocked(Reason.DIFFERENT_AXES, "it normalises several axes")
@@ -131,7 +163,7 @@ def _require_plain_call(site: NormSite, facts: GraphFacts) -> None:
             raise Blocked(Reason.UNSUPPORTED_WEIGHT, "its γ or β is not a plain frozen parameter")
 
 
-def move_features(operation: Operation, given: fx.Node, axes: Axes) -> Axes | None:
+def _features_behind(operation: Operation, given: fx.Node, axes: Axes) -> Axes | None:
     """Follow the features of a norm's output through an operation that only moves elements.
 
     Args:
@@ -145,7 +177,7 @@ def move_features(operation: Operation, given: fx.Node, axes: Axes) -> Axes | No
     Raises:
         Blocked: the operation does something else, or the features are no dimension of the result.
     """
-    problem = Blocked(Reason.VISIBLE, _reads(operation.node))
+    problem = _is_read_by(operation.node)
     places = {key for key, operand in operation.operands() if operand is given}
     for reading in RULES[operation.name](operation):
         if places <= reading.metadata:
@@ -167,14 +199,11 @@ def features_of(axes: Axes) -> int | None:
     return axes.normalised_dimensions[0]
 
 
-def _consumer(
-    operation: Operation, places: set[Any], axes: Axes, path: tuple[fx.Node, ...], site: NormSite, facts: GraphFacts
-) -> Consumer:
-    layout = LAYOUTS[operation.name]
-    consumer = Consumer(operation, layout, path)
+def _require_absorbable(consumer: Consumer, site: NormSite, facts: GraphFacts) -> None:
+    operation, axes = consumer.operation, consumer.axes
     where = provenance.describe(operation.node)
-    weight = operation[layout.weight]
-    if places != {(layout.input, None)} or not isinstance(weight, fx.Node) or weight not in facts.parametric:
+    weight = operation[consumer.layout.weight]
+    if not consumer.is_input or not isinstance(weight, fx.Node) or weight not in facts.parametric:
         raise Blocked(Reason.UNSUPPORTED_WEIGHT, f"it is multiplied by something that is not a parameter in {where}")
     tensor, result = tensor_of(weight), tensor_of(operation.node)
     is_convolution = operation.name == "convolution"
@@ -190,7 +219,6 @@ def _consumer(
         raise Blocked(Reason.DIFFERENT_AXES, f"{where} does not sum over exactly the normalised axis")
     if site.bias is not None:
         _require_place_for_shift(consumer, facts, where)
-    return consumer
 
 
 def _require_place_for_shift(consumer: Consumer, facts: GraphFacts, where: str) -> None:

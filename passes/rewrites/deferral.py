@@ -47,6 +47,7 @@ from lncompile.passes.graph.canonical import canonicalise, tensor_of
 from lncompile.passes.graph.facts import GraphFacts
 from lncompile.passes.graph.operands import WRITTEN, shape
 from lncompile.passes.graph.sizes import same_size
+from lncompile.passes.graph.traits import Trait, has, is_pointwise
 from lncompile.passes.norms.sites import NormSite
 from lncompile.passes.placement.costs import NOTHING, Bytes, CostModel, Price, one_pass
 from lncompile.passes.rewrites.affine import Absorption, CenteredFor, device_of, price_absorption
@@ -54,17 +55,10 @@ from lncompile.passes.rewrites.arithmetic import training_dtype
 from lncompile.passes.rewrites.consumers import Consumer, find_consumers
 
 # Between norm and product: what leaves rows where they are.
-_KEEP_ROWS = frozenset("view reshape view_as flatten unflatten squeeze unsqueeze cast identity dropout".split())
+_KEEPS_ROWS = Trait.RESHAPES | Trait.CASTS | Trait.PASSES | Trait.DROPS
 # Between product and pointwise operations: what Inductor reads through.
-_CUTS = frozenset("getitem narrow slice select split chunk unbind".split())
-_VIEWS = _KEEP_ROWS | _CUTS | frozenset("permute transpose t to".split())
-# By the names of torch's functions and methods. A pointwise operation on the result of a product makes a kernel, if it
-# is no addition: Inductor may turn that one into the bias of the product.
-_ADDITIONS = frozenset("add add_ iadd sub sub_ isub __add__ __radd__ __sub__".split())
-_MAKE_A_KERNEL = frozenset(
-    "gelu relu relu_ silu silu_ mish tanh tanh_ sigmoid erf exp pow square mul mul_ imul truediv div softplus elu "
-    "leaky_relu hardswish hardtanh relu6 celu selu logsigmoid cos sin abs clamp".split()
-)
+_CUTS = Trait.CUTS | Trait.SPLITS
+_VIEWS = _KEEPS_ROWS | _CUTS | Trait.PERMUTES
 
 
 @dataclass(frozen=True)
@@ -172,7 +166,7 @@ def _deferrable(site: NormSite, absorb_affine: bool | str, facts: GraphFacts, co
 
 def _keeps_rows(step: fx.Node, dtype: torch.dtype) -> bool:
     operation, tensor = canonicalise(step), tensor_of(step)
-    return operation is not None and operation.name in _KEEP_ROWS and tensor is not None and tensor.dtype == dtype
+    return has(operation, _KEEPS_ROWS) and tensor is not None and tensor.dtype == dtype
 
 
 def _rows(site: NormSite, product: fx.Node) -> bool | None:
@@ -193,12 +187,12 @@ def _has_a_kernel_behind(product: fx.Node) -> bool:
     while pending:
         for user in pending.pop().users:
             operation = canonicalise(user)
-            name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
             if operation is not None and operation.name == "metadata":
                 continue
-            if (operation is not None and operation.name in _VIEWS) or name in _ADDITIONS:
+            # Inductor may turn a sum into the bias of the product.
+            if has(operation, _VIEWS | Trait.ADDS):
                 pending.append(user)
-            elif name in _MAKE_A_KERNEL:
+            elif has(operation, Trait.SCALES) or is_pointwise(user):
                 makes_a_kernel = True
             else:
                 return False
@@ -215,9 +209,9 @@ def _is_cut(product: fx.Node) -> bool:
     while pending:
         for user in pending.pop().users:
             operation = canonicalise(user)
-            if operation is not None and operation.name in _CUTS:
+            if has(operation, _CUTS):
                 return True
-            if operation is not None and operation.name in _VIEWS:
+            if has(operation, _VIEWS):
                 pending.append(user)
     return False
 

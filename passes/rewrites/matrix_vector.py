@@ -57,21 +57,20 @@ from lncompile.passes.graph.canonical import Operation, canonicalise, tensor_of
 from lncompile.passes.graph.facts import GraphFacts
 from lncompile.passes.graph.operands import WRITTEN, shape
 from lncompile.passes.graph.parameter_expressions import find_autocast
-from lncompile.passes.norms.calls import LAYER_NORMS, WITH_STATISTICS
+from lncompile.passes.graph.traits import Trait, has
 from lncompile.passes.norms.sites import NormSite
 from lncompile.passes.placement.costs import CostModel
 from lncompile.passes.rewrites.affine import CenteredFor
-from lncompile.passes.rewrites.consumers import LAYOUTS, features_of, move_features
+from lncompile.passes.rewrites.consumers import LAYOUTS, consumers_of, features_of, is_plain_layer_norm
 
 # What Inductor cuts in two: a sum of more elements than this, for fewer outputs than fill a large GPU twice.
 LONGEST_UNCUT_SUM = 8192
 OUTPUTS_OF_AN_UNCUT_SUM = 512
 
 _DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
-# Between a norm and a product: what leaves a row as it is, if the features stay whole and in their order.
-_KEEP_THE_ROW = frozenset(
-    "view reshape view_as flatten unflatten squeeze unsqueeze getitem slice select narrow identity dropout".split()
-)
+# Between a norm and a product: what leaves a row as it is and where it is, if the features stay whole and in order. A
+# cast or copy would be a kernel of its own.
+_KEEPS_THE_ROW = Trait.RESHAPES | Trait.CUTS | Trait.PASSES | Trait.DROPS
 
 
 @dataclass(frozen=True)
@@ -230,46 +229,30 @@ def _as_rows(operation: Operation) -> fx.Node | None:
 
 def _products_that_read(site: NormSite, products: Collection[fx.Node], facts: GraphFacts) -> tuple[fx.Node, ...]:
     """The products that read a norm's output; none if anything else does, or it is no plain norm of one row."""
-    name, given = site.operation.name, tensor_of(site.input)
-    if site.handwritten is not None or name not in LAYER_NORMS or name in WITH_STATISTICS:
+    given = tensor_of(site.input)
+    if given is None or not _is_plain(given) or site.output_dtype != given.dtype:
         return ()
-    if given is None or not _is_plain(given) or site.output_dtype != given.dtype or len(site.normalized_shape) != 1:
+    if not is_plain_layer_norm(site) or len(site.normalized_shape) != 1:
         return ()
     if given.numel() != given.shape[-1] or facts.is_written_after(site.input, site.node):
         return ()
-    readers: list[fx.Node] = []
-    pending = [(site.node, site.axes)]
-    while pending:
-        node, axes = pending.pop()
-        if node.meta.get(WRITTEN):
-            return ()
-        for user in node.users:
-            operation, tensor = canonicalise(user), tensor_of(user)
-            if operation is None or tensor is None or tensor.dtype != given.dtype or operation.in_place:
-                return ()
-            if user in products:
-                layout, last = LAYOUTS[operation.name], axes.rank - 1
-                places = [key for key, operand in operation.operands() if operand is node]
-                if places != [(layout.input, None)] or features_of(axes) != last:
-                    return ()
-                readers.append(user)
-            elif operation.name in _KEEP_THE_ROW:
-                try:
-                    moved = move_features(operation, node, axes)
-                except Blocked:
-                    return ()
-                if moved is None:
-                    return ()
-                pending.append((user, moved))
-            else:
-                return ()
-    return tuple(readers)
+    try:
+        consumers = list(consumers_of(site, _KEEPS_THE_ROW, {given.dtype}, asked_for_shape=False))
+    except Blocked:
+        return ()
+    fits = all(
+        consumer.operation.node in products
+        and consumer.is_input
+        and features_of(consumer.axes) == consumer.axes.rank - 1
+        for consumer in consumers
+    )
+    return tuple(consumer.operation.node for consumer in consumers) if fits else ()
 
 
 def _origin(node: fx.Node) -> fx.Node:
     """What a node is a view of, as far as views of all of a tensor go."""
     operation = canonicalise(node)
-    while operation is not None and operation.name in _KEEP_THE_ROW and _size(operation["input"]) == _size(node):
+    while operation is not None and has(operation, _KEEPS_THE_ROW) and _size(operation["input"]) == _size(node):
         node = operation["input"]
         operation = canonicalise(node)
     return node

@@ -35,13 +35,11 @@ from lncompile.passes.graph.facts import GraphFacts
 from lncompile.passes.graph.operands import WRITTEN, shape
 from lncompile.passes.graph.sharding import is_sharded
 from lncompile.passes.graph.sizes import same_size
+from lncompile.passes.graph.traits import Trait, has
 from lncompile.passes.rules.base import RULES, AxisMap
 
 # Between the product and what scales it there may be these: they only say where the channels go.
-_TRANSPARENT = frozenset(
-    "dropout cast to identity view reshape view_as flatten unflatten squeeze unsqueeze permute transpose t mT "
-    "movedim".split()
-)
+_TRANSPARENT = Trait.PASSES | Trait.DROPS | Trait.CASTS | Trait.RESHAPES | Trait.PERMUTES
 
 
 @dataclass(frozen=True)
@@ -205,7 +203,7 @@ def _compose(outermost: Stage, axes: Axes, facts: GraphFacts) -> ComposedSource 
             node = inner.value
             continue
         source = operation.arguments.get("input")
-        if operation.name not in _TRANSPARENT or not isinstance(source, fx.Node):
+        if not has(operation, _TRANSPARENT) or not isinstance(source, fx.Node):
             return None
         between.append(operation)
         node = source

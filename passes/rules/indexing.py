@@ -17,6 +17,7 @@ from lncompile.passes.graph.axes import Axes
 from lncompile.passes.graph.canonical import Operation, canonicalise, tensor_of, value_of
 from lncompile.passes.graph.operands import dimension_of, other_operands, result_shape, shape
 from lncompile.passes.graph.sizes import Size, same_size, shape_of
+from lncompile.passes.graph.traits import Trait, has
 from lncompile.passes.rules.base import (
     SAME,
     AxisMap,
@@ -64,7 +65,7 @@ def _piece(operation: Operation, source: fx.Node) -> Sequence[Linear]:
     origin = canonicalise(source)
     if origin is not None and origin.name == "multi_head_attention" and operation["index"] == 0:
         return [Linear({("input", None): SAME})]
-    if origin is None or origin.name not in ("split", "chunk", "unbind"):
+    if origin is None or not has(origin, Trait.SPLITS):
         raise Blocked(Reason.UNKNOWN_OPERATION, f"one of several results of {source.name}")
     whole, index = shape(origin["input"]), operation["index"]
     dimension = dimension_of(origin["dim"], len(whole))

@@ -201,12 +201,13 @@ def _analyse_expanded(
         return Analysis(copy, sites, verdicts, {}, None, differences=differences, folded_without_gradients=without)
     costs = CostModel(training=trained is not None, weighs_weights=options.training == "auto")
     variables = build_streams(sites, facts, costs)
+    assist = options.assist != "off"
     budgeted: Budgeted | None = None
     if options.memory_budget is None:
-        placement = place(sites, variables, options.assist, costs)
+        placement = place(sites, variables, assist, costs)
     else:
         limit = limit_in_bytes(options.memory_budget, (p for p in example_inputs if isinstance(p, nn.Parameter)))
-        budgeted = place_within(limit, sites, variables, options.assist, costs, facts.trained)
+        budgeted = place_within(limit, sites, variables, assist, costs, facts.trained)
         placement = budgeted.placement
     folded, centered = placement.folded, parameters_centered_for(placement, variables)
     # What keeps copies of further weights is done by itself only where centered ones are copies, none short of memory.
@@ -220,7 +221,7 @@ def _analyse_expanded(
     generated = functools.partial(torch_private_inductor.generates_products, inductor)
     deferrals, scales = plan_deferrals(defer, options.absorb_affine, rest, centered, facts, costs, generated)
     deferred = {deferral.site.node: deferral.absorption for deferral in deferrals}
-    mode = options.absorb_affine if are_copies or options.absorb_affine != "auto" else False
+    mode = options.absorb_affine if are_copies or options.absorb_affine != "auto" else "off"
     absorptions, affine = plan_absorptions(mode, rest, centered, facts, costs, deferred)
     absorptions = (*absorptions, *deferred.values())
     # One rewrite for each product.
@@ -228,7 +229,7 @@ def _analyse_expanded(
     one_row = one_row.without(absorbing)
     affine.update((node, absorption.in_words()) for node, absorption in deferred.items() if absorption.names())
     unlimited = budgeted.unlimited if budgeted else placement
-    obstacles = name_obstacles(sites, unlimited, facts, options.assist, costs)
+    obstacles = name_obstacles(sites, unlimited, facts, assist, costs)
     verdicts = judge(sites, placement, variables, costs, budgeted.left if budgeted else None, obstacles)
     without = None
     if trained is not None:
@@ -265,4 +266,4 @@ def _without_gradients(
     if all(verdict.reason is not Reason.TRAINING for verdict in verdicts) or not is_in_evaluation(graph_module.graph):
         return None
     facts = GraphFacts(copy.graph, example_inputs, can_be_read)
-    return len(place(sites, build_streams(sites, facts), options.assist).folded)
+    return len(place(sites, build_streams(sites, facts), options.assist != "off").folded)

@@ -256,7 +256,8 @@ def test_inductor_refusing_our_graph_compiles_the_untouched_one(
     [
         ({"lnfold.weights": "nope"}, "option 'lnfold.weights' takes 'copy' or 'inplace', not 'nope'"),
         ({"lnfold.nonfoldable": True}, "option 'lnfold.nonfoldable' takes 'inductor' or 'eager', not True"),
-        ({"lnfold.asist": True}, "unknown option 'lnfold.asist' (did you mean 'lnfold.assist'?)"),
+        ({"lnfold.asist": "auto"}, "unknown option 'lnfold.asist' (did you mean 'lnfold.assist'?)"),
+        ({"lnfold.assist": True}, "option 'lnfold.assist' takes 'auto' or 'off', not True: write 'auto'"),
         ({"max_autotun": True}, "unknown option 'max_autotun' (did you mean 'max_autotune'?)"),
         ({"max_autotune": "yes"}, "max_autotune"),
     ],
@@ -311,7 +312,7 @@ def test_eager_nonfoldable_sites_have_gradients() -> None:
 def test_assist_off_makes_no_runtime_centerings(without_inductor: None) -> None:
     architecture = next(a for a in ARCHITECTURES if a.name == "bloom")
     net, inputs = architecture.model(), architecture.inputs(torch.float64)
-    compiled = torch.compile(net, backend="lnfold", options={"lnfold.assist": False})
+    compiled = torch.compile(net, backend="lnfold", options={"lnfold.assist": "off"})
     torch.testing.assert_close(compiled(**inputs).logits, net(**inputs).logits, **TOLERANCE)
     (report,) = lncompile.reports(compiled)
     assert (report.folded, report.centerings) == (1, ())

@@ -25,7 +25,7 @@ After::
 **Whether it pays.** γ and β are a multiplication and an addition inside of a kernel that waits for memory, and ``2d``
 numbers that it reads beside at least ``2d`` for every row: nearly nothing. A copy of each absorbing weight is as large
 as the weight. So by itself (``lnfold.absorb_affine="auto"``) the pass acts only where that copy is kept anyway, because
-the weight is centered. ``True`` absorbs wherever it can be done within the error budget.
+the weight is centered. ``"on"`` absorbs wherever it can be done within the error budget.
 
 **Where it is left.** In training (γ, β and W would be multiplied at every step). In bfloat16 where the weight is not
 rounded anyway, because it is centered: the norm's output is rounded with γ in it or without, so ``W diag(γ)`` would be
@@ -99,7 +99,7 @@ def device_of(site: NormSite) -> Device | None:
 
 
 def plan_absorptions(
-    mode: bool | str,
+    mode: str,
     folded: Sequence[NormSite],
     centered: CenteredFor,
     facts: GraphFacts,
@@ -121,7 +121,7 @@ def plan_absorptions(
     """
     absorptions: list[Absorption] = []
     words: dict[fx.Node, str] = {}
-    for site in folded if mode is not False else ():
+    for site in folded if mode != "off" else ():
         if site.node in deferred or (site.handwritten is None and site.weight is None and site.bias is None):
             continue
         if costs.training:
@@ -136,7 +136,7 @@ def plan_absorptions(
         rounded = _rounded_once_more(absorption, centered)
         if rounded is not None:
             words[site.node] = f"γ and β stay: {rounded} would be rounded to bfloat16 once more"
-        elif mode is True or absorption.price.wins:
+        elif mode == "on" or absorption.price.wins:
             absorptions.append(absorption)
             words[site.node] = absorption.in_words()
         else:

@@ -78,7 +78,7 @@ class Deferral:
 
 def plan_deferrals(
     mode: str,
-    absorb_affine: bool | str,
+    absorb_affine: str,
     folded: Sequence[NormSite],
     centered: CenteredFor,
     facts: GraphFacts,
@@ -89,7 +89,7 @@ def plan_deferrals(
 
     Args:
         mode: ``lnfold.defer``.
-        absorb_affine: ``lnfold.absorb_affine``; where it is False a norm with an affine keeps its scale as well.
+        absorb_affine: ``lnfold.absorb_affine``; where it is ``"off"`` a norm with an affine keeps its scale as well.
         folded: the norms that fold.
         centered: which parameters are centered for that.
         facts: the facts of the graph.
@@ -137,13 +137,13 @@ def gains_on(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type != "cpu" or dtype == torch.bfloat16
 
 
-def _deferrable(site: NormSite, absorb_affine: bool | str, facts: GraphFacts, costs: CostModel) -> tuple[Consumer, ...]:
+def _deferrable(site: NormSite, absorb_affine: str, facts: GraphFacts, costs: CostModel) -> tuple[Consumer, ...]:
     """The products behind which a norm may be scaled. Raises Blocked."""
     if costs.training:
         raise Blocked(Reason.TRAINING, "γ and β are trained")
     consumers = find_consumers(site, facts)
-    if absorb_affine is False and (site.weight is not None or site.bias is not None):
-        raise Blocked(Reason.VARYING_SCALE, "lnfold.absorb_affine is False, and γ and β have to be absorbed for it")
+    if absorb_affine == "off" and (site.weight is not None or site.bias is not None):
+        raise Blocked(Reason.VARYING_SCALE, "lnfold.absorb_affine is 'off', and γ and β have to be absorbed for it")
     tensor = tensor_of(site.input)
     # float16 is no dtype of theirs: find_consumers lets none of it through behind the norm.
     if tensor is None or tensor.dtype != site.output_dtype or tensor.dtype == torch.float16:

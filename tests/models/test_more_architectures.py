@@ -149,7 +149,7 @@ def measure(name: str) -> Measured:
                 with Wide():
                     expected = seeded(model)
                 wide_error = worst_error(seeded(compiled), expected)
-            analyses = [graph.analyse(Options(assist=False)) for graph in captured]
+            analyses = [graph.analyse(Options(assist="off")) for graph in captured]
             verdicts = [judge(graph, model) for graph in captured]
             with Wide() if wide else contextlib.nullcontext():
                 if name in NOT_DIFFERENTIABLE:

@@ -234,7 +234,7 @@ def test_dropout_is_centered_behind_it_or_not_at_all(without_inductor: None) -> 
     (report,) = lncompile.reports(compiled)
     assert (report.folded, len(report.centerings)) == (2, 1)
     assert "dropout" in report.centerings[0].detail
-    alone = torch.compile(model, backend="lnfold", options={**ON, "lnfold.assist": False})
+    alone = torch.compile(model, backend="lnfold", options={**ON, "lnfold.assist": "off"})
     assert_same_gradients(gradients_of(model, alone, value), gradients_of(model, model, value))
     (report,) = lncompile.reports(alone)
     assert report.folded == 0

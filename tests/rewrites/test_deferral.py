@@ -178,11 +178,11 @@ def test_the_options() -> None:
     captured = capture(block(DEFERRED["linear and gelu"][0]), IDS)
     assert not captured.analyse(Options(defer="off")).deferrals
     assert len(captured.analyse(Options(defer="on")).deferrals) == 1
-    without_affine = captured.analyse(Options(defer="on", absorb_affine=False))
+    without_affine = captured.analyse(Options(defer="on", absorb_affine="off"))
     assert not without_affine.deferrals
-    assert "lnfold.absorb_affine is False" in without_affine.verdicts[0].deferral
+    assert "lnfold.absorb_affine is 'off'" in without_affine.verdicts[0].deferral
     captured = capture(block(DEFERRED["no affine"][0]), IDS)
-    assert len(captured.analyse(Options(defer="on", absorb_affine=False)).deferrals) == 1
+    assert len(captured.analyse(Options(defer="on", absorb_affine="off")).deferrals) == 1
     with torch.enable_grad():
         captured = capture(block(DEFERRED["linear and gelu"][0]), IDS)
         analysis = captured.analyse(Options(defer="on", training="on"))

@@ -127,7 +127,7 @@ def test_a_dropout_that_drops_stays(without_inductor: None) -> None:
 def test_products_that_absorb_are_left(without_inductor: None) -> None:
     """One of two readers is no product, so that the norm stays outside, and its γ and β may go into both."""
     body = SUMS["a convolution reads the norm as well"][0]
-    for options, sums in (({"lnfold.absorb_affine": False}, 2), ({"lnfold.absorb_affine": True}, 1), ({}, 2)):
+    for options, sums in (({"lnfold.absorb_affine": "off"}, 2), ({"lnfold.absorb_affine": "on"}, 1), ({}, 2)):
         torch._dynamo.reset()
         model = block(body)
         given = {**ON, "lnfold.defer": "off", **options}

@@ -147,7 +147,7 @@ def test_copies_are_shared_between_graphs_and_freed_with_the_model() -> None:
     gc.collect()
     model = randomise(Block().double())
     first = torch.compile(model, backend="lnfold")
-    second = torch.compile(model, backend="lnfold", options={"lnfold.assist": False})
+    second = torch.compile(model, backend="lnfold", options={"lnfold.assist": "off"})
     first(torch.randn(5, 16, dtype=torch.float64))
     entries = len(shared_values._entries)
     assert entries >= 2  # weight and bias
@@ -321,7 +321,7 @@ def test_bytes_of_copies_of_all_kinds() -> None:
     model, value = randomise(Copied().double().eval()), torch.randn(5, 8, dtype=torch.float64)
     expected = model(value)
     before = allocated()
-    compiled = torch.compile(model, backend="lnfold", options={"lnfold.assist": False}, fullgraph=True)
+    compiled = torch.compile(model, backend="lnfold", options={"lnfold.assist": "off"}, fullgraph=True)
     torch.testing.assert_close(compiled(value), expected, **TOLERANCE)
     (report,) = lncompile.reports(compiled)
     assert report.folded == 6

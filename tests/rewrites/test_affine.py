@@ -74,6 +74,7 @@ ABSORBED: dict[str, tuple[Body, int]] = {
     "views, a cast and dropout between": (
         lambda m, x: m.linear(functional.dropout(m.norm(x).to(torch.float64).flatten(0, 1)[None], 0.5, False)), 2),
     "a slice of the tokens": (lambda m, x: m.linear(m.norm(x)[:, -1]), 2),
+    "tokens repeated": (lambda m, x: m.linear(m.norm(x).repeat(2, 1, 1)), 2),
     "the shape is read too": (lambda m, x: (lambda y: m.linear(y) * y.shape[1])(m.norm(x)), 2),
     "convolution of kernel 1": (lambda m, x: m.point(images(m.norm(x))), 2),
     "convolution without padding": (lambda m, x: m.patch(images(m.norm(x))), 2),
@@ -97,6 +98,7 @@ LEFT: dict[str, tuple[Body, str]] = {
     "the bias of addmm": (lambda m, x: torch.addmm(m.norm(x)[0], GIVEN.tanh(), m.square.weight), "not a parameter"),
     "convolution with padding": (lambda m, x: m.padded(images(m.norm(x))), "pads"),
     "grouped convolution": (lambda m, x: m.grouped(images(m.norm(x))), "normalised axis"),
+    "features repeated": (lambda m, x: m.norm(x).repeat(1, 1, 2) @ torch.cat([m.weight, m.weight]), "repeat"),
     "padded by hand": (lambda m, x: m.linear(functional.pad(m.norm(x), (0, 0, 1, 0))), "pad"),
     "features cut": (lambda m, x: m.norm(x)[..., :6] @ m.weight[:6], "along the normalised axis"),
     "features swapped": (lambda m, x: m.linear(m.norm(x).view(-1, 3, 4).transpose(1, 2).flatten(1)), "view"),

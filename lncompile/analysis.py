@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from lncompile.lowering import torch_private_inductor
 from lncompile.options import Options
-from lncompile.passes.decisions import PartKind, Reason, Site, Stream, StreamPart, UnrecognisedDifference
+from lncompile.passes.decisions import PartKind, Reason, Stream, StreamPart, UnrecognisedDifference, Verdict
 from lncompile.passes.graph.copying import copy_graph_module
 from lncompile.passes.graph.facts import GraphFacts, is_in_evaluation, trained_parameter, turns_gradients_on
 from lncompile.passes.norms.expand import EXPANDED_FROM, closed_norms, expand_opaque_layers, find_opaque_layers
@@ -59,7 +59,7 @@ class Analysis:
 
     graph_module: fx.GraphModule
     sites: tuple[NormSite, ...]
-    verdicts: tuple[Site, ...]
+    verdicts: tuple[Verdict, ...]
     variables: dict[VariableKey, Variable]
     placement: Placement | None
     costs: CostModel = field(default_factory=CostModel)
@@ -92,7 +92,10 @@ def analyse(
     """
     regions = {node.name for node in find_regions(graph_module.graph)}
     opaque = regions | {node.name for node in find_opaque_layers(graph_module.graph)}
-    verdicts: dict[str, list[Site]] = {**closed_norms(graph_module.graph), **norms_in_subgraphs(graph_module, regions)}
+    verdicts: dict[str, list[Verdict]] = {
+        **closed_norms(graph_module.graph),
+        **norms_in_subgraphs(graph_module, regions),
+    }
     first: Analysis | None = None
     while True:
         analysis = _analyse_expanded(graph_module, example_inputs, options, inductor, opaque)
@@ -150,10 +153,10 @@ def _origin(node: fx.Node) -> str:
     return str(node.meta.get(EXPANDED_FROM, ""))
 
 
-def _in_order(analysis: Analysis, closed: dict[str, list[Site]]) -> Analysis:
+def _in_order(analysis: Analysis, closed: dict[str, list[Verdict]]) -> Analysis:
     """With the streams, and with the norms inside operators that stay closed, in the order of the graph."""
     sites = {site.node: (site, verdict) for site, verdict in zip(analysis.sites, analysis.verdicts, strict=True)}
-    ordered: list[Site] = []
+    ordered: list[Verdict] = []
     found: dict[int, NormSite] = {}
     inside: list[Stream] = []
     for node in analysis.graph_module.graph.nodes:
@@ -256,7 +259,7 @@ def _without_gradients(
     copy: fx.GraphModule,
     example_inputs: Sequence[Any],
     sites: Sequence[NormSite],
-    verdicts: Sequence[Site],
+    verdicts: Sequence[Verdict],
     options: Options,
 ) -> int | None:
     """How many sites would fold if no gradients were recorded.

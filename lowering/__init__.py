@@ -4,9 +4,9 @@ from lncompile.lowering import torch_private, torch_private_breaks, torch_privat
 from lncompile.lowering.device_words import compare_words, record_words
 from lncompile.lowering.emit import emit
 from lncompile.lowering.matrix_vector import matrix_vector, normed_matrix_vector, transposed_copy
-from lncompile.lowering.memory import stored
 from lncompile.lowering.norms import NormCall, lower_to_aten, lower_to_rms_norm
 from lncompile.lowering.persistent import FOLDED_STATISTIC, persistent_norms
+from lncompile.lowering.realised import realised
 from lncompile.lowering.rms_norm import (
     grouped_rms_norm,
     rms_norm,
@@ -31,6 +31,7 @@ __all__ = [
     "normed_matrix_vector",
     "persistent_norms",
     "places_of",
+    "realised",
     "record_words",
     "rms_norm",
     "row_scale",
@@ -38,7 +39,6 @@ __all__ = [
     "sizes_of_deferred_scale",
     "sizes_of_stored_scale",
     "slices_of_row",
-    "stored",
     "target_of",
     "tensor_layout",
     "torch_private",

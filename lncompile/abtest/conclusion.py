@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lncompile.abtest.requests import Requests
-from lncompile.abtest.results import Verdict, outcome_of
+from lncompile.abtest.results import Conclusion, outcome_of
 
 
-def conclude(requests: Requests, alpha: float, minimum_effect: float) -> Verdict:
+def conclude(requests: Requests, alpha: float, minimum_effect: float) -> Conclusion:
     """Return the verdict on a test by now. Call it under the lock.
 
     Args:
@@ -18,7 +18,7 @@ def conclude(requests: Requests, alpha: float, minimum_effect: float) -> Verdict
     """
     baseline, candidate = requests.arms
     speedup, counts = requests.measurements.speedup, requests.measurements.counts()
-    return Verdict(
+    return Conclusion(
         outcome=outcome_of(speedup, minimum_effect),
         baseline=baseline.name,
         candidate=candidate.name,

@@ -21,7 +21,7 @@ from lncompile.abtest.comparison import TOLERANCES
 from lncompile.abtest.conclusion import conclude
 from lncompile.abtest.measurements import Measurements, summary
 from lncompile.abtest.requests import Requests
-from lncompile.abtest.results import Verdict
+from lncompile.abtest.results import Conclusion
 from lncompile.abtest.sketch import LatencySketch
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ class ABTest:
 
     # --- asking ---
 
-    def verdict(self) -> Verdict:
+    def verdict(self) -> Conclusion:
         """What is known now. Asking changes nothing, and asking often makes no false positives."""
         with self._lock:
             self._requests.measurements.collect()
@@ -275,7 +275,7 @@ class ABTest:
         """Send all requests to one arm from now on; the other one answers only if it raises.
 
         Args:
-            arm: its name; by default the winner (:attr:`Verdict.winner`).
+            arm: its name; by default the winner (:attr:`Conclusion.winner`).
 
         Returns:
             Its name.

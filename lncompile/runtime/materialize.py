@@ -31,12 +31,12 @@ from lncompile.passes.graph.expressions import Expression
 from lncompile.passes.graph.sharding import local_bytes
 from lncompile.passes.rewrites.arithmetic import is_centered
 from lncompile.runtime import in_place
+from lncompile.runtime.cuda_streams import CudaStreamOrder
 from lncompile.runtime.ownership import Ownership, Survey
 from lncompile.runtime.parameter_identity import LifetimeReference, watch
 from lncompile.runtime.parameter_state import ParameterState, addresses_of, version_of
 from lncompile.runtime.renewals import Renewals, say_given_up, say_written_unseen
 from lncompile.runtime.shared_values import Entry, shared_values
-from lncompile.runtime.stream_order import StreamOrder
 from lncompile.runtime.weight_samples import lies_within, local
 
 log = logging.getLogger("lncompile")
@@ -110,7 +110,7 @@ class _ParameterSet:
         places = tuple(value if isinstance(value, int) else next(copies) for value in values)
         self._choose = None if len(self.values) == len(places) else chooser(places)
         on_gpus = [local(value) for value in self.values if value.device.type == "cuda"]
-        self._order = StreamOrder(on_gpus) if on_gpus else None
+        self._order = CudaStreamOrder(on_gpus) if on_gpus else None
 
     def take(self, arguments: Sequence[Any]) -> Sequence[Tensor]:
         """The values, some of which may be among the arguments."""

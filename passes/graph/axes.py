@@ -22,7 +22,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from lncompile.passes.graph.factors import Dimension, Factor, choosing, merge
+from lncompile.passes.graph.factors import Dimension, Factor, choosing, normal_form
 from lncompile.passes.graph.sizes import Size, quotient, same_size
 
 
@@ -50,13 +50,13 @@ class Axes:
     def trailing(shape: Sequence[Size], count: int) -> Axes:
         """``A`` = the last ``count`` dimensions of a tensor of this shape."""
         first = len(shape) - count
-        return Axes(tuple(merge([Factor(size, index >= first)]) for index, size in enumerate(shape)))
+        return Axes(tuple(normal_form([Factor(size, index >= first)]) for index, size in enumerate(shape)))
 
     @staticmethod
     def of(shape: Sequence[Size], normalised: Iterable[int]) -> Axes:
         """``A`` = the given dimensions (non-negative) of a tensor of this shape."""
         chosen = set(normalised)
-        return Axes(tuple(merge([Factor(size, index in chosen)]) for index, size in enumerate(shape)))
+        return Axes(tuple(normal_form([Factor(size, index in chosen)]) for index, size in enumerate(shape)))
 
     @property
     def rank(self) -> int:
@@ -200,7 +200,7 @@ class Axes:
 
     def _with(self, dimension: int, factors: Iterable[Factor]) -> Axes:
         dimensions = list(self.dimensions)
-        dimensions[dimension] = merge(factors)
+        dimensions[dimension] = normal_form(factors)
         return Axes(tuple(dimensions))
 
     def permute(self, order: Sequence[int]) -> Axes:
@@ -217,12 +217,12 @@ class Axes:
     def with_free(self, dimension: int, size: Size) -> Axes:
         """``A`` with a (free) dimension of another size, as a slice, cat or gather along it makes."""
         dimensions = list(self.dimensions)
-        dimensions[dimension] = merge([Factor(size, False)])
+        dimensions[dimension] = normal_form([Factor(size, False)])
         return Axes(tuple(dimensions))
 
     def insert_free(self, dimension: int, size: Size = 1) -> Axes:
         """``A`` with a new free dimension before ``dimension``."""
-        new = merge([Factor(size, False)])
+        new = normal_form([Factor(size, False)])
         return Axes((*self.dimensions[:dimension], new, *self.dimensions[dimension:]))
 
     def remove(self, dimension: int) -> Axes:
@@ -234,14 +234,14 @@ class Axes:
 
         Reads both factorisations from the right, splitting a factor where the new shape has a boundary in it.
         """
-        stack = list(merge(factor for dimension in self.dimensions for factor in dimension))
+        stack = list(normal_form(factor for dimension in self.dimensions for factor in dimension))
         if any(size == 0 for size in shape) or any(factor.size == 0 for factor in stack):
             return None
         reversed_dimensions: list[Dimension] = []
         for size in reversed(shape):
             if not any(factor.normalised or factor.chosen is not None for factor in stack):
                 # Only free elements are left: however they are cut, they stay free.
-                reversed_dimensions.append(merge([Factor(size, False)]))
+                reversed_dimensions.append(normal_form([Factor(size, False)]))
                 continue
             factors: list[Factor] = []
             needed = size
@@ -262,7 +262,7 @@ class Axes:
                     needed = rest
                 else:
                     return None
-            reversed_dimensions.append(merge(reversed(factors)))
+            reversed_dimensions.append(normal_form(reversed(factors)))
         if any(factor.normalised or factor.chosen is not None for factor in stack):
             return None
         return Axes(tuple(reversed(reversed_dimensions)))

@@ -84,7 +84,7 @@ def _product(outer: Factor, inner: Factor) -> Factor | None:
     return choosing(size, outer.normalised, chosen)
 
 
-def merge(factors: Iterable[Factor]) -> Dimension:
+def normal_form(factors: Iterable[Factor]) -> Dimension:
     """Normal form: no factors of size 1, no two neighbours of one kind unless just one of them has a choice."""
     merged: list[Factor] = []
     for factor in factors:

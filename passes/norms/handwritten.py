@@ -41,7 +41,7 @@ from lncompile.passes.norms.moments import (
     passes_gradients,
     spread_of,
 )
-from lncompile.passes.norms.normalisation import Normalisation, Reader, factors, varying_dimensions
+from lncompile.passes.norms.normalisation import Dependence, Normalisation, factors, varying_dimensions
 
 
 @dataclass(frozen=True)
@@ -192,10 +192,10 @@ def _read_scales(graph: fx.Graph, means: Sequence[_Mean], spreads: Mapping[_Valu
         shiftless[_values(mean.moment)] |= {difference.node for difference in mean.differences}
     for values, found in spreads.items():
         shiftless[values] |= {spread.node for spread in found}
-    reader = Reader(graph)
+    dependence = Dependence(graph)
     for mean in means:
         known = shiftless[_values(mean.moment)]
-        mean.normalisations = [reader.normalisation_of(d.node, mean.moment, known) for d in mean.differences]
+        mean.normalisations = [dependence.normalisation_of(d.node, mean.moment, known) for d in mean.differences]
 
 
 def _norms(

@@ -42,7 +42,7 @@ class Normalisation:
     layer_norm: fx.Node | None = None
 
 
-class Reader:
+class Dependence:
     """Says how values of one graph depend on a tensor."""
 
     def __init__(self, graph: fx.Graph) -> None:
@@ -71,7 +71,7 @@ class Reader:
                 if operation.name in LAYER_NORMS and operation["input"] is current:
                     found.layer_norm = user
                 scale = _scale_of(operation, current)
-                if isinstance(scale, fx.Node) and is_constant_along(scale, axes):
+                if isinstance(scale, fx.Node) and has_one_value_along(scale, axes):
                     reads_difference, reads_source = self._dependence(scale, moment.source, shiftless)
                     if reads_source:
                         found.raw = found.raw or user
@@ -162,7 +162,7 @@ def _scale_of(operation: Operation, value: fx.Node) -> object:
     return operation["other"] if operation["input"] is value else operation["input"]
 
 
-def is_constant_along(node: fx.Node, axes: Axes) -> bool:
+def has_one_value_along(node: fx.Node, axes: Axes) -> bool:
     """Whether an operand that broadcasts against a tensor has one value for all elements that share a mean."""
     operation = canonicalise(node)
     if operation is not None and operation.name in ("expand", "expand_as") and isinstance(operation["input"], fx.Node):

@@ -50,7 +50,7 @@ from lncompile.passes.graph import provenance
 from lncompile.passes.graph.canonical import canonicalise, tensor_of
 from lncompile.passes.graph.facts import GraphFacts
 from lncompile.passes.norms.sites import NormSite
-from lncompile.passes.placement.costs import NOTHING, Bytes, CostModel, Device, Price, one_pass
+from lncompile.passes.placement.costs import NOTHING, Balance, Bytes, CostModel, Device, one_pass
 from lncompile.passes.placement.cut import Placement
 from lncompile.passes.placement.variables import Variable, VariableKey
 from lncompile.passes.rewrites.arithmetic import EXACT
@@ -67,12 +67,12 @@ class Absorption:
     Attributes:
         site: the norm.
         consumers: all that read it.
-        price: what it saves and costs. A weight that is centered is copied anyway, and costs no memory.
+        balance: what it saves and costs. A weight that is centered is copied anyway, and costs no memory.
     """
 
     site: NormSite
     consumers: tuple[Consumer, ...]
-    price: Price
+    balance: Balance
 
     def names(self) -> tuple[str, ...]:
         """Names of the weights that absorb it; none of a norm without an affine."""
@@ -83,7 +83,7 @@ class Absorption:
 
     def in_words(self) -> str:
         """What is done and why, for the report."""
-        return f"γ and β absorbed by {', '.join(self.names())}: {self.price.in_words(device_of(self.site))}"
+        return f"γ and β absorbed by {', '.join(self.names())}: {self.balance.in_words(device_of(self.site))}"
 
 
 def device_of(site: NormSite) -> Device | None:
@@ -132,15 +132,15 @@ def plan_absorptions(
         except Blocked as blocked:
             words[site.node] = f"γ and β stay: {blocked.sentence}"
             continue
-        absorption = price_absorption(site, consumers, centered)
+        absorption = weigh_absorption(site, consumers, centered)
         rounded = _rounded_once_more(absorption, centered)
         if rounded is not None:
             words[site.node] = f"γ and β stay: {rounded} would be rounded to bfloat16 once more"
-        elif mode == "on" or absorption.price.wins:
+        elif mode == "on" or absorption.balance.wins:
             absorptions.append(absorption)
             words[site.node] = absorption.in_words()
         else:
-            words[site.node] = f"γ and β stay: absorbing them {absorption.price.in_words(device_of(site))}"
+            words[site.node] = f"γ and β stay: absorbing them {absorption.balance.in_words(device_of(site))}"
     return tuple(absorptions), words
 
 
@@ -166,7 +166,7 @@ def _rounded_once_more(absorption: Absorption, centered: CenteredFor) -> str | N
     return None
 
 
-def price_absorption(site: NormSite, consumers: tuple[Consumer, ...], centered: CenteredFor) -> Absorption:
+def weigh_absorption(site: NormSite, consumers: tuple[Consumer, ...], centered: CenteredFor) -> Absorption:
     """Return the absorption of a norm's affine by these consumers, priced but not decided."""
     saved, memory = NOTHING, NOTHING
     for parameter in (site.weight, site.bias):
@@ -185,14 +185,14 @@ def price_absorption(site: NormSite, consumers: tuple[Consumer, ...], centered: 
             saved -= row  # it is read where none was
         if consumer.bias is None or not _is_copied_anyway(consumer.bias, [consumer], centered):
             memory += row
-    return Absorption(site, consumers, Price(saved, memory))
+    return Absorption(site, consumers, Balance(saved, memory))
 
 
 def _row_of_outputs(consumer: Consumer) -> Bytes:
     """The bytes of a bias of the consumer's."""
     weight = tensor_of(consumer.weight)
     assert weight is not None  # its shape was read when the consumer was found
-    return one_pass(weight.new_empty([weight.shape[1 - consumer.layout.dimension]]))
+    return one_pass(weight.new_empty([weight.shape[consumer.operands.outgoing]]))
 
 
 def _is_copied_anyway(parameter: fx.Node, readers: Sequence[Consumer], centered: CenteredFor) -> bool:
@@ -297,11 +297,11 @@ def _absorb_into(
     made: dict[tuple[fx.Node | None, ...], fx.Node],
     products: dict[fx.Node, fx.Node],
 ) -> None:
-    node, layout = consumer.operation.node, consumer.layout
+    node, operands = consumer.operation.node, consumer.operands
     operation = canonicalise(node)
     assert operation is not None  # centering only exchanged its parameters
     # Read now: they may be centered since the consumer was found.
-    weight, bias = operation[layout.weight], None if layout.bias is None else operation[layout.bias]
+    weight, bias = operation[operands.weight], None if operands.bias is None else operation[operands.bias]
     scaled, shifted = weight, bias
     tensor = tensor_of(weight)
     assert tensor is not None  # its shape was read when the consumer was found
@@ -311,25 +311,25 @@ def _absorb_into(
             if scaled is None:
                 wide = exact.get(weight, weight)
                 name = f"{weight.name}_affine"
-                scaled = emit(graph, name, scale_weight, wide, scale, layout.dimension, tensor.dtype, value=tensor)
+                scaled = emit(graph, name, scale_weight, wide, scale, operands.incoming, tensor.dtype, value=tensor)
                 made[weight, scale] = scaled
         if shift is not None:
             shifted = made.get((weight, bias, shift))
             if shifted is None:
-                like = tensor_of(bias) if bias is not None else tensor.new_empty([tensor.shape[1 - layout.dimension]])
+                like = tensor_of(bias) if bias is not None else tensor.new_empty([tensor.shape[operands.outgoing]])
                 assert like is not None  # a bias is one tensor
                 name = f"{(bias or weight).name}_affine_bias"
                 wide, wide_bias = exact.get(weight, weight), None if bias is None else exact.get(bias, bias)
                 shifted = emit(
-                    graph, name, shift_bias, wide_bias, wide, shift, layout.dimension, like.dtype, value=like
+                    graph, name, shift_bias, wide_bias, wide, shift, operands.incoming, like.dtype, value=like
                 )
                 made[weight, bias, shift] = shifted
-        if layout.bias is not None:
-            operation.replace({(layout.weight, None): scaled, (layout.bias, None): shifted})
+        if operands.bias is not None:
+            operation.replace({(operands.weight, None): scaled, (operands.bias, None): shifted})
         elif shifted is None:
-            operation.replace({(layout.weight, None): scaled})
+            operation.replace({(operands.weight, None): scaled})
         else:
-            product = emit(graph, node.name, _product_with_bias, operation[layout.input], scaled, shifted)
+            product = emit(graph, node.name, _product_with_bias, operation[operands.input], scaled, shifted)
             product.meta.update({k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")})
             node.replace_all_uses_with(product)
             graph.erase_node(node)

@@ -18,6 +18,7 @@ from lncompile.passes.graph.axes import Axes
 from lncompile.passes.graph.canonical import Operation, canonicalise, tensor_of
 from lncompile.passes.graph.facts import GraphFacts
 from lncompile.passes.graph.operands import WRITTEN, shape
+from lncompile.passes.graph.product_operands import PRODUCTS, ProductOperands
 from lncompile.passes.graph.sharding import is_sharded
 from lncompile.passes.graph.traits import VIEWS, Trait, has
 from lncompile.passes.norms.calls import LAYER_NORMS, WITH_STATISTICS
@@ -29,22 +30,8 @@ _MOVES = VIEWS | Trait.PASSES | Trait.DROPS | Trait.CUTS | Trait.SELECTS | Trait
 _DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16})
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Where an operation has its operands: activation, weight and bias by name, and the weight's features-in."""
-
-    input: str
-    weight: str
-    dimension: int
-    bias: str | None
-
-
-LAYOUTS = {
-    "linear": Layout("input", "weight", 1, "bias"),
-    "addmm": Layout("mat1", "mat2", 0, "input"),
-    "matmul": Layout("input", "other", 0, None),
-    "convolution": Layout("input", "weight", 1, "bias"),
-}
+# What may multiply the features of a norm's output with a matrix.
+ABSORBING = ("linear", "addmm", "matmul", "convolution")
 
 
 @dataclass(frozen=True)
@@ -53,14 +40,14 @@ class Consumer:
 
     Attributes:
         operation: the product.
-        layout: where its operands stand.
+        operands: where its operands stand.
         path: what stands between the norm and the product, the norm first.
         axes: the features in what it reads.
         is_input: whether it reads it as the activation, and nowhere else.
     """
 
     operation: Operation
-    layout: Layout
+    operands: ProductOperands
     path: tuple[fx.Node, ...]
     axes: Axes
     is_input: bool
@@ -68,13 +55,13 @@ class Consumer:
     @property
     def weight(self) -> fx.Node:
         """Its weight, as the graph was when the consumer was found."""
-        weight: fx.Node = self.operation[self.layout.weight]
+        weight: fx.Node = self.operation[self.operands.weight]
         return weight
 
     @property
     def bias(self) -> fx.Node | None:
         """Its bias, or None."""
-        return None if self.layout.bias is None else self.operation[self.layout.bias]
+        return None if self.operands.bias is None else self.operation[self.operands.bias]
 
 
 def consumers_of(
@@ -101,10 +88,10 @@ def consumers_of(
             operation = canonicalise(user)
             if operation is None or operation.in_place:
                 raise _is_read_by(user)
-            if operation.name in LAYOUTS:
-                layout = LAYOUTS[operation.name]
+            if operation.name in ABSORBING:
+                operands = PRODUCTS[operation.name]
                 places = {key for key, operand in operation.operands() if operand is node}
-                yield Consumer(operation, layout, path, axes, places == {(layout.input, None)})
+                yield Consumer(operation, operands, path, axes, places == {(operands.input, None)})
                 continue
             moved = None
             if operation.name != "metadata":
@@ -202,7 +189,7 @@ def features_of(axes: Axes) -> int | None:
 def _require_absorbable(consumer: Consumer, site: NormSite, facts: GraphFacts) -> None:
     operation, axes = consumer.operation, consumer.axes
     where = provenance.describe(operation.node)
-    weight = operation[consumer.layout.weight]
+    weight = operation[consumer.operands.weight]
     if not consumer.is_input or not isinstance(weight, fx.Node) or weight not in facts.parametric:
         raise Blocked(Reason.UNSUPPORTED_WEIGHT, f"it is multiplied by something that is not a parameter in {where}")
     tensor, result = tensor_of(weight), tensor_of(operation.node)

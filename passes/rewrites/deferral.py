@@ -25,7 +25,7 @@ subtracting it again cancels digits.
 no dtype is float16, which may overflow before it is scaled: ``x W`` is as large as the stream, not as a normalised row.
 In bfloat16 the rounding of ``W diag(γ)`` takes the place of that of the norm's output.
 
-**By itself** (``"auto"``) only where it wins by the cost model (:class:`Price`): every reader's result goes into
+**By itself** (``"auto"``) only where it wins by the cost model (:class:`Balance`): every reader's result goes into
 pointwise operations alone, one of which is no mere addition (Inductor may take that into the product), or is read whole
 where Inductor generates the product; the stream has other readers; and the write that is saved is larger than the
 copies of weights that are kept. On a CPU only in bfloat16 (:func:`gains_on`). ``"on"`` asks neither for other readers
@@ -49,8 +49,8 @@ from lncompile.passes.graph.operands import WRITTEN, shape
 from lncompile.passes.graph.sizes import same_size
 from lncompile.passes.graph.traits import Trait, has, is_pointwise
 from lncompile.passes.norms.sites import NormSite
-from lncompile.passes.placement.costs import NOTHING, Bytes, CostModel, Price, one_pass
-from lncompile.passes.rewrites.affine import Absorption, CenteredFor, device_of, price_absorption
+from lncompile.passes.placement.costs import NOTHING, Balance, Bytes, CostModel, one_pass
+from lncompile.passes.rewrites.affine import Absorption, CenteredFor, device_of, weigh_absorption
 from lncompile.passes.rewrites.arithmetic import training_dtype
 from lncompile.passes.rewrites.consumers import Consumer, find_consumers
 
@@ -68,12 +68,12 @@ class Deferral:
     Attributes:
         site: the norm.
         absorption: of its affine by the products that read it.
-        price: what both save and cost together.
+        balance: what both save and cost together.
     """
 
     site: NormSite
     absorption: Absorption
-    price: Price
+    balance: Balance
 
 
 def plan_deferrals(
@@ -111,16 +111,16 @@ def plan_deferrals(
         except Blocked as blocked:
             words[site.node] = f"scaled in place: {blocked.sentence}"
             continue
-        absorption = price_absorption(site, consumers, centered)
+        absorption = weigh_absorption(site, consumers, centered)
         carries = generates_products(target_of(tensor.device))
         products = [consumer.operation.node for consumer in consumers]
         adding = [node for node in products if not (_has_a_kernel_behind(node) or (carries and not _is_cut(node)))]
-        price = absorption.price + Price(_traffic(site, consumers), NOTHING, -len(adding))
-        said = price.in_words(device_of(site))
+        balance = absorption.balance + Balance(_traffic(site, consumers), NOTHING, -len(adding))
+        said = balance.in_words(device_of(site))
         if adding:
             said += f" (behind {', '.join(provenance.describe(node) for node in adding)})"
-        if price.wins or (mode == "on" and not adding):
-            deferrals.append(Deferral(site, absorption, price))
+        if balance.wins or (mode == "on" and not adding):
+            deferrals.append(Deferral(site, absorption, balance))
             words[site.node] = f"scaled behind the products: {said}"
         else:
             words[site.node] = f"scaled in place: behind the products it {said}"

@@ -19,7 +19,7 @@ from lncompile.lowering.inspect.generated_code import GeneratedCode
 from lncompile.lowering.inspect.triton_without_gpu import H200, retargeted_to_gpu, triton_for_sm90
 from lncompile.lowering.target import compiled_for
 from lncompile.options import OptionError, Options, parse_options
-from lncompile.passes.placement.costs import NOTHING, Bytes, Device, Price
+from lncompile.passes.placement.costs import NOTHING, Balance, Bytes, Device
 from lncompile.passes.rewrites import deferral
 from lncompile.transform import transform
 from lncompile.verification import floating_outputs, relative_error
@@ -261,18 +261,18 @@ def test_a_stream_that_nobody_else_reads_is_not_written_for_it(as_on_a_gpu: None
 
 def test_without_an_affine_nothing_is_kept(as_on_a_gpu: None) -> None:
     analysis = capture(block(DEFERRED["no affine"][0]), IDS).analyse(Options(defer="auto"))
-    (price,) = [deferral.price for deferral in analysis.deferrals]
-    assert price == Price(Bytes(8 * (12 * D - 24), 8 * (12 * D - 24)))
+    (balance,) = [deferral.balance for deferral in analysis.deferrals]
+    assert balance == Balance(Bytes(8 * (12 * D - 24), 8 * (12 * D - 24)))
 
 
 def test_prices() -> None:
-    price = Price(Bytes(100, 100), Bytes(60, 60)) + Price(Bytes(-10, -10), NOTHING, 1)
-    assert price == Price(Bytes(90, 90), Bytes(60, 60), 1)
-    assert price.wins
-    assert not (price + Price(launches=-2)).wins, "never at a kernel more"
-    assert not Price(Bytes(60, 60), Bytes(60, 60)).wins, "what breaks even is left alone"
-    assert not Price(launches=1).wins
-    assert Price(Bytes(-8, -8), NOTHING, -2).in_words() == (
+    balance = Balance(Bytes(100, 100), Bytes(60, 60)) + Balance(Bytes(-10, -10), NOTHING, 1)
+    assert balance == Balance(Bytes(90, 90), Bytes(60, 60), 1)
+    assert balance.wins
+    assert not (balance + Balance(launches=-2)).wins, "never at a kernel more"
+    assert not Balance(Bytes(60, 60), Bytes(60, 60)).wins, "what breaks even is left alone"
+    assert not Balance(launches=1).wins
+    assert Balance(Bytes(-8, -8), NOTHING, -2).in_words() == (
         "moves 8 bytes more a call, keeps 0 bytes of weights more, launches 2 kernels more"
     )
 
@@ -283,7 +283,7 @@ def test_devices() -> None:
 
     device = Device.from_properties(Properties())
     assert device.bandwidth == 256e9
-    words = Price(Bytes(512, 512_000)).in_words(device)
+    words = Balance(Bytes(512, 512_000)).in_words(device)
     assert "moves 512 bytes less a call (2.00 µs of Some GPU's bandwidth)" in words
     assert Device.from_properties(H200).bandwidth is None, "a driver that does not say"
     assert Device.of(torch.device("cpu")) is None

@@ -26,7 +26,7 @@ from rich.table import Table
 
 from lncompile.analysis import analyse
 from lncompile.comparisons.machine import describe_machine
-from lncompile.lowering import torch_private
+from lncompile.lowering import torch_private_inductor
 from lncompile.models.loading import randomise
 from lncompile.options import Options
 from lncompile.transform import transform
@@ -56,7 +56,7 @@ def capture_and_compile(model: torch.nn.Module, tokens: torch.Tensor) -> tuple[A
 
     def backend(graph_module: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         started = time.perf_counter()
-        compiled = torch_private.inductor_compile(graph_module, example_inputs, {"force_disable_caches": True})
+        compiled = torch_private_inductor.inductor_compile(graph_module, example_inputs, {"force_disable_caches": True})
         captured.append((graph_module, list(example_inputs), time.perf_counter() - started))
         return compiled
 

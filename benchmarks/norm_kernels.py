@@ -36,10 +36,11 @@ from torch.nn import functional
 
 from lncompile.comparisons.machine import describe_machine
 from lncompile.comparisons.timing import measure
-from lncompile.lowering import FOLDED_STATISTIC, persistent_norms, rms_norm, torch_private
+from lncompile.lowering import FOLDED_STATISTIC, persistent_norms, rms_norm, torch_private_inductor
 from lncompile.lowering.inspect import torch_private_codegen
 from lncompile.lowering.inspect.generated_code import GeneratedCode
-from lncompile.lowering.inspect.triton_without_gpu import H200, MachineCode, compile_kernel, triton_for_sm90
+from lncompile.lowering.inspect.machine_code import MachineCode, compile_kernel
+from lncompile.lowering.inspect.triton_without_gpu import H200, triton_for_sm90
 from lncompile.lowering.persistent import WIDEST_ROW
 
 WIDTHS = (64, 768, 1024, 1280, 2048, 4096, 5120, 8192, 16384)
@@ -67,7 +68,7 @@ def as_lnfold_compiles(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> C
         if node.target is torch.mean:
             node.meta["custom"] = dict(FOLDED_STATISTIC)
     with persistent_norms(graph_module, {}):
-        return torch_private.inductor_compile(graph_module, inputs, {})
+        return torch_private_inductor.inductor_compile(graph_module, inputs, {})
 
 
 def compiled_by(kind: str) -> tuple[Callable[..., Any], str | Callable[..., Any]]:

@@ -36,8 +36,8 @@ from lncompile.lowering import (
     rms_norm,
     sizes_of_stored_scale,
     slices_of_row,
-    torch_private,
     torch_private_caches,
+    torch_private_dynamo,
 )
 
 #: Up to where a row no longer fits into its nearest cache.
@@ -86,7 +86,7 @@ def timed(size: tuple[int, str, int], order: Sequence[str], seconds: float) -> d
             )
         function, backend = functools.partial(norm_of_sum, norm), compiled_by(kind)[1]
         calls[kind] = functools.partial(compile_apart(function, backend=backend, dynamic=False), weight, bias, *stream)
-        with torch_private.many_recompiles(), torch_private_caches.without_autograd_cache():
+        with torch_private_dynamo.many_recompiles(), torch_private_caches.without_autograd_cache():
             calls[kind]()
     return {"seconds": dict(measure(calls, seconds=seconds).seconds)}
 

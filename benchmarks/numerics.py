@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lncompile.comparisons.machine import describe_machine
-from lncompile.lowering import torch_private
+from lncompile.lowering import torch_private_inductor
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 
@@ -49,7 +49,7 @@ def run(models: Sequence[str], draws: int, eager: bool) -> Iterator[dict[str, An
     numerics: Any = importlib.import_module("numerics")
     if eager:
         graphs: Any = importlib.import_module("graphs")
-        torch_private.inductor_compile = graphs.run_as_it_is
+        torch_private_inductor.inductor_compile = graphs.run_as_it_is
     machine, measured = describe_machine(), recording.commit()
     rows = []
     for architecture in architectures.ARCHITECTURES:

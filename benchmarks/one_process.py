@@ -14,7 +14,7 @@ import torch
 from lncompile.comparisons.even_terms import compile_apart, settle
 from lncompile.comparisons.processes import RepeatedTimings, orders, run_processes
 from lncompile.comparisons.timing import PairedTimings, measure
-from lncompile.lowering import torch_private, torch_private_caches
+from lncompile.lowering import torch_private_caches, torch_private_dynamo
 
 #: How many processes measure a case, half of which compile its candidates in the opposite order.
 PROCESSES = 4
@@ -64,7 +64,7 @@ def compiled_in_order(
     for name in order:
         runs[name] = compile_apart(model, **candidates[name]) if candidates[name] else model
         gc.collect()  # what earlier compilations left would be holes to fill
-        with torch_private.many_recompiles(), torch_private_caches.without_autograd_cache():
+        with torch_private_dynamo.many_recompiles(), torch_private_caches.without_autograd_cache():
             call(runs[name])
     return runs
 

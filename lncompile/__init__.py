@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from lncompile.integrations import allow_in_accelerate
     from lncompile.lowering.inspect.generated_code import GeneratedCode, generated_code
     from lncompile.options import OptionError, Options
-    from lncompile.passes.decisions import Reason, Site
+    from lncompile.passes.decisions import Reason, Verdict
     from lncompile.reporting.report import FoldReport
     from lncompile.signature import CallError
     from lncompile.verification import Verification, verify
@@ -29,7 +29,7 @@ __all__ = [
     "OptionError",
     "Options",
     "Reason",
-    "Site",
+    "Verdict",
     "Verification",
     "__version__",
     "allow_in_accelerate",
@@ -51,7 +51,7 @@ _MODULES = {
     "integrations": ("allow_in_accelerate",),
     "lowering.inspect.generated_code": ("GeneratedCode", "generated_code"),
     "options": ("OptionError", "Options"),
-    "passes.decisions": ("Reason", "Site"),
+    "passes.decisions": ("Reason", "Verdict"),
     "reporting.report": ("FoldReport",),
     "signature": ("CallError",),
     "verification": ("Verification", "verify"),

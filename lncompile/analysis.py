@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import fx, nn
 
-from lncompile.lowering import torch_private
+from lncompile.lowering import torch_private_inductor
 from lncompile.options import Options
-from lncompile.passes.decisions import PartKind, Reason, Site, Stream, StreamPart, UnrecognisedDifference
+from lncompile.passes.decisions import PartKind, Reason, Stream, StreamPart, UnrecognisedDifference, Verdict
 from lncompile.passes.graph.copying import copy_graph_module
 from lncompile.passes.graph.facts import GraphFacts, is_in_evaluation, trained_parameter, turns_gradients_on
 from lncompile.passes.norms.expand import EXPANDED_FROM, closed_norms, expand_opaque_layers, find_opaque_layers
@@ -24,7 +24,8 @@ from lncompile.passes.norms.subgraphs import norms_in_subgraphs
 from lncompile.passes.placement.budget import Budgeted, limit_in_bytes, place_within
 from lncompile.passes.placement.costs import CostModel
 from lncompile.passes.placement.cut import Placement, place
-from lncompile.passes.placement.streams import Variable, VariableKey, build_streams
+from lncompile.passes.placement.streams import build_streams
+from lncompile.passes.placement.variables import Variable, VariableKey
 from lncompile.passes.rewrites.affine import Absorption, parameters_centered_for, plan_absorptions
 from lncompile.passes.rewrites.deferral import Deferral, plan_deferrals
 from lncompile.passes.rewrites.matrix_vector import MatrixVectors, plan_matrix_vectors
@@ -58,7 +59,7 @@ class Analysis:
 
     graph_module: fx.GraphModule
     sites: tuple[NormSite, ...]
-    verdicts: tuple[Site, ...]
+    verdicts: tuple[Verdict, ...]
     variables: dict[VariableKey, Variable]
     placement: Placement | None
     costs: CostModel = field(default_factory=CostModel)
@@ -91,7 +92,10 @@ def analyse(
     """
     regions = {node.name for node in find_regions(graph_module.graph)}
     opaque = regions | {node.name for node in find_opaque_layers(graph_module.graph)}
-    verdicts: dict[str, list[Site]] = {**closed_norms(graph_module.graph), **norms_in_subgraphs(graph_module, regions)}
+    verdicts: dict[str, list[Verdict]] = {
+        **closed_norms(graph_module.graph),
+        **norms_in_subgraphs(graph_module, regions),
+    }
     first: Analysis | None = None
     while True:
         analysis = _analyse_expanded(graph_module, example_inputs, options, inductor, opaque)
@@ -149,10 +153,10 @@ def _origin(node: fx.Node) -> str:
     return str(node.meta.get(EXPANDED_FROM, ""))
 
 
-def _in_order(analysis: Analysis, closed: dict[str, list[Site]]) -> Analysis:
+def _in_order(analysis: Analysis, closed: dict[str, list[Verdict]]) -> Analysis:
     """With the streams, and with the norms inside operators that stay closed, in the order of the graph."""
     sites = {site.node: (site, verdict) for site, verdict in zip(analysis.sites, analysis.verdicts, strict=True)}
-    ordered: list[Site] = []
+    ordered: list[Verdict] = []
     found: dict[int, NormSite] = {}
     inside: list[Stream] = []
     for node in analysis.graph_module.graph.nodes:
@@ -200,26 +204,27 @@ def _analyse_expanded(
         return Analysis(copy, sites, verdicts, {}, None, differences=differences, folded_without_gradients=without)
     costs = CostModel(training=trained is not None, weighs_weights=options.training == "auto")
     variables = build_streams(sites, facts, costs)
+    assist = options.assist != "off"
     budgeted: Budgeted | None = None
     if options.memory_budget is None:
-        placement = place(sites, variables, options.assist, costs)
+        placement = place(sites, variables, assist, costs)
     else:
         limit = limit_in_bytes(options.memory_budget, (p for p in example_inputs if isinstance(p, nn.Parameter)))
-        budgeted = place_within(limit, sites, variables, options.assist, costs, facts.trained)
+        budgeted = place_within(limit, sites, variables, assist, costs, facts.trained)
         placement = budgeted.placement
     folded, centered = placement.folded, parameters_centered_for(placement, variables)
     # What keeps copies of further weights is done by itself only where centered ones are copies, none short of memory.
     are_copies = options.weights == "copy" and options.memory_budget is None
     defer = options.defer if are_copies or options.defer != "auto" else "off"
-    sums = functools.partial(torch_private.writes_products_as_sums, inductor)
+    sums = functools.partial(torch_private_inductor.writes_products_as_sums, inductor)
     one_row, inside = plan_matrix_vectors(
         options.matrix_vector, are_copies, copy.graph, folded, centered, facts, costs, sums
     )
     rest = tuple(site for site in folded if site.node not in inside)
-    generated = functools.partial(torch_private.generates_products, inductor)
+    generated = functools.partial(torch_private_inductor.generates_products, inductor)
     deferrals, scales = plan_deferrals(defer, options.absorb_affine, rest, centered, facts, costs, generated)
     deferred = {deferral.site.node: deferral.absorption for deferral in deferrals}
-    mode = options.absorb_affine if are_copies or options.absorb_affine != "auto" else False
+    mode = options.absorb_affine if are_copies or options.absorb_affine != "auto" else "off"
     absorptions, affine = plan_absorptions(mode, rest, centered, facts, costs, deferred)
     absorptions = (*absorptions, *deferred.values())
     # One rewrite for each product.
@@ -227,7 +232,7 @@ def _analyse_expanded(
     one_row = one_row.without(absorbing)
     affine.update((node, absorption.in_words()) for node, absorption in deferred.items() if absorption.names())
     unlimited = budgeted.unlimited if budgeted else placement
-    obstacles = name_obstacles(sites, unlimited, facts, options.assist, costs)
+    obstacles = name_obstacles(sites, unlimited, facts, assist, costs)
     verdicts = judge(sites, placement, variables, costs, budgeted.left if budgeted else None, obstacles)
     without = None
     if trained is not None:
@@ -254,7 +259,7 @@ def _without_gradients(
     copy: fx.GraphModule,
     example_inputs: Sequence[Any],
     sites: Sequence[NormSite],
-    verdicts: Sequence[Site],
+    verdicts: Sequence[Verdict],
     options: Options,
 ) -> int | None:
     """How many sites would fold if no gradients were recorded.
@@ -264,4 +269,4 @@ def _without_gradients(
     if all(verdict.reason is not Reason.TRAINING for verdict in verdicts) or not is_in_evaluation(graph_module.graph):
         return None
     facts = GraphFacts(copy.graph, example_inputs, can_be_read)
-    return len(place(sites, build_streams(sites, facts), options.assist).folded)
+    return len(place(sites, build_streams(sites, facts), options.assist != "off").folded)

@@ -16,7 +16,7 @@ from typing import Any
 from torch import fx
 
 from lncompile import safety_net
-from lncompile.lowering import persistent_norms, torch_private
+from lncompile.lowering import persistent_norms, torch_private, torch_private_dynamo, torch_private_inductor
 from lncompile.options import Options, parse_options
 from lncompile.passes.rewrites.uses import Use
 from lncompile.pipeline import prepare, prepare_frozen
@@ -87,7 +87,7 @@ def lnfold(
     example_inputs = list(example_inputs)
     arguments = {"mode": mode, "options": dict(options or {})}
     try:
-        freezes = torch_private.freezes_weights(inductor_config)
+        freezes = torch_private_inductor.freezes_weights(inductor_config)
         prepared = (prepare_frozen if freezes else prepare)(graph_module, example_inputs, ours, inductor_config)
     except Exception as error:
         if not safety_net.enabled:
@@ -96,15 +96,15 @@ def lnfold(
     report = prepared.report
     _publish(report)
     if prepared.graph_module is None:
-        compiled = torch_private.inductor_compile(graph_module, example_inputs, inductor_config)
+        compiled = torch_private_inductor.inductor_compile(graph_module, example_inputs, inductor_config)
         return _remember(compiled, report, arguments, prepared.reader)
     try:
         inputs = [*example_inputs, *prepared.values]
         static = torch_private.static_fake_tensors(prepared.values)
         with persistent_norms(prepared.graph_module, inductor_config):
-            compiled = torch_private.inductor_compile(prepared.graph_module, inputs, inductor_config)
+            compiled = torch_private_inductor.inductor_compile(prepared.graph_module, inputs, inductor_config)
         del static, inputs  # had to live until here
-    except torch_private.DynamoException:
+    except torch_private_dynamo.DynamoException:
         raise  # Dynamo talks to itself in exceptions: "start again with other assumptions"
     except Exception as error:
         if not safety_net.enabled:
@@ -117,7 +117,7 @@ def lnfold(
 def _reset() -> None:
     """What ``torch._dynamo.reset()`` calls: drop CUDA graphs, as stock torch.compile does."""
     for configuration in _used_configurations:
-        torch_private.inductor_reset(configuration)
+        torch_private_inductor.inductor_reset(configuration)
     _used_configurations.clear()
     tell_again()
     log_lines.tell_again()
@@ -140,17 +140,17 @@ def _untouched(
     uses: dict[int, Use] = dict.fromkeys(range(len(example_inputs)))
     give_back((value, None) for value in example_inputs)
     reader = Reader(parameters_of(graph_module.graph, example_inputs), uses)
-    compiled = torch_private.inductor_compile(graph_module, example_inputs, config)
+    compiled = torch_private_inductor.inductor_compile(graph_module, example_inputs, config)
     return _remember(compiled, report, arguments, reader)
 
 
 def _publish(report: FoldReport) -> None:
-    torch_private.count("graphs")
-    torch_private.count("sites", report.total)
-    torch_private.count("folded", report.folded)
+    torch_private_dynamo.count("graphs")
+    torch_private_dynamo.count("sites", report.total)
+    torch_private_dynamo.count("folded", report.folded)
     try:
-        torch_private.trace_artifact("lnfold_report", lambda: json.dumps(report.to_dict(), indent=2))
-        log_lines.say(report, torch_private.frame_being_compiled())
+        torch_private_dynamo.trace_artifact("lnfold_report", lambda: json.dumps(report.to_dict(), indent=2))
+        log_lines.say(report, torch_private_dynamo.frame_being_compiled())
     except Exception as error:
         if not safety_net.enabled:
             raise
@@ -169,10 +169,10 @@ def _remember(
 
     Where there are no weights to supply, Dynamo gets what Inductor made, so that a call costs what it costs with stock.
     """
-    code = torch_private.code_being_compiled()
+    code = torch_private_dynamo.code_being_compiled()
     record = CompiledGraph(report, code, arguments, reader, materializer)
     compiled_graphs.add(record)
-    compiled = torch_private.innermost_function(compiled)
+    compiled = torch_private_dynamo.innermost_function(compiled)
     if materializer is not None and unfolded is not None and materializer.expressions:
 
         def folded(*arguments: Any) -> Any:

@@ -13,7 +13,7 @@ from torch import fx
 
 from lncompile import safety_net
 from lncompile.backend import compiled_graphs
-from lncompile.lowering import torch_private, torch_private_breaks
+from lncompile.lowering import torch_private, torch_private_breaks, torch_private_dynamo, torch_private_inductor
 from lncompile.models.stand_ins import is_on_meta, stand_ins
 from lncompile.options import parse_options
 from lncompile.passes.graph.graph_breaks import in_words
@@ -59,7 +59,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> FoldReport:
     settings = settings_of(model)
     if settings is not None:
         options, inductor = parse_options(settings.get("mode"), settings.get("options"))
-    original = torch_private.original_callable(model)
+    original = torch_private_dynamo.original_callable(model)
     ran: dict[int, tuple[FoldReport, Sequence[Any]]] = {}
     parameters: set[int] = set()
 
@@ -72,7 +72,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> FoldReport:
             reason = safety_net.log_failure("lncompile.explain failed and cannot say what folds in a graph", error)
             report = safety_net.report_untouched(graph_module, reason)
         parameters.update(map(id, example_inputs))
-        if not _is_own_code(torch_private.code_being_compiled(), original):
+        if not _is_own_code(torch_private_dynamo.code_being_compiled(), original):
             report = inside(report)
 
         def run(*arguments: Any) -> Any:
@@ -86,7 +86,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> FoldReport:
     breaks = torch_private_breaks.watch_graph_breaks()
     try:
         with _with_stand_ins(original, args, kwargs) as (args, kwargs):
-            with torch_private.many_recompiles(), torch_private.without_freezing():
+            with torch_private_dynamo.many_recompiles(), torch_private_inductor.without_freezing():
                 captured: Callable[..., Any] = torch.compile(original, backend=capture)
                 result = captured(*args, **kwargs)
             is_whole = len(ran) == 1 and not breaks()
@@ -140,7 +140,7 @@ def reports(compiled: Callable[..., Any]) -> Reports:
         >>> sum(report.folded for report in lncompile.reports(compiled))
         25
     """
-    original = torch_private.original_callable(compiled)
+    original = torch_private_dynamo.original_callable(compiled)
     settings = settings_of(compiled)
     records = [
         record
@@ -164,12 +164,12 @@ def reports(compiled: Callable[..., Any]) -> Reports:
 
 def _why_none(compiled: Any, original: Any) -> str:
     """What to say of a model without reports."""
-    backend = torch_private.innermost_backend(compiled)
+    backend = torch_private_dynamo.innermost_backend(compiled)
     if backend is not None and settings_of(compiled) is None:
         name = getattr(backend, "compiler_name", None) or getattr(backend, "__name__", type(backend).__name__)
         return f"This was compiled with backend '{name}', not with lnfold: torch.compile(model, backend=\"lnfold\")."
     what = "model" if isinstance(original, torch.nn.Module) else "function"
-    if not torch_private.is_compiled(compiled):
+    if not torch_private_dynamo.is_compiled(compiled):
         return (
             f"No graph of this {what} was compiled with lnfold. Compile it and call what torch.compile(model, "
             'backend="lnfold") returns: the first call compiles.'
@@ -183,7 +183,7 @@ def _why_none(compiled: Any, original: Any) -> str:
 
 def settings_of(compiled: Any) -> Mapping[str, Any] | None:
     """Return the ``mode`` and ``options`` a compiled callable hands to lnfold; None if it is not compiled with it."""
-    backend = torch_private.innermost_backend(compiled)
+    backend = torch_private_dynamo.innermost_backend(compiled)
     if getattr(backend, "compiler_name", None) != "lnfold":
         return None
     settings: Mapping[str, Any] = backend.kwargs
@@ -201,7 +201,7 @@ def _is_own_code(code: Any, original: Any) -> bool:
     if code is None:
         return True  # a backend that was called by hand
     if isinstance(original, torch.nn.Module):
-        return torch_private_breaks.original_code(code) in torch_private.codes_of_call(original)
+        return torch_private_breaks.original_code(code) in torch_private_dynamo.codes_of_call(original)
     return _same_source(code, original)
 
 
@@ -246,7 +246,7 @@ def restore(model: Callable[..., Any]) -> tuple[str, ...]:
         >>> lncompile.restore(model)
         ('transformer.h.0.attn.c_proj.weight', ...)
     """
-    module = torch_private.original_callable(model)
+    module = torch_private_dynamo.original_callable(model)
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"restore() takes the module whose weights are to be restored, not a {type(module).__name__}")
     names = {id(parameter): name for name, parameter in module.named_parameters()}

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from lncompile import safety_net
 from lncompile.analysis import analyse
 from lncompile.held_weights import Weight, hold_weights
-from lncompile.lowering import torch_private
+from lncompile.lowering import torch_private, torch_private_dynamo, torch_private_inductor
 from lncompile.options import Options, parse_options
 from lncompile.passes.graph.copying import copy_graph_module
 from lncompile.passes.graph.expressions import Expression
@@ -103,7 +103,7 @@ def fold(model: nn.Module, *args: Any, options: Mapping[str, Any] | None = None,
         >>> folded = lncompile.fold(model, input_ids)
         >>> torch.save(folded.state_dict(), "folded.pt")
     """
-    model = torch_private.original_callable(model)
+    model = torch_private_dynamo.original_callable(model)
     if model.training:
         raise ValueError("the model is in training mode, and folding is for inference: call model.eval() first")
     ours, _ = parse_options(None, options)
@@ -136,7 +136,7 @@ def capture_call(model: nn.Module, signature: Signature) -> Capture:
 
         return run
 
-    with torch_private.many_recompiles(), torch_private.without_freezing():
+    with torch_private_dynamo.many_recompiles(), torch_private_inductor.without_freezing():
         args, kwargs = signature.example_arguments()
         # Code that no call has seen. Of the model's own Dynamo remembers which sizes varied, and what it gave up on and
         # leaves to eager, whatever is asked for.

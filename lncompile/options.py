@@ -27,7 +27,8 @@ class Options:
             same in eager; :func:`lncompile.restore` undoes it. With ``check="off"`` they must not be written to then.
         nonfoldable: what runs at a site that does not fold. ``"inductor"``: its own layer_norm, as stock torch.compile
             compiles it; ``"eager"``: ATen's eager LayerNorm kernel.
-        assist: whether an activation may be centered at run time where that lets more norms fold than it costs.
+        assist: whether an activation may be centered at run time. ``"auto"``: where that lets more norms fold than it
+            costs; ``"off"``: nowhere.
         training: what happens to norms where gradients of weights are wanted. ``"auto"``: they fold where centering the
             weights at every step costs less than it saves; ``"on"``: wherever they can; ``"off"``: not at all.
         memory_budget: how much memory the centered copies of weights may take beside the model, for each compiled
@@ -40,7 +41,7 @@ class Options:
             the first call with a set of parameters until :func:`lncompile.refresh`.
         absorb_affine: whether γ and β of a folded norm go into the linear layers that read it. ``"auto"``: where those
             weights are copied anyway (so with ``weights="copy"`` and without a budget) and a call moves fewer bytes;
-            ``True``: wherever it can be done, at a copy of each such weight; ``False``: nowhere.
+            ``"on"``: wherever it can be done, at a copy of each such weight; ``"off"``: nowhere.
         defer: whether the scale of a folded norm moves behind the products that read it, so that the normalised tensor
             is never written. ``"auto"``: where no kernel is added and a call saves more traffic than the absorbing
             weights hold, on a CPU only in bfloat16, and only where weights are copied anyway (see ``absorb_affine``);
@@ -54,24 +55,31 @@ class Options:
 
     weights: str = "copy"
     nonfoldable: str = "inductor"
-    assist: bool = True
+    assist: str = "auto"
     training: str = "auto"
     memory_budget: int | float | None = None
     check: str = "values"
-    absorb_affine: bool | str = "auto"
+    absorb_affine: str = "auto"
     defer: str = "auto"
     matrix_vector: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, takes in _VALUES.items():
+            value = getattr(self, name)
+            if not _takes(name, value):
+                allowed = takes if isinstance(takes, str) else " or ".join(repr(v) for v in takes)
+                raise OptionError(f"option '{PREFIX}{name}' takes {allowed}, not {value!r}{_spelled_now(takes, value)}")
 
 
 # What each option takes, or, for one that takes more than can be listed, in words.
 _VALUES: dict[str, tuple[Any, ...] | str] = {
     "weights": ("copy", "inplace"),
     "nonfoldable": ("inductor", "eager"),
-    "assist": (True, False),
+    "assist": ("auto", "off"),
     "training": ("auto", "on", "off"),
     "memory_budget": "a number of bytes (an int), a share of the parameters' bytes (a float from 0.0 to 1.0), or None",
     "check": ("values", "versions", "off"),
-    "absorb_affine": ("auto", True, False),
+    "absorb_affine": ("auto", "on", "off"),
     "defer": ("auto", "on", "off"),
     "matrix_vector": ("auto", "on", "off"),
 }
@@ -94,11 +102,11 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> tuple[
         >>> parse_options(None, {"lnfold.nonfoldable": "eager", "max_autotune": True})[0].nonfoldable
         'eager'
     """
-    from lncompile.lowering import torch_private
+    from lncompile.lowering import torch_private_inductor
 
     ours = parse_ours(options)
     inductors = {key: value for key, value in (options or {}).items() if not key.startswith(PREFIX)}
-    known = torch_private.inductor_option_names()
+    known = torch_private_inductor.inductor_option_names()
     for key in inductors:
         if key.replace("-", "_") not in known:
             raise OptionError(
@@ -108,7 +116,7 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> tuple[
     if ours.matrix_vector == "on":
         inductors.setdefault("coordinate_descent_tuning", True)
     try:
-        return ours, torch_private.inductor_config(mode, inductors)
+        return ours, torch_private_inductor.inductor_config(mode, inductors)
     except RuntimeError as error:
         # An Inductor option of the wrong type, or an unknown mode: torch's sentence says which.
         raise OptionError(str(error)) from None
@@ -124,8 +132,8 @@ def parse_ours(options: Mapping[str, Any] | None) -> Options:
         OptionError: for an unknown option of ours, or a value it does not take.
 
     Example:
-        >>> parse_ours({"lnfold.assist": False, "max_autotune": True}).assist
-        False
+        >>> parse_ours({"lnfold.assist": "off", "max_autotune": True}).assist
+        'off'
     """
     ours: dict[str, Any] = {}
     for key, value in (options or {}).items():
@@ -134,10 +142,6 @@ def parse_ours(options: Mapping[str, Any] | None) -> Options:
         name = key.removeprefix(PREFIX)
         if name not in _VALUES:
             raise OptionError(f"unknown option '{key}'{_suggest(key)}; lnfold's options are {_ours()}")
-        if not _takes(name, value):
-            values = _VALUES[name]
-            allowed = values if isinstance(values, str) else " or ".join(repr(v) for v in values)
-            raise OptionError(f"option '{key}' takes {allowed}, not {value!r}")
         ours[name] = value
     return Options(**ours)
 
@@ -155,14 +159,14 @@ def arms(mode: str | None, options: Mapping[str, Any] | None) -> dict[str, dict[
         Keyword arguments by backend, ``"inductor"`` first.
 
     Example:
-        >>> arms(None, {"lnfold.assist": False, "max_autotune": True})["inductor"]
+        >>> arms(None, {"lnfold.assist": "off", "max_autotune": True})["inductor"]
         {'options': {'max_autotune': True}}
     """
     patches = dict(options or {})
     if mode is not None and patches:
-        from lncompile.lowering import torch_private
+        from lncompile.lowering import torch_private_inductor
 
-        patches, mode = {**torch_private.inductor_config(mode, {}), **patches}, None
+        patches, mode = {**torch_private_inductor.inductor_config(mode, {}), **patches}, None
     stock = {key: value for key, value in patches.items() if not key.startswith(PREFIX)}
     by_backend = {"inductor": stock, "lnfold": patches}
     return {
@@ -177,6 +181,14 @@ def _takes(name: str, value: Any) -> bool:
         is_amount = isinstance(value, int) and not isinstance(value, bool) and value >= 0
         return value is None or is_amount or (isinstance(value, float) and 0 <= value <= 1)
     return any(value is allowed or (isinstance(value, str) and value == allowed) for allowed in values)
+
+
+def _spelled_now(takes: tuple[Any, ...] | str, value: Any) -> str:
+    """What to write instead of True or False, which switched some options on and off before they had names."""
+    if not isinstance(value, bool) or "off" not in takes:
+        return ""
+    now = "off" if not value else "on" if "on" in takes else takes[0]
+    return f": write '{now}'"
 
 
 def _ours() -> str:

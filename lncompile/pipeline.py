@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from lncompile.analysis import Analysis, analyse
 from lncompile.lowering import torch_private
 from lncompile.options import Options
-from lncompile.passes.decisions import GraphBreak, RuntimeCentering, Site, WeightRewrite
+from lncompile.passes.decisions import GraphBreak, RuntimeCentering, Verdict, WeightRewrite
 from lncompile.passes.graph.canonical import tensor_of
 from lncompile.passes.graph.expressions import Expression
 from lncompile.passes.graph.frozen_weights import lift_weights
@@ -190,7 +190,7 @@ def make_report(
     )
 
 
-def _returned_at(verdicts: Sequence[Site], graph_break: GraphBreak | None) -> tuple[Site, ...]:
+def _returned_at(verdicts: Sequence[Verdict], graph_break: GraphBreak | None) -> tuple[Verdict, ...]:
     """Verdicts that say of returned tensors at which graph break, where the graph does not end with the model."""
     if graph_break is None:
         return tuple(verdicts)

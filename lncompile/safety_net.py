@@ -10,7 +10,7 @@ import os
 
 from torch import fx
 
-from lncompile.lowering import torch_private
+from lncompile.lowering import torch_private_dynamo
 from lncompile.passes.decisions import Reason
 from lncompile.passes.norms.sites import find_sites
 from lncompile.passes.verdicts.judge import left_alone
@@ -35,7 +35,7 @@ def log_failure(what_follows: str, error: Exception) -> str:
     reason = f"{type(error).__name__}: {error}"
     log.warning("%s. Please report it: %s", what_follows, reason)
     log.debug("where it failed", exc_info=error)
-    torch_private.count("internal_errors")
+    torch_private_dynamo.count("internal_errors")
     return reason
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lncompile.console import plain_console
 from lncompile.explanation import settings_of
-from lncompile.lowering import torch_private
+from lncompile.lowering import torch_private, torch_private_dynamo
 from lncompile.options import arms
 
 #: lnfold passes where its error is at most this many times stock Inductor's ...
@@ -157,7 +157,7 @@ def verify(
         True
     """
     settings = settings_of(model) or {}
-    model = torch_private.original_callable(model)
+    model = torch_private_dynamo.original_callable(model)
     if isinstance(model, torch.nn.Module) and model.training:
         raise ValueError("the model is in training mode, where dropout makes outputs random: call model.eval() first")
     if any(value.device.type == "meta" for value in _tensors(model, args, kwargs)):
@@ -173,7 +173,7 @@ def verify(
         compiled = {}
         for backend, arguments in arms(settings.get("mode"), settings.get("options")).items():
             say(f"torch.compile(backend={backend!r})")
-            with torch_private.many_recompiles():
+            with torch_private_dynamo.many_recompiles():
                 outputs = torch.compile(model, backend=backend, **arguments)(*args, **kwargs)
                 # Outputs of CUDA graphs (mode="reduce-overhead") are overwritten by the next run of any.
                 compiled[backend] = {name: value.clone() for name, value in floating_outputs(outputs).items()}

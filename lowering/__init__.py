@@ -1,13 +1,13 @@
 """What a folded LayerNorm becomes, how the graph is handed to Inductor, and what Inductor made of it."""
 
-from lncompile.lowering import torch_private, torch_private_breaks
+from lncompile.lowering import torch_private, torch_private_breaks, torch_private_dynamo, torch_private_inductor
 from lncompile.lowering.device_words import compare_words, record_words
 from lncompile.lowering.emit import emit
 from lncompile.lowering.host_words import HostWords, can_compare
 from lncompile.lowering.matrix_vector import matrix_vector, normed_matrix_vector, transposed_copy
-from lncompile.lowering.memory import stored
 from lncompile.lowering.norms import NormCall, lower_to_aten, lower_to_rms_norm
 from lncompile.lowering.persistent import FOLDED_STATISTIC, persistent_norms
+from lncompile.lowering.realised import realised
 from lncompile.lowering.rms_norm import (
     grouped_rms_norm,
     rms_norm,
@@ -34,6 +34,7 @@ __all__ = [
     "normed_matrix_vector",
     "persistent_norms",
     "places_of",
+    "realised",
     "record_words",
     "rms_norm",
     "row_scale",
@@ -41,10 +42,11 @@ __all__ = [
     "sizes_of_deferred_scale",
     "sizes_of_stored_scale",
     "slices_of_row",
-    "stored",
     "target_of",
     "tensor_layout",
     "torch_private",
     "torch_private_breaks",
+    "torch_private_dynamo",
+    "torch_private_inductor",
     "transposed_copy",
 ]

@@ -104,7 +104,7 @@ def persistent_norms(graph_module: fx.GraphModule, config_patches: Mapping[str, 
 
     Example:
         >>> with persistent_norms(graph_module, config):
-        ...     compiled = torch_private.inductor_compile(graph_module, inputs, config)
+        ...     compiled = torch_private_inductor.inductor_compile(graph_module, inputs, config)
     """
     statistics = [str(index) for index, node in enumerate(graph_module.graph.nodes) if is_folded_statistic(node)]
     if not statistics or config_patches.get("inductor_choices_class") is not None:

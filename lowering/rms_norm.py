@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lncompile.lowering.memory import stored
+from lncompile.lowering.realised import realised
 from lncompile.lowering.target import target_of
 
 
@@ -237,7 +237,7 @@ def _scale(value: Tensor, axes: list[int], eps: float, slices: int, stored_scale
     if stored_scale is None:
         return scale
     strides = [math.prod(stored_scale[axis + 1 :]) for axis in range(len(stored_scale))]
-    return stored(scale.contiguous(), stored_scale, strides)
+    return realised(scale.contiguous(), stored_scale, strides)
 
 
 def grouped_rms_norm(

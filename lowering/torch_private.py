@@ -1,12 +1,13 @@
-"""Every private torch name that the backend uses, in one place, each with what it is for.
+"""Every private torch name that the backend uses, each with what it is for: here those of graphs and tensors.
 
-Those that only tools use, which look at what Inductor generates, stand in :mod:`.torch_private_codegen`, those of
-Inductor's choices in :mod:`.torch_private_choices`, those of where compiled code is kept in
-:mod:`.torch_private_caches`, those of graph breaks in :mod:`.torch_private_breaks`, those of
-Inductor's C++ compiler in :mod:`.torch_private_compiler`. Nothing outside these modules may
-import or spell a name of torch that starts with an underscore (a test checks it), so that a new torch release is ported
-by reading them. It imports nothing of ours, and Triton and the larger parts of torch only inside the functions that
-need them. Run on torch 2.11, 2.13 and 2.15.
+The others stand beside it: what Dynamo is doing in :mod:`.torch_private_dynamo`, its graph breaks in
+:mod:`.torch_private_breaks`, the hand-over to Inductor in :mod:`.torch_private_inductor`, Inductor's choices in
+:mod:`.torch_private_choices`, Inductor's C++ compiler in :mod:`.torch_private_compiler`, where compiled code is kept in
+:mod:`.torch_private_caches`, and what only tools use, which look at what Inductor generates, in
+:mod:`.torch_private_codegen`. Nothing outside these modules may import or spell a name of torch that starts with an
+underscore (a test checks it), so that a new torch release is ported by reading them. They import nothing of ours but
+each other, and Triton and the larger parts of torch only inside the functions that need them. Run on torch 2.11, 2.13
+and 2.15.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch._dynamo
@@ -201,193 +202,6 @@ def as_plain_tensors() -> Any:
     return torch._C.DisableTorchFunctionSubclass()
 
 
-# --- Inductor -------------------------------------------------------------------------------------------------------
-
-
-def inductor_compile(
-    graph_module: fx.GraphModule, example_inputs: Sequence[Any], config_patches: dict[str, Any]
-) -> Callable[..., Any]:
-    """Make the Inductor call that backend="inductor" makes."""
-    from torch._inductor.compile_fx import compile_fx
-
-    # With other arguments compile_fx may return paths of packages; like this it returns a function.
-    compiled: Any = compile_fx(graph_module, list(example_inputs), config_patches=config_patches)
-    return compiled  # type: ignore[no-any-return]
-
-
-def innermost_function(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function without the wrapper that keeps Dynamo away from it.
-
-    Dynamo unwraps what a backend returns, and wraps it once. A wrapper inside of a function of ours would stay, and
-    cost each call some microseconds that stock does not pay.
-    """
-    from torch._dynamo.eval_frame import innermost_fn
-
-    innermost: Callable[..., Any] = innermost_fn(compiled)
-    return innermost
-
-
-def inductor_compile_later(graph_module: fx.GraphModule, config_patches: dict[str, Any]) -> Callable[..., Any] | None:
-    """Make that call outside of Dynamo, for a graph that it captured, with the fake values that it computed then.
-
-    Returns:
-        The compiled function; None where compiling assumed something more of dynamic sizes, which Dynamo's guards, made
-        long since, do not check.
-    """
-    from torch._guards import TracingContext, tracing
-
-    examples = [node.meta["example_value"] for node in graph_module.graph.nodes if node.op == "placeholder"]
-    mode = fake_mode_of(examples)
-    environment = None if mode is None else mode.shape_env
-    before = len(environment.guards) if environment is not None else 0
-    with tracing(TracingContext(mode)):
-        compiled = innermost_function(inductor_compile(graph_module, examples, config_patches))
-    return compiled if environment is None or len(environment.guards) == before else None
-
-
-def inductor_config(mode: str | None, options: dict[str, Any]) -> dict[str, Any]:
-    """Resolve ``mode`` and ``options`` as backend="inductor" does, with its own errors for what it does not know."""
-    wrapper: Any = torch._TorchCompileInductorWrapper
-    return dict(wrapper(mode, options, None).config)
-
-
-def inductor_option_names() -> list[str]:
-    """Names of all Inductor options."""
-    from torch._inductor import config
-
-    return list(config.get_config_copy())
-
-
-def freezes_weights(config_patches: Mapping[str, Any]) -> bool:
-    """Whether Inductor makes constants of the weights that Dynamo hands over as attributes of the graph."""
-    from torch._inductor import config
-
-    return bool(config_patches.get("freezing", config.freezing)) and not torch.is_grad_enabled()
-
-
-def generates_products(config_patches: Mapping[str, Any], device: torch.device) -> bool:
-    """Whether Inductor generates the kernels of matrix products itself, each with the pointwise operations behind it.
-
-    That is max-autotune with its own templates alone to choose from. Where ATen's kernels compete with them a
-    measurement decides, product by product, and what stands behind one that loses gets a kernel of its own. Not
-    before torch 2.13: on 2.11 a ViT of two layers took 26 launches with its scales behind the products, 24 without.
-    """
-    from torch._inductor import config
-
-    def setting(name: str) -> Any:
-        return config_patches.get(name, getattr(config, name))
-
-    templates = {"cuda": {"TRITON"}, "cpu": {"CPP"}}.get(device.type)
-    chosen = {backend.strip() for backend in setting("max_autotune_gemm_backends").upper().split(",")}
-    tunes = setting("max_autotune") or setting("max_autotune_gemm")
-    return bool(tunes and setting("epilogue_fusion") and chosen == templates and torch.__version__ >= "2.13")
-
-
-def writes_products_as_sums(config_patches: Mapping[str, Any], device: torch.device) -> bool:
-    """Whether Inductor itself writes products of one row that have no bias as sums (max-autotune, or by this option).
-
-    Its decomposition of `mm` does so only then, because only then the sums reach a GPU's bandwidth.
-    """
-    from torch._inductor import config
-
-    tunes = config_patches.get("coordinate_descent_tuning", config.coordinate_descent_tuning)
-    return bool(tunes) and device.type == "cuda"
-
-
-def without_freezing() -> Any:
-    """Context in which Dynamo hands weights over as inputs, whatever Inductor's ``freezing`` says."""
-    from torch._inductor import config
-
-    return config.patch(freezing=False)
-
-
-def inductor_reset(config_patches: dict[str, Any]) -> None:
-    """Do what torch._dynamo.reset() asks of backend="inductor": drop CUDA-graph trees."""
-    from torch._inductor import config
-
-    if config_patches.get("triton.cudagraphs", config.triton.cudagraphs):
-        from torch._inductor.cudagraph_trees import reset_cudagraph_trees
-
-        reset_cudagraph_trees()
-
-
-# --- Dynamo as seen from outside ------------------------------------------------------------------------------------
-
-
-def innermost_backend(compiled: Any) -> Any:
-    """Return the object torch.compile made for (backend, mode, options) of a compiled callable, or None."""
-    from torch._dynamo.eval_frame import innermost_backend as innermost
-
-    callback = getattr(compiled, "dynamo_ctx", compiled)
-    callback = getattr(callback, "callback", None) or getattr(compiled, "_torchdynamo_orig_backend", None)
-    return None if callback is None else innermost(callback)
-
-
-def original_callable(compiled: Any) -> Any:
-    """Return what a torch.compile'd module or function was compiled from; anything else as it is."""
-    if isinstance(compiled, torch.nn.Module) and hasattr(compiled, "_orig_mod"):
-        return compiled._orig_mod
-    return getattr(compiled, "_torchdynamo_orig_callable", compiled)
-
-
-def is_compiled(function: Any) -> bool:
-    """Whether calling this runs compiled code: what torch.compile returned, or a module after ``module.compile()``."""
-    return original_callable(function) is not function or getattr(function, "_compiled_call_impl", None) is not None
-
-
-def many_recompiles() -> Any:
-    """Context in which Dynamo compiles one code object as often as it must (explaining many models of one class)."""
-    return torch._dynamo.config.patch(recompile_limit=10_000, accumulated_recompile_limit=100_000)
-
-
-class CompilationWatch:
-    """Says whether anything was compiled in this process while something else ran.
-
-    Dynamo calls back when the first of some overlapping compilations starts and when the last one ends; recording CUDA
-    graphs and compiling a backward graph on its first use count as such.
-    """
-
-    def __init__(self) -> None:
-        self._ticks = 0
-
-    def ticks(self) -> int:
-        """A number that goes up when compilations start and when they end: odd while there are any."""
-        handler = torch._dynamo.callback.callback_handler
-        # torch._dynamo.reset() forgets all callbacks.
-        if self._started not in handler.start_callbacks:
-            handler.register_start_callback(self._started)
-            handler.register_end_callback(self._ended)
-        return self._ticks
-
-    def undisturbed(self, since: int) -> bool:
-        """Whether nothing was compiled from the moment that ``ticks`` returned ``since`` until now."""
-        return since % 2 == 0 and self._ticks == since
-
-    def _started(self, _: Any = None) -> None:
-        self._ticks += 1 + self._ticks % 2
-
-    def _ended(self, _: Any = None) -> None:
-        # Even where we were registered in the middle of one.
-        self._ticks += 2 - self._ticks % 2
-
-
-compilation_watch = CompilationWatch()
-
-
-def count(key: str, amount: int = 1) -> None:
-    """Add to ``torch._dynamo.utils.counters["lnfold"][key]``."""
-    from torch._dynamo.utils import counters
-
-    counters["lnfold"][key] += amount
-
-
-def trace_artifact(name: str, payload: Callable[[], str]) -> None:
-    """Write a JSON artifact into torch's structured trace, where tlparse shows it beside the graph."""
-    from torch._logging._internal import trace_structured
-
-    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "json"}, payload_fn=payload)
-
-
 # --- What an operator may write to ------------------------------------------------------------------------------------
 
 # An ATen or custom operator with one schema, a packet of them, and operators that take graphs (checkpoint, cond, ...).
@@ -469,85 +283,6 @@ def static_fake_tensors(values: Sequence[Tensor]) -> list[Tensor]:
     if context is None or context.fake_mode is None:
         return []
     return [context.fake_mode.from_tensor(value, static_shapes=True) for value in values]
-
-
-# Base class of what Dynamo raises to itself (start again with other assumptions, give this frame up, ...).
-DynamoException: type[Exception] = torch._dynamo.exc.TorchDynamoException
-
-
-def code_being_compiled() -> Any:
-    """Return the code object whose frame Dynamo is compiling; None outside of Dynamo (a backend called by hand)."""
-    root = _root_being_compiled()
-    return None if root is None else root.f_code
-
-
-def _root_being_compiled() -> Any:
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    try:
-        return InstructionTranslator.current_tx().output.root_tx
-    except AttributeError:
-        return None
-
-
-class Frame(NamedTuple):
-    """A frame that Dynamo is compiling.
-
-    Attributes:
-        code: its code object.
-        receiver: its first argument: the module, in the frame of a module's forward.
-    """
-
-    code: Any
-    receiver: Any
-
-
-def frame_being_compiled() -> Frame | None:
-    """Return the frame that Dynamo is compiling; None outside of Dynamo."""
-    root = _root_being_compiled()
-    if root is None:
-        return None
-    code, values = root.f_code, root.f_locals
-    if code.co_argcount:
-        return Frame(code, values.get(code.co_varnames[0]))
-    rest = values.get("args")  # a decorator's wrapper(*args, **kwargs)
-    return Frame(code, rest[0] if isinstance(rest, tuple) and rest else None)
-
-
-def scope_being_compiled() -> dict[str, Any]:
-    """Return what the names in Dynamo's source expressions mean: ``L`` and ``G`` of the frame that is being compiled.
-
-    Empty outside of Dynamo.
-    """
-    root = _root_being_compiled()
-    return {} if root is None else {"L": root.f_locals, "G": root.f_globals}
-
-
-def is_whole_frame(graph_module: fx.GraphModule) -> bool:
-    """Whether the graph Dynamo handed out is a whole frame's: no graph break, no piece that DDP cut out."""
-    reason = getattr(graph_module, "compile_subgraph_reason", None)
-    return reason is not None and not reason.graph_break
-
-
-def codes_of_call(module: torch.nn.Module) -> set[Any]:
-    """Return the code objects whose frames are whole calls of a module: its forward's, and torch's around it."""
-    codes: set[Any] = {torch.nn.Module._call_impl.__code__, torch.nn.Module._wrapped_call_impl.__code__}
-    function: Any = module.forward
-    while function is not None:
-        function = getattr(function, "__func__", getattr(function, "func", function))
-        codes.add(getattr(function, "__code__", None))
-        function = getattr(function, "__wrapped__", None)
-    return codes - {None}
-
-
-def is_compiled_by_itself(module: torch.nn.Module) -> bool:
-    """Whether `module.compile()` was called for this very module."""
-    return getattr(module, "_compiled_call_impl", None) is not None
-
-
-def is_compiled_wrapper(module: torch.nn.Module) -> bool:
-    """Whether a module is what torch.compile made around another."""
-    return isinstance(module, torch._dynamo.OptimizedModule)
 
 
 def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lncompile.lowering.torch_private import original_callable
+from lncompile.lowering.torch_private_dynamo import original_callable
 
 
 def separate_caches() -> dict[str, Any]:

@@ -119,7 +119,7 @@ class ReturnedTensor:
 
 
 @dataclass(frozen=True)
-class Site:
+class Verdict:
     """One LayerNorm call of a graph and what became of it.
 
     Attributes:
@@ -182,7 +182,7 @@ class UnrecognisedDifference:
     """A difference from the mean of the features that is not recognised as a LayerNorm. It stays as it is.
 
     Attributes:
-        name: module path and the graph's own name of the difference, as of a :class:`Site`.
+        name: module path and the graph's own name of the difference, as of a :class:`Verdict`.
         location: ``"file.py:line"`` of the subtraction in the model's source, or ``""``.
         reason: why it is not recognised.
         detail: the reason in words, naming the operation in the way.

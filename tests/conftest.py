@@ -25,7 +25,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from graphs import run_as_it_is  # noqa: E402
 
-from lncompile.lowering import torch_private  # noqa: E402
+from lncompile.lowering import torch_private_inductor  # noqa: E402
 
 
 @pytest.hookimpl(trylast=True)
@@ -49,4 +49,4 @@ def fresh_dynamo() -> Iterator[None]:
 @pytest.fixture
 def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the rewritten graph as it is."""
-    monkeypatch.setattr(torch_private, "inductor_compile", run_as_it_is)
+    monkeypatch.setattr(torch_private_inductor, "inductor_compile", run_as_it_is)

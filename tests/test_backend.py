@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import lncompile
 from lncompile import backend, pipeline, safety_net
-from lncompile.lowering import torch_private
+from lncompile.lowering import torch_private_dynamo, torch_private_inductor
 from lncompile.passes.graph import provenance
 
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
@@ -186,7 +186,7 @@ def test_a_graph_without_a_layer_norm_goes_to_inductor_as_it_is(monkeypatch: pyt
         seen.append((graph_module, len(example_inputs)))
         return graph_module.forward
 
-    monkeypatch.setattr(torch_private, "inductor_compile", record)
+    monkeypatch.setattr(torch_private_inductor, "inductor_compile", record)
     net = nn.Sequential(nn.Linear(4, 4), nn.ReLU()).double()
     handed: list[Any] = []
 
@@ -233,14 +233,14 @@ def test_a_failure_of_ours_is_logged_and_the_graph_compiled_untouched(
 def test_inductor_refusing_our_graph_compiles_the_untouched_one(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    stock = torch_private.inductor_compile
+    stock = torch_private_inductor.inductor_compile
 
     def refuse_ours(graph_module: Any, example_inputs: Any, config: Any) -> Any:
         if any("materialized" in node.name for node in graph_module.graph.nodes):
             raise RuntimeError("cannot compile this")
         return stock(graph_module, example_inputs, config)
 
-    monkeypatch.setattr(torch_private, "inductor_compile", refuse_ours)
+    monkeypatch.setattr(torch_private_inductor, "inductor_compile", refuse_ours)
     monkeypatch.setattr(safety_net, "enabled", True)
     net, x = model(), value()
     with caplog.at_level(logging.WARNING, logger="lncompile"):
@@ -256,7 +256,8 @@ def test_inductor_refusing_our_graph_compiles_the_untouched_one(
     [
         ({"lnfold.weights": "nope"}, "option 'lnfold.weights' takes 'copy' or 'inplace', not 'nope'"),
         ({"lnfold.nonfoldable": True}, "option 'lnfold.nonfoldable' takes 'inductor' or 'eager', not True"),
-        ({"lnfold.asist": True}, "unknown option 'lnfold.asist' (did you mean 'lnfold.assist'?)"),
+        ({"lnfold.asist": "auto"}, "unknown option 'lnfold.asist' (did you mean 'lnfold.assist'?)"),
+        ({"lnfold.assist": True}, "option 'lnfold.assist' takes 'auto' or 'off', not True: write 'auto'"),
         ({"max_autotun": True}, "unknown option 'max_autotun' (did you mean 'max_autotune'?)"),
         ({"max_autotune": "yes"}, "max_autotune"),
     ],
@@ -311,7 +312,7 @@ def test_eager_nonfoldable_sites_have_gradients() -> None:
 def test_assist_off_makes_no_runtime_centerings(without_inductor: None) -> None:
     architecture = next(a for a in ARCHITECTURES if a.name == "bloom")
     net, inputs = architecture.model(), architecture.inputs(torch.float64)
-    compiled = torch.compile(net, backend="lnfold", options={"lnfold.assist": False})
+    compiled = torch.compile(net, backend="lnfold", options={"lnfold.assist": "off"})
     torch.testing.assert_close(compiled(**inputs).logits, net(**inputs).logits, **TOLERANCE)
     (report,) = lncompile.reports(compiled)
     assert (report.folded, report.centerings) == (1, ())
@@ -354,8 +355,8 @@ def test_names_are_those_of_named_parameters(source: str, name: str) -> None:
 def test_explain_neither_compiles_nor_forgets_compiled_models(monkeypatch: pytest.MonkeyPatch) -> None:
     net, x = model(), value()
     calls = []
-    stock = torch_private.inductor_compile
-    monkeypatch.setattr(torch_private, "inductor_compile", lambda *a: calls.append(1) or stock(*a))
+    stock = torch_private_inductor.inductor_compile
+    monkeypatch.setattr(torch_private_inductor, "inductor_compile", lambda *a: calls.append(1) or stock(*a))
     compiled = torch.compile(net, backend="lnfold")
     compiled(x)
     for _ in range(10):
@@ -366,7 +367,9 @@ def test_explain_neither_compiles_nor_forgets_compiled_models(monkeypatch: pytes
 
 def test_counters_logs_and_trace_artifact(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     artifacts = {}
-    monkeypatch.setattr(torch_private, "trace_artifact", lambda name, payload: artifacts.setdefault(name, payload()))
+    monkeypatch.setattr(
+        torch_private_dynamo, "trace_artifact", lambda name, payload: artifacts.setdefault(name, payload())
+    )
     from torch._dynamo.utils import counters
 
     counters.clear()

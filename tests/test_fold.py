@@ -178,7 +178,7 @@ def test_quantized_weights_are_left_alone_with_a_reason() -> None:
     quantization = pytest.importorskip("torchao.quantization")
     model = randomise(Tied()).eval()
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
-    compiled = torch.compile(model, backend="lnfold", options={"lnfold.assist": False})
+    compiled = torch.compile(model, backend="lnfold", options={"lnfold.assist": "off"})
     torch.testing.assert_close(compiled(IDS)["logits"], model(IDS)["logits"], rtol=1e-5, atol=1e-5)
     (report,) = lncompile.reports(compiled)
     first, second = report.sites

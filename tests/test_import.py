@@ -99,10 +99,10 @@ def test_names_that_do_not_exist() -> None:
 def test_torch_finds_the_backend_with_and_without_the_import(first: str) -> None:
     assert python(
         f"import json, torch\n{first}\n"
-        "compiled = torch.compile(torch.nn.LayerNorm(4), backend='lnfold', options={'lnfold.assist': False})\n"
+        "compiled = torch.compile(torch.nn.LayerNorm(4), backend='lnfold', options={'lnfold.assist': 'off'})\n"
         "import lncompile.explanation\n"
         "print(json.dumps(lncompile.explanation.settings_of(compiled)))"
-    ) == {"options": {"lnfold.assist": False}}
+    ) == {"options": {"lnfold.assist": "off"}}
 
 
 @pytest.mark.parametrize("folder", [ELSEWHERE, PACKAGE.parent], ids=["elsewhere", "in the clone"])

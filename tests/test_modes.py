@@ -21,7 +21,7 @@ from torch._dynamo.utils import counters
 import lncompile
 from lncompile import backend
 from lncompile.lowering.inspect import torch_private_codegen
-from lncompile.runtime import materialize
+from lncompile.runtime.shared_values import shared_values
 
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -124,7 +124,7 @@ def test_reset_frees_everything(inductor: bool, request: pytest.FixtureRequest) 
     assert len(values) == 4
     held: dict[str, weakref.ref[Any]] = {f"value {index}": weakref.ref(value) for index, value in enumerate(values)}
     held |= {"record": weakref.ref(record), "materializer": weakref.ref(record.materializer)}
-    held |= {str(key): weakref.ref(entry) for key, entry in materialize._store._entries.items()}
+    held |= {str(key): weakref.ref(entry) for key, entry in shared_values._entries.items()}
     del record, values
     torch._dynamo.reset()
     gc.collect()

@@ -19,7 +19,7 @@ from lncompile.comparisons.even_terms import begin_anew, settle
 from lncompile.comparisons.machine import describe_machine
 from lncompile.comparisons.processes import RepeatedTimings
 from lncompile.comparisons.timing import Estimate, Stopwatch, measure
-from lncompile.lowering import torch_private, torch_private_caches
+from lncompile.lowering import torch_private_caches, torch_private_dynamo
 from lncompile.lowering.inspect import torch_private_codegen
 from lncompile.lowering.inspect.generated_code import GeneratedCode
 from lncompile.verification import relative_error
@@ -108,7 +108,7 @@ def prepare(recipe: Recipe, workload: Workload, model: nn.Module, settings: Sett
     caches = torch_private_codegen.empty_compiler_caches() if settings.empty_caches else contextlib.nullcontext()
     gc.collect()  # what earlier compilations left would be holes to fill
     apart = torch_private_caches.without_autograd_cache()
-    with caches, apart, torch_private.many_recompiles(), torch_private_codegen.recorded_wrappers() as wrappers:
+    with caches, apart, torch_private_dynamo.many_recompiles(), torch_private_codegen.recorded_wrappers() as wrappers:
         step()
         started = time.perf_counter()
         call()

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import lncompile
-from lncompile.lowering.torch_private import compilation_watch, many_recompiles
+from lncompile.lowering.torch_private_dynamo import compilation_watch, many_recompiles
 from serving.arms import EMBED, GENERATE, pad
 from serving.models import Served
 from serving.shapes import Shape, Shapes

@@ -2,7 +2,7 @@
 
 from lncompile.abtest.buckets import rounded_shape_bucket, shape_bucket
 from lncompile.abtest.experiment import ABTest
-from lncompile.abtest.results import Outcome, Verdict
+from lncompile.abtest.results import Conclusion, Outcome
 from lncompile.abtest.statistics import Interval
 
-__all__ = ["ABTest", "Interval", "Outcome", "Verdict", "rounded_shape_bucket", "shape_bucket"]
+__all__ = ["ABTest", "Conclusion", "Interval", "Outcome", "rounded_shape_bucket", "shape_bucket"]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lncompile.comparisons.even_terms import settle
-from lncompile.lowering import torch_private, torch_private_caches
+from lncompile.lowering import torch_private_caches, torch_private_dynamo
 from lncompile.options import PREFIX, parse_options
 
 
@@ -91,7 +91,7 @@ def compiled_arms(
         OptionError: for an option that neither knows.
         ValueError: for a model that is compiled already: its arms could be one and the same code.
     """
-    if torch_private.is_compiled(model):
+    if torch_private_dynamo.is_compiled(model):
         raise ValueError("the model is compiled already: pass the original, or two compiled ones as arms={...}")
     parse_options(mode, options)  # raises here, and not at the first request
     inductors = {name: value for name, value in (options or {}).items() if not name.startswith(PREFIX)}

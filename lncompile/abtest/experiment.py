@@ -5,43 +5,28 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextvars
-import itertools
 import json
-import logging
-import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from lncompile.abtest import timers
 from lncompile.abtest.arms import Arm, compiled_arms, make_arms
 from lncompile.abtest.assignment import Assignment, Key
-from lncompile.abtest.buckets import OTHER, Bucket, BucketFunction, rounded_shape_bucket
+from lncompile.abtest.buckets import BucketFunction, rounded_shape_bucket
 from lncompile.abtest.caller_state import (
     CallerState,
-    CannotCompare,
-    ModelState,
-    RandomState,
-    copied_inputs,
-    kept,
-    same_random_numbers,
 )
-from lncompile.abtest.comparison import TOLERANCES, Comparisons, compare
+from lncompile.abtest.comparison import TOLERANCES
+from lncompile.abtest.conclusion import conclude
 from lncompile.abtest.measurements import Measurements, summary
-from lncompile.abtest.results import Verdict, outcome_of
+from lncompile.abtest.requests import Requests
+from lncompile.abtest.results import Conclusion
 from lncompile.abtest.sketch import LatencySketch
-from lncompile.lowering.torch_private import compilation_watch, tree_leaves
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from prometheus_client import CollectorRegistry
-
-log = logging.getLogger("lncompile")
-
-#: What says that nobody waits for an answer any more. None of it is an arm's failure.
-_CANCELLED = (asyncio.CancelledError, concurrent.futures.CancelledError)
 
 
 class ABTest:
@@ -142,20 +127,20 @@ class ABTest:
         _check(max_failures=(max_failures, 1, 10**6), workers=(workers, 1, 1024))
         self.model = model
         self.name = name
-        self._arms = make_arms(arms)
-        self._shadow, self._max_failures = shadow, max_failures
         self._alpha, self._minimum_effect = alpha, minimum_effect
-        self._tolerances = {**TOLERANCES, **(tolerances or {})}
-        self._bucket_function = bucket
-        self._device = None if device is None else torch.device(device)
-        self._assignment = Assignment(ratio, f"{name}:{seed}")
-        self._measurements = Measurements(self._names(), ratio, warmup, buckets, alpha)
-        self._comparisons = Comparisons()
-        self._settled: Arm | None = None
-        self._assigned = self._assigned_by_key = 0
-        self._bucket_failed = False
-        # Held for bookkeeping only, never while an arm runs.
-        self._lock = threading.Lock()
+        self._arms = make_arms(arms)
+        self._requests = Requests(
+            self._arms,
+            model,
+            Assignment(ratio, f"{name}:{seed}"),
+            Measurements(self._names(), ratio, warmup, buckets, alpha),
+            bucket=bucket,
+            shadow=shadow,
+            tolerances={**TOLERANCES, **(tolerances or {})},
+            max_failures=max_failures,
+            device=None if device is None else torch.device(device),
+        )
+        self._lock = self._requests.lock
         self._workers = workers
         self._executor: concurrent.futures.ThreadPoolExecutor | None = None
 
@@ -177,15 +162,7 @@ class ABTest:
             TypeError: for a key that is no ``str``, ``int`` or ``bytes``.
             Exception: what the arm raised, if the other one raised as well or is out of service.
         """
-        name = self._bucket_of(args, kwargs)
-        with self._lock:
-            self._measurements.collect()
-            bucket = self._measurements.bucket(name)
-            arm, assigned = self._choose(ab_key)
-            in_shadow = assigned and self._assignment.sampled(self._shadow)
-        if in_shadow:
-            return self._answer_and_compare(arm, bucket, args, kwargs)
-        return self._answer(arm, bucket if assigned else None, args, kwargs)[0]
+        return self._requests.answer(ab_key, args, kwargs)
 
     async def acall(self, *args: Any, ab_key: Key | None = None, **kwargs: Any) -> Any:
         """Answer a request without blocking the event loop: as a call, made by one of the test's ``workers``.
@@ -215,206 +192,33 @@ class ABTest:
         Raises:
             TypeError: for a key that is no ``str``, ``int`` or ``bytes``.
         """
-        return self._arms[self._assignment.is_candidate(key)].name
-
-    def _bucket_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-        try:
-            return str(self._bucket_function(args, kwargs))
-        except Exception as error:
-            # No reason to lose a request.
-            if not self._bucket_failed:
-                log.warning(
-                    "a request has no bucket and is not counted (said once): %s: %s", type(error).__name__, error
-                )
-            self._bucket_failed = True
-            return OTHER
-
-    def _choose(self, key: Key | None) -> tuple[Arm, bool]:
-        """The arm for a request, and whether it was assigned rather than the only one possible."""
-        chosen = self._arms[self._assignment.is_candidate(key)]
-        if self._settled is not None and self._settled.in_service:
-            return self._settled, False
-        if not all(arm.in_service for arm in self._arms):
-            return next(arm for arm in self._arms if arm.in_service), False
-        self._assigned += 1
-        self._assigned_by_key += key is not None
-        return chosen, True
-
-    def _answer(
-        self, arm: Arm, bucket: Bucket | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[Any, Arm]:
-        """The answer, and the arm that gave it. Without a bucket it is not counted."""
-        ticks = compilation_watch.ticks()
-        stopwatch = timers.start(self._device_of(args, kwargs))
-        try:
-            result = arm.function(*args, **kwargs)
-        except _CANCELLED:
-            raise
-        except Exception as error:
-            return self._answer_instead(arm, error, args, kwargs)
-        stopwatch.stop()
-        undisturbed = compilation_watch.undisturbed(ticks)
-        with self._lock:
-            arm.requests += 1
-            if bucket is not None:
-                self._measurements.add(stopwatch, bucket, arm.index, undisturbed)
-        return result, arm
-
-    def _answer_instead(
-        self, arm: Arm, error: Exception, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[Any, Arm]:
-        """Answer by the other arm what this arm raised at; if it raises too, the request is at fault."""
-        other = self._arms[1 - arm.index]
-        if not other.in_service:
-            raise error
-        try:
-            result = other.function(*args, **kwargs)
-        except _CANCELLED:
-            raise
-        except Exception as second:
-            error.add_note(f"The other arm, {other.name}, raised too: {type(second).__name__}: {second}")
-            raise error from None
-        with self._lock:
-            other.requests += 1
-            self._failed(arm, error)
-        return result, other
-
-    def _answer_and_compare(self, arm: Arm, bucket: Bucket, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        try:
-            copies = copied_inputs(args, kwargs)
-        except CannotCompare as reason:
-            with self._lock:
-                self._comparisons.skip(str(reason))
-            return self._answer(arm, bucket, args, kwargs)[0]
-        random, state = RandomState(), ModelState.of(self.model)
-        result, by = self._answer(arm, bucket, args, kwargs)
-        other = self._arms[1 - arm.index]
-        if by is not arm or not other.in_service:
-            return result
-        if ModelState.of(self.model) != state:
-            with self._lock:
-                self._comparisons.skip("the model writes to its own buffers, so it must not run twice")
-            return result
-        result = kept(result)
-        try:
-            with same_random_numbers(random):
-                second = other.function(*copies[0], **copies[1])
-        except _CANCELLED:
-            raise
-        except Exception as error:
-            with self._lock:
-                self._failed(other, error)
-            return result
-        try:
-            pair = (result, second) if other.index == 0 else (second, result)
-            errors, differences = compare(*pair, self._tolerances)
-        except Exception as error:
-            # Outputs that cannot be compared are no reason to lose an answer.
-            with self._lock:
-                self._comparisons.skip(f"the outputs cannot be compared: {type(error).__name__}: {error}")
-            return result
-        with self._lock:
-            if differences and self._comparisons.differing == 0:
-                log.warning("%s and %s answer differently: %s", *(arm.name for arm in self._arms), differences[0])
-            self._comparisons.add(errors, differences, bucket.name)
-        return result
-
-    def _device_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.device:
-        if self._device is not None:
-            return self._device
-        if timers.cuda_in_use():
-            parameters = self.model.parameters() if isinstance(self.model, torch.nn.Module) else ()
-            for value in itertools.chain(parameters, tree_leaves((args, dict(kwargs)))):
-                if isinstance(value, Tensor):
-                    return value.device
-        return torch.device("cpu")
-
-    # --- under the lock ---
-
-    def _failed(self, arm: Arm, error: Exception) -> None:
-        arm.failures += 1
-        if not arm.in_service or not self._arms[1 - arm.index].in_service:
-            return
-        if arm.failures - arm.forgiven < self._max_failures:
-            log.warning("arm '%s' failed: %s: %s", arm.name, type(error).__name__, error, exc_info=error)
-            return
-        arm.out_of_service = f"it raised {type(error).__name__}: {str(error)[:500]}"
-        arm.failed = True
-        log.warning(
-            "arm '%s' is taken out of service, '%s' answers from here on: %s: %s",
-            arm.name,
-            self._arms[1 - arm.index].name,
-            type(error).__name__,
-            error,
-            exc_info=error,
-        )
+        return self._arms[self._requests.assignment.is_candidate(key)].name
 
     # --- asking ---
 
-    def verdict(self) -> Verdict:
+    def verdict(self) -> Conclusion:
         """What is known now. Asking changes nothing, and asking often makes no false positives."""
         with self._lock:
-            self._measurements.collect()
-            return self._verdict()
-
-    def _verdict(self) -> Verdict:
-        baseline, candidate = self._arms
-        speedup, counts = self._measurements.speedup, self._measurements.counts()
-        minimum_effect = self._measurements.effect_that_counts(self._minimum_effect)
-        return Verdict(
-            outcome=outcome_of(speedup, minimum_effect),
-            baseline=baseline.name,
-            candidate=candidate.name,
-            speedup=speedup,
-            requests=self._measurements.requests,
-            elsewhere=counts["measured"] - self._measurements.requests,
-            buckets=counts["buckets"],
-            alpha=self._alpha,
-            p_value=self._measurements.test.p_value,
-            minimum_effect=minimum_effect,
-            outputs_agree=self._comparisons.equal,
-            comparisons=self._comparisons.compared,
-            out_of_service={a.name: a.out_of_service for a in self._arms if a.out_of_service is not None},
-            failed=tuple(arm.name for arm in self._arms if arm.failed),
-            remarks=tuple(self._remarks(counts)),
-        )
-
-    def _remarks(self, counts: Mapping[str, int]) -> list[str]:
-        comparisons = self._comparisons
-        remarks = [f"First difference: {example}." for example in comparisons.examples[:1]]
-        if comparisons.skipped:
-            remarks.append(f"{comparisons.skipped:,} requests could not be compared: {comparisons.why_skipped}.")
-        if self._settled is not None:
-            remarks.append(f"All requests go to {self._settled.name}.")
-        if counts["other"]:
-            remarks.append(
-                f"{counts['other']:,} requests of {counts['measured']:,} have shapes beyond the first and do not count."
-            )
-        if self._assigned_by_key:
-            remarks.append(
-                f"{100 * self._assigned_by_key / self._assigned:.0f}% of requests were assigned by key: with few keys "
-                "the interval is too narrow, because requests of one key are alike."
-            )
-        for name, speedup in self._measurements.opposites():
-            remarks.append(f"Not so for inputs {name}: {speedup}.")
-        return remarks
+            self._requests.measurements.collect()
+            return conclude(self._requests, self._alpha, self._minimum_effect)
 
     def to_dict(self) -> dict[str, Any]:
         """Return verdict, arms, buckets, comparisons and history as plain values, ready for JSON."""
         with self._lock:
-            self._measurements.collect()
+            self._requests.measurements.collect()
             return {
                 "name": self.name,
-                "verdict": self._verdict().to_dict(),
+                "verdict": conclude(self._requests, self._alpha, self._minimum_effect).to_dict(),
                 "arms": [
-                    {**arm.to_dict(), "seconds": summary(self._measurements.latencies(arm.index))} for arm in self._arms
+                    {**arm.to_dict(), "seconds": summary(self._requests.measurements.latencies(arm.index))}
+                    for arm in self._arms
                 ],
-                "ratio": self._assignment.ratio,
-                "settled": self._settled.name if self._settled else None,
-                "assigned": self._assigned,
-                "assigned_by_key": self._assigned_by_key,
-                "comparisons": self._comparisons.to_dict(),
-                **self._measurements.to_dict(),
+                "ratio": self._requests.assignment.ratio,
+                "settled": self._requests.settled.name if self._requests.settled else None,
+                "assigned": self._requests.assigned,
+                "assigned_by_key": self._requests.assigned_by_key,
+                "comparisons": self._requests.comparisons.to_dict(),
+                **self._requests.measurements.to_dict(),
             }
 
     def to_json(self, indent: int | None = 2) -> str:
@@ -424,8 +228,8 @@ class ABTest:
     def latencies(self) -> dict[str, LatencySketch]:
         """The latencies of each arm's requests that were assigned at random and after warm-up, by the arm's name."""
         with self._lock:
-            self._measurements.collect()
-            return {arm.name: self._measurements.latencies(arm.index) for arm in self._arms}
+            self._requests.measurements.collect()
+            return {arm.name: self._requests.measurements.latencies(arm.index) for arm in self._arms}
 
     @property
     def arms(self) -> dict[str, Callable[..., Any]]:
@@ -472,7 +276,7 @@ class ABTest:
         """Send all requests to one arm from now on; the other one answers only if it raises.
 
         Args:
-            arm: its name; by default the winner (:attr:`Verdict.winner`).
+            arm: its name; by default the winner (:attr:`Conclusion.winner`).
 
         Returns:
             Its name.
@@ -491,13 +295,13 @@ class ABTest:
         with self._lock:
             if not chosen.in_service:
                 raise ValueError(f"arm '{arm}' is out of service ({chosen.out_of_service}): restore it first")
-            self._settled = chosen
+            self._requests.settled = chosen
         return arm
 
     def resume(self) -> None:
         """Assign requests to both arms again after :meth:`settle`."""
         with self._lock:
-            self._settled = None
+            self._requests.settled = None
 
     def take_out(self, arm: str, reason: str = "taken out by hand") -> None:
         """Take an arm out of service; requests in it are finished.

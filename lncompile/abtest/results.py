@@ -21,7 +21,7 @@ class Outcome(Enum):
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Conclusion:
     """The answer of a test at one moment. ``print`` says it in words.
 
     Attributes:

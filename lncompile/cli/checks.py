@@ -40,7 +40,7 @@ def parse_pairs(pairs: Sequence[str]) -> dict[str, Any]:
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not key or not equals:
-            raise InputError(f"--option takes KEY=VALUE, such as lnfold.assist=false, not '{pair}'")
+            raise InputError(f"--option takes KEY=VALUE, such as lnfold.assist=off, not '{pair}'")
         try:
             options[key] = {"true": True, "false": False}.get(text.lower(), text)
             options[key] = ast.literal_eval(text) if options[key] is text else options[key]

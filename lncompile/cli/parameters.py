@@ -71,7 +71,7 @@ Mode = Annotated[
 OptionPairs = Annotated[
     list[str] | None,
     typer.Option(
-        "--option", "-o", metavar="KEY=VALUE", help="Of torch.compile: lnfold.assist=false, max_autotune=true, ..."
+        "--option", "-o", metavar="KEY=VALUE", help="Of torch.compile: lnfold.assist=off, max_autotune=true, ..."
     ),
 ]
 Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also draw the streams into one HTML page.")]

@@ -21,7 +21,7 @@ from lncompile.comparisons.machine import describe_machine
 from lncompile.comparisons.no_norm import no_norm, with_small_weights
 from lncompile.comparisons.processes import RepeatedTimings, orders, run_processes
 from lncompile.comparisons.timing import PairedTimings, Ratio
-from lncompile.lowering import torch_private, torch_private_caches
+from lncompile.lowering import torch_private_caches, torch_private_dynamo
 from lncompile.options import arms
 from lncompile.progress import Say
 
@@ -171,7 +171,7 @@ def compile_candidates(
             gc.collect()  # what earlier compilations left would be holes to fill
         call = functools.partial(function, *args, **kwargs)
         try:
-            with torch_private.many_recompiles(), torch_private_caches.without_autograd_cache():
+            with torch_private_dynamo.many_recompiles(), torch_private_caches.without_autograd_cache():
                 call()
         except Exception as error:
             if name != LIMIT:

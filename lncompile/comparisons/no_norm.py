@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lncompile.lowering import torch_private
+from lncompile.lowering import torch_private_inductor
 from lncompile.options import parse_options
 from lncompile.passes.graph.canonical import tensor_of
 from lncompile.passes.graph.copying import copy_graph_module
@@ -105,7 +105,7 @@ class NormsReplaced:
         _, config = parse_options(self._mode, self._options)
         own = copy_graph_module(graph_module)
         self.replaced += replace_norms(own, self._replacement)
-        return torch_private.inductor_compile(own, list(example_inputs), config)
+        return torch_private_inductor.inductor_compile(own, list(example_inputs), config)
 
 
 def no_norm(mode: str | None = None, options: Mapping[str, Any] | None = None) -> NormsReplaced:

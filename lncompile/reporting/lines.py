@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from lncompile.passes.decisions import Site
+from lncompile.passes.decisions import Verdict
 from lncompile.reporting.words import why
 
 # A number in words that tells sites of one kind apart: of parameters, or of a layer in a path; no line of a file, and
@@ -37,7 +37,7 @@ class Line:
     """
 
     name: str
-    sites: tuple[Site, ...]
+    sites: tuple[Verdict, ...]
     alike: int
     why: str
 
@@ -62,12 +62,12 @@ class Line:
         return f"{len(self.sites)} of {self.alike}" if len(self.sites) > 1 else ""
 
 
-def each(sites: Iterable[Site]) -> list[Line]:
+def each(sites: Iterable[Verdict]) -> list[Line]:
     """A line for every site."""
     return [Line(site.name, (site,), 1, why(site)) for site in sites]
 
 
-def merged(sites: Sequence[Site]) -> list[Line]:
+def merged(sites: Sequence[Verdict]) -> list[Line]:
     """As few lines as say the same, in the order of the first site of each.
 
     Args:
@@ -86,7 +86,7 @@ def merged(sites: Sequence[Site]) -> list[Line]:
     return [line for _, line in sorted(lines, key=lambda placed: placed[0])]
 
 
-def _line(pattern: tuple[str, ...], sites: Sequence[Site], by_name: Mapping[tuple[str, ...], int]) -> Line:
+def _line(pattern: tuple[str, ...], sites: Sequence[Verdict], by_name: Mapping[tuple[str, ...], int]) -> Line:
     if len({site.name for site in sites}) == 1:
         # One site, or one in several graphs.
         name = sites[0].name
@@ -104,7 +104,7 @@ def _parts(name: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
     return pattern, tuple(int(piece) for piece in pieces if piece.isdecimal())
 
 
-def _groups(sites: Sequence[Site], members: Sequence[int]) -> list[list[int]]:
+def _groups(sites: Sequence[Verdict], members: Sequence[int]) -> list[list[int]]:
     """Cut sites of one kind into groups whose indices are all the combinations of some at each place.
 
     ``stages.0.blocks.0-1`` and ``stages.1.blocks.0-5`` are two: ``stages.0-1.blocks.0-5`` would say more.

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from lncompile.lowering import torch_private, torch_private_breaks
+from lncompile.lowering import torch_private_breaks, torch_private_dynamo
 from lncompile.reporting.report import FoldReport
 
 log = logging.getLogger("lncompile")
@@ -29,7 +29,7 @@ _warnings: set[object] = set()
 _folding: set[object] = set()
 
 
-def say(report: FoldReport, frame: torch_private.Frame | None) -> None:
+def say(report: FoldReport, frame: torch_private_dynamo.Frame | None) -> None:
     """Log what became of one graph.
 
     Nothing is logged of a graph without LayerNorms.
@@ -54,7 +54,7 @@ def tell_again() -> None:
             said.clear()
 
 
-def _level(report: FoldReport, code: object, frame: torch_private.Frame | None) -> int:
+def _level(report: FoldReport, code: object, frame: torch_private_dynamo.Frame | None) -> int:
     # Not the code itself: Dynamo keeps with it what it compiled, and would keep it for ever.
     receiver, piece = (None, None) if frame is None else (frame.receiver, (_place(frame.code), code))
     said = _lines_of_modules.setdefault(receiver, set()) if isinstance(receiver, nn.Module) else _lines_of_functions
@@ -72,7 +72,7 @@ def _place(code: CodeType) -> tuple[str, int, str]:
     return code.co_filename, code.co_firstlineno, code.co_name
 
 
-def _source(frame: torch_private.Frame | None) -> tuple[str, int] | None:
+def _source(frame: torch_private_dynamo.Frame | None) -> tuple[str, int] | None:
     """What stays the same where Dynamo goes on in code of its own behind a graph break."""
     if frame is None:
         return None

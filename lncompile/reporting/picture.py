@@ -18,7 +18,7 @@ from importlib import resources
 import jinja2
 import torch
 
-from lncompile.passes.decisions import PartKind, Site, Stream, StreamPart
+from lncompile.passes.decisions import PartKind, Stream, StreamPart, Verdict
 from lncompile.reporting.report import FoldReport
 
 #: Height of a row and distance of two lanes, in pixels; where what enters meets the stream, and where the norm stands.
@@ -26,7 +26,7 @@ ROW, LANE, ENTERS, NORM = 34, 22, 10, 24
 
 
 @dataclass(frozen=True)
-class Line:
+class Segment:
     """A piece of a stream in one row: from ``top`` to ``bottom``, in pixels, centered or not."""
 
     x: int
@@ -40,14 +40,14 @@ class Row:
     """A norm, what enters its stream in front of it, and the lines beside it."""
 
     index: int
-    site: Site
+    site: Verdict
     verdict: str
     name: str
     x: int
     layer: str
     starts_layer: bool
     entering: tuple[StreamPart, ...]
-    lines: tuple[Line, ...] = field(default=())
+    lines: tuple[Segment, ...] = field(default=())
 
 
 def draw(report: FoldReport, title: str = "", description: str = "") -> str:
@@ -109,7 +109,7 @@ def lay_out(report: FoldReport) -> list[Row]:
     lanes = _lanes([_norms(stream) for stream in streams])
     entering: dict[int, tuple[StreamPart, ...]] = {}
     lane_of: dict[int, int] = {}
-    lines: dict[int, list[Line]] = {index: [] for index in range(report.total)}
+    lines: dict[int, list[Segment]] = {index: [] for index in range(report.total)}
     for stream, lane in zip(streams, lanes, strict=True):
         x = LANE * lane + LANE // 2
         pending: list[StreamPart] = []
@@ -125,8 +125,8 @@ def lay_out(report: FoldReport) -> list[Row]:
         first = _norms(stream)[0]
         above = first - 1
         if any(part.site == above for part in entering[first]) and lane_of.get(above) == lane:
-            lines[above].append(Line(x, NORM, ROW, "output"))
-            lines[first].append(Line(x, 0, ENTERS, "output"))
+            lines[above].append(Segment(x, NORM, ROW, "output"))
+            lines[first].append(Segment(x, 0, ENTERS, "output"))
     rows: list[Row] = []
     for index, site in enumerate(report.sites):
         layer = layer_of(site.name)
@@ -165,7 +165,7 @@ def _lanes(norms: Sequence[Sequence[int]]) -> list[int]:
     return lanes
 
 
-def _stream_lines(norms: Sequence[int], x: int, report: FoldReport) -> list[tuple[int, Line]]:
+def _stream_lines(norms: Sequence[int], x: int, report: FoldReport) -> list[tuple[int, Segment]]:
     """The pieces of one stream, row by row: each is drawn as the next norm that reads it finds it."""
     pieces = []
     first, last = min(norms), max(norms)
@@ -174,17 +174,17 @@ def _stream_lines(norms: Sequence[int], x: int, report: FoldReport) -> list[tupl
         style = "centered" if report.sites[remaining[0]].folded else "raw"
         top = ENTERS if row == first else 0
         if row != remaining[0]:
-            pieces.append((row, Line(x, top, ROW, style)))
+            pieces.append((row, Segment(x, top, ROW, style)))
             continue
-        pieces.append((row, Line(x, top, NORM, style)))
+        pieces.append((row, Segment(x, top, NORM, style)))
         remaining.pop(0)
         if remaining:
             style = "centered" if report.sites[remaining[0]].folded else "raw"
-            pieces.append((row, Line(x, NORM, ROW, style)))
+            pieces.append((row, Segment(x, NORM, ROW, style)))
     return pieces
 
 
-def verdict_of(site: Site) -> str:
+def verdict_of(site: Verdict) -> str:
     """Return what became of a norm: ``"folded"``, ``"run_time"`` (folded, centered at run time) or ``"stays"``."""
     if not site.folded:
         return "stays"

@@ -17,9 +17,9 @@ from lncompile.passes.decisions import (
     GraphBreak,
     MemoryBudget,
     RuntimeCentering,
-    Site,
     Stream,
     UnrecognisedDifference,
+    Verdict,
     WeightRewrite,
 )
 from lncompile.reporting import html as report_html
@@ -35,7 +35,7 @@ class FoldReport:
     otherwise), a notebook as HTML.
 
     Attributes:
-        sites: every LayerNorm call, in order; see :class:`Site`.
+        sites: every LayerNorm call, in order; see :class:`Verdict`.
         weights: the parameters that are centered, where the centered weights are and what they take.
         centerings: activations that are centered at each call, and why that pays.
         graphs: how many graphs it speaks of (graph breaks make several).
@@ -57,7 +57,7 @@ class FoldReport:
         (25, 25)
     """
 
-    sites: tuple[Site, ...]
+    sites: tuple[Verdict, ...]
     weights: tuple[WeightRewrite, ...] = ()
     centerings: tuple[RuntimeCentering, ...] = ()
     graphs: int = 1

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from lncompile.passes.decisions import PartKind, Site
+from lncompile.passes.decisions import PartKind, Verdict
 from lncompile.passes.placement.budget import amount
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def _budget(report: FoldReport) -> str:
     return f", within a memory budget of {amount(budget.limit)} (without: {amount(budget.wanted)})"
 
 
-def why(site: Site) -> str:
+def why(site: Verdict) -> str:
     """Why a site was folded or not, in words."""
     reason = "" if site.reason is None else f"{site.reason.value}: "
     more = [site.affine] if site.affine_absorbed_by else []

@@ -31,26 +31,15 @@ from lncompile.passes.graph.expressions import Expression
 from lncompile.passes.graph.sharding import local_bytes
 from lncompile.passes.rewrites.arithmetic import is_centered
 from lncompile.runtime import in_place
+from lncompile.runtime.cuda_streams import CudaStreamOrder
 from lncompile.runtime.ownership import Ownership, Survey
 from lncompile.runtime.parameter_identity import LifetimeReference, watch
 from lncompile.runtime.parameter_state import ParameterState, addresses_of, version_of
 from lncompile.runtime.renewals import Renewals, say_given_up, say_written_unseen
-from lncompile.runtime.stream_order import StreamOrder
+from lncompile.runtime.shared_values import Entry, shared_values
 from lncompile.runtime.weight_samples import lies_within, local
 
 log = logging.getLogger("lncompile")
-
-
-class _Entry:
-    """One materialised tensor and the state of the parameters it was made from. Kept alive by its materializers."""
-
-    def __init__(self, expression: Expression, leaves: tuple[Tensor, ...]) -> None:
-        # The state is read before the value is computed: a write in between makes the entry outdated, not wrong.
-        self.state = ParameterState(leaves)
-        self.value = expression.evaluate(leaves)
-
-    def is_current(self, leaves: tuple[Tensor, ...]) -> bool:
-        return self.state.is_current(leaves) and self.state.has_storages_of(leaves)
 
 
 @dataclass(frozen=True)
@@ -70,44 +59,6 @@ class Stored:
     version: int | None = None
 
 
-class _Store:
-    """Materialised tensors of the process: one per (expression, parameters), however many graphs use it."""
-
-    def __init__(self) -> None:
-        self._entries: weakref.WeakValueDictionary[tuple[Any, ...], _Entry] = weakref.WeakValueDictionary()
-
-    def get(self, expression: Expression, leaves: tuple[Tensor, ...]) -> tuple[_Entry, bool]:
-        """The value of an expression, and whether another graph's value of it turned out to be outdated unnoticed.
-
-        It is always computed, and then shared with the graphs that have the same one: a graph that is new, or that was
-        not called for a while, is not to inherit what others made before a write that torch did not count.
-        """
-        key = (expression.code, *(id(leaf) for leaf in leaves))
-        with in_place.lock:
-            fresh = _Entry(expression, leaves)
-            torch_private.count("materialized")
-            # An id() is used again after its owner is freed; the entry's state knows.
-            known = self._entries.get(key)
-            believed = known is not None and known.is_current(leaves)
-            if known is not None and believed and _are_equal(known.value, fresh.value):
-                return known, False
-            self._entries[key] = fresh
-            return fresh, believed
-
-    def clear(self) -> None:
-        with in_place.lock:
-            self._entries.clear()
-
-
-def _are_equal(one: Tensor, other: Tensor) -> bool:
-    """Whether two values are the same, those that are not numbers included; of sharded ones what this process holds."""
-    one, other = local(one), local(other)
-    return torch.equal(one, other) or torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
-
-
-_store = _Store()
-
-
 _materializers: weakref.WeakSet[Materializer] = weakref.WeakSet()
 
 
@@ -116,7 +67,7 @@ def forget_all() -> None:
     in_place.allow_again()
     for materializer in list(_materializers):
         materializer.begin_anew()
-    _store.clear()
+    shared_values.clear()
 
 
 def give_back(uses: Iterable[tuple[Any, tuple[Axes, ...] | None]]) -> None:
@@ -145,7 +96,7 @@ class _ParameterSet:
     def __init__(
         self,
         state: ParameterState,
-        values: Sequence[_Entry | int],
+        values: Sequence[Entry | int],
         stored: Sequence[Stored],
         arguments: int,
         plain: bool,
@@ -153,13 +104,13 @@ class _ParameterSet:
         self.state = state
         self.is_current = state.is_current if plain else _asked_plainly(state.is_current)
         self.stored = tuple(stored)
-        self._entries = [value for value in values if isinstance(value, _Entry)]
+        self._entries = [value for value in values if isinstance(value, Entry)]
         self.values = [entry.value for entry in self._entries]
         copies = itertools.count(arguments)
         places = tuple(value if isinstance(value, int) else next(copies) for value in values)
         self._choose = None if len(self.values) == len(places) else chooser(places)
         on_gpus = [local(value) for value in self.values if value.device.type == "cuda"]
-        self._order = StreamOrder(on_gpus) if on_gpus else None
+        self._order = CudaStreamOrder(on_gpus) if on_gpus else None
 
     def take(self, arguments: Sequence[Any]) -> Sequence[Tensor]:
         """The values, some of which may be among the arguments."""
@@ -323,12 +274,12 @@ class Materializer:
             if materializer is not None and known is not None and known.state is ended:
                 materializer._sets.pop(first, None)
 
-        values: list[_Entry | int] = []
+        values: list[Entry | int] = []
         kept: list[Stored] = []
         survey = Survey()
         anything_outdated = False
         with in_place.lock, torch_private.as_plain_tensors():
-            # Before the values are computed, see _Entry.
+            # Before the values are computed, see Entry.
             state = ParameterState(leaves, forget, values=self._samples and are_real)
             for index, expression in enumerate(self.expressions):
                 stored = self._in_parameter(index, arguments, survey)
@@ -337,7 +288,8 @@ class Materializer:
                     values.append(leaf)
                     state.expect(self._leaves.index(leaf), stored.version, leaves)
                 else:
-                    entry, outdated = _store.get(expression, tuple(arguments[leaf] for leaf in expression.leaves))
+                    given = tuple(arguments[leaf] for leaf in expression.leaves)
+                    entry, outdated = shared_values.get(expression, given)
                     values.append(entry)
                     anything_outdated |= outdated
                     stored = dataclasses.replace(stored, bytes=local_bytes(entry.value))

@@ -23,7 +23,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, fx, nn
 
-from lncompile.lowering import torch_private
+from lncompile.lowering import torch_private, torch_private_dynamo
 from lncompile.passes.graph.axes import Axes
 from lncompile.runtime import in_place
 from lncompile.runtime.parameter_identity import ParameterReference, Place
@@ -90,13 +90,19 @@ class Survey:
     def parents(self, module: nn.Module) -> list[tuple[nn.Module, str]]:
         """The modules that hold a module, and under which name; torch.compile's wrapper is none."""
         self._look()
-        return [(p, name) for p, name in self._parents.get(id(module), []) if not torch_private.is_compiled_wrapper(p)]
+        return [
+            (p, name)
+            for p, name in self._parents.get(id(module), [])
+            if not torch_private_dynamo.is_compiled_wrapper(p)
+        ]
 
     def is_compiled(self, module: nn.Module) -> bool:
         """Whether somebody compiled this very module, not one that it is a part of."""
         self._look()
-        wrapped = any(torch_private.is_compiled_wrapper(parent) for parent, _ in self._parents.get(id(module), []))
-        return wrapped or torch_private.is_compiled_by_itself(module)
+        wrapped = any(
+            torch_private_dynamo.is_compiled_wrapper(parent) for parent, _ in self._parents.get(id(module), [])
+        )
+        return wrapped or torch_private_dynamo.is_compiled_by_itself(module)
 
     def way_to(self, parameter: Tensor, root: nn.Module) -> list[tuple[nn.Module, str]] | None:
         """The modules through which a parameter is reached, from the one that holds it to ``root``, with the names."""
@@ -150,12 +156,12 @@ class Ownership:
         self._root: weakref.ref[nn.Module] | None = None
         self._kind: type[nn.Module] = nn.Module
         self._problem: str | None = None
-        frame = torch_private.frame_being_compiled()
+        frame = torch_private_dynamo.frame_being_compiled()
         if frame is None or not isinstance(frame.receiver, nn.Module):
             self._problem = "what was compiled is not a module, so it is not known what else reads the weights"
-        elif frame.code not in torch_private.codes_of_call(frame.receiver) or not torch_private.is_whole_frame(
-            graph_module
-        ):
+        elif frame.code not in torch_private_dynamo.codes_of_call(
+            frame.receiver
+        ) or not torch_private_dynamo.is_whole_frame(graph_module):
             self._problem = "the graph is only a part of its model (a graph break), and the rest may read the weights"
         else:
             self._root, self._kind = weakref.ref(frame.receiver), type(frame.receiver)

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
 
-from lncompile.lowering import torch_private
+from lncompile.lowering import torch_private, torch_private_dynamo
 
 _ATTRIBUTE = "_lncompile_lifetime"
 
@@ -87,7 +87,7 @@ def places_of(graph: fx.Graph) -> list[Place | None]:
 
     It is known where Dynamo reached the tensor through a module's parameters or buffers, whatever the module stands in.
     """
-    scope = torch_private.scope_being_compiled()
+    scope = torch_private_dynamo.scope_being_compiled()
     return [_place_of(node, scope) for node in graph.nodes if node.op == "placeholder"]
 
 

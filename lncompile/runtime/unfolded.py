@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from lncompile.lowering import torch_private
+from lncompile.lowering import torch_private_inductor
 from lncompile.passes.decisions import Reason
 from lncompile.passes.graph.copying import copy_graph_module
 from lncompile.reporting.report import FoldReport
@@ -49,7 +49,7 @@ class Unfolded:
         return compiled(*arguments)
 
     def _compile(self) -> Callable[..., Any]:
-        compiled = torch_private.inductor_compile_later(self._graph_module, self._config)
+        compiled = torch_private_inductor.inductor_compile_later(self._graph_module, self._config)
         if compiled is not None:
             return compiled
         # By way of Dynamo once more, which guards what has to be assumed of sizes.

@@ -21,142 +21,9 @@ import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import sympy
-
-from lncompile.lowering import torch_private
-
-# An int, or a sympy expression where a dimension is dynamic. (sympy is untyped.)
-Size = Any
-
-
-def size_of(dimension: Any) -> Size:
-    """Return a tensor dimension (int or SymInt) as an int or a sympy expression, without adding a guard."""
-    if isinstance(dimension, int):
-        return dimension
-    expression = torch_private.symbolic_expression(dimension)
-    return int(expression) if expression.is_Integer else expression
-
-
-def shape_of(value: Any) -> tuple[Size, ...]:
-    """Return the shape of a (fake) tensor as a tuple of ints and sympy expressions."""
-    return tuple(size_of(dimension) for dimension in value.shape)
-
-
-def same_size(left: Size, right: Size) -> bool:
-    """Whether two sizes are provably equal."""
-    if isinstance(left, int) and isinstance(right, int):
-        return left == right
-    return bool(sympy.simplify(left - right) == 0)
-
-
-def _quotient(dividend: Size, divisor: Size) -> Size | None:
-    """Return ``dividend / divisor`` if it is provably a whole number, else None."""
-    if isinstance(dividend, int) and isinstance(divisor, int):
-        return dividend // divisor if divisor and dividend % divisor == 0 else None
-    numerator, denominator = sympy.fraction(sympy.cancel(sympy.sympify(dividend) / divisor))
-    if denominator != 1:
-        return None
-    return int(numerator) if numerator.is_Integer else numerator
-
-
-@dataclass(frozen=True)
-class Factor:
-    """A factor of a dimension: its size, whether the elements along it are centered together, and which are at all.
-
-    ``chosen`` are the indices at which anything is centered, in order; None stands for all of them.
-    """
-
-    size: Size
-    normalised: bool
-    chosen: tuple[int, ...] | None = None
-
-    @property
-    def count(self) -> Size:
-        """How many of its indices are centered."""
-        return self.size if self.chosen is None else len(self.chosen)
-
-    @property
-    def indices(self) -> range | tuple[int, ...]:
-        """The chosen indices of a factor of known size."""
-        return range(self.size) if self.chosen is None else self.chosen
-
-    def split(self, inner: int) -> tuple[Factor, Factor] | None:
-        """The factor as an outer and an inner one of this size; None if what is chosen is no product of choices."""
-        outer = _quotient(self.size, inner)
-        if outer is None:
-            return None
-        if self.chosen is None:
-            return Factor(outer, self.normalised), Factor(inner, self.normalised)
-        outer_indices = sorted({index // inner for index in self.chosen})
-        inner_indices = sorted({index % inner for index in self.chosen})
-        if len(outer_indices) * len(inner_indices) != len(self.chosen):
-            return None
-        return _factor(outer, self.normalised, outer_indices), _factor(inner, self.normalised, inner_indices)
-
-
-Dimension = tuple[Factor, ...]
-
-
-def _factor(size: int, normalised: bool, chosen: Sequence[int]) -> Factor:
-    """A factor with these indices chosen. All of them are no choice; one alone has nothing to be centered with."""
-    if len(chosen) == size:
-        return Factor(size, normalised)
-    return Factor(size, normalised and len(chosen) > 1, tuple(chosen))
-
-
-def _reduced(factor: Factor) -> list[Factor]:
-    """A factor with a choice in its shortest form: what is chosen wholly, outside and inside of it, split off."""
-    if factor.chosen is None:
-        return [factor]
-    size, chosen = factor.size, factor.chosen
-    run = next((i for i in range(1, len(chosen)) if chosen[i] != chosen[0] + i), len(chosen))
-    for inner in range(run, 1, -1):
-        parts = factor.split(inner) if size % inner == 0 else None
-        if parts is not None and parts[1].chosen is None:
-            return [*_reduced(parts[0]), parts[1]]
-    for outer in range(len(chosen), 1, -1):
-        parts = factor.split(size // outer) if size % outer == 0 else None
-        if parts is not None and parts[0].chosen is None:
-            return [parts[0], *_reduced(parts[1])]
-    return [factor]
-
-
-def _product(outer: Factor, inner: Factor) -> Factor | None:
-    """Two neighbours of one kind as one factor; None where a choice meets a size that is not known."""
-    size = outer.size * inner.size
-    if outer.chosen is None and inner.chosen is None:
-        return Factor(size, outer.normalised)
-    if not isinstance(size, int):
-        return None
-    chosen = [i * inner.size + j for i in outer.indices for j in inner.indices]
-    return _factor(size, outer.normalised, chosen)
-
-
-def _merge(factors: Iterable[Factor]) -> Dimension:
-    """Normal form: no factors of size 1, no two neighbours of one kind unless just one of them has a choice."""
-    merged: list[Factor] = []
-    for factor in factors:
-        if factor.size == 1:
-            continue
-        if merged and merged[-1].normalised == factor.normalised:
-            product = _product(merged[-1], factor)
-            if product is not None:
-                merged[-1] = product
-                continue
-        merged.append(factor)
-    if all(factor.chosen is None for factor in merged):
-        return tuple(merged)
-    reduced = [part for factor in merged for part in _reduced(factor)]
-    # Once more without the choices: splitting off may have left two free neighbours.
-    result: list[Factor] = []
-    for factor in reduced:
-        if result and result[-1].normalised == factor.normalised and result[-1].chosen is factor.chosen is None:
-            result[-1] = Factor(result[-1].size * factor.size, factor.normalised)
-        else:
-            result.append(factor)
-    return tuple(result)
+from lncompile.passes.graph.factors import Dimension, Factor, choosing, normal_form
+from lncompile.passes.graph.sizes import Size, quotient, same_size
 
 
 @dataclass(frozen=True)
@@ -183,13 +50,13 @@ class Axes:
     def trailing(shape: Sequence[Size], count: int) -> Axes:
         """``A`` = the last ``count`` dimensions of a tensor of this shape."""
         first = len(shape) - count
-        return Axes(tuple(_merge([Factor(size, index >= first)]) for index, size in enumerate(shape)))
+        return Axes(tuple(normal_form([Factor(size, index >= first)]) for index, size in enumerate(shape)))
 
     @staticmethod
     def of(shape: Sequence[Size], normalised: Iterable[int]) -> Axes:
         """``A`` = the given dimensions (non-negative) of a tensor of this shape."""
         chosen = set(normalised)
-        return Axes(tuple(_merge([Factor(size, index in chosen)]) for index, size in enumerate(shape)))
+        return Axes(tuple(normal_form([Factor(size, index in chosen)]) for index, size in enumerate(shape)))
 
     @property
     def rank(self) -> int:
@@ -285,7 +152,7 @@ class Axes:
             return None
         if factor.normalised and len(left) == 1:
             raise Uncuttable  # a shift of one element is no shift of a group
-        return self._with(dimension, (_factor(len(kept), factor.normalised, left), *inner))
+        return self._with(dimension, (choosing(len(kept), factor.normalised, left), *inner))
 
     def _every(self, dimension: int, kept: range) -> Axes | None:
         """``A`` on every second (third, ...) index of a dimension: ``[24] → [12, 2] → [12]``."""
@@ -318,7 +185,7 @@ class Axes:
         (factor,) = outer or (Factor(len(kept), False),)
         # Its size may be a formula; in numbers it is that of what is kept.
         chosen = range(len(kept)) if factor.chosen is None else factor.chosen
-        return self._with(dimension, (_factor(size, factor.normalised, [kept[i] for i in chosen]), *inner))
+        return self._with(dimension, (choosing(size, factor.normalised, [kept[i] for i in chosen]), *inner))
 
     def _cut_open(self, factors: Dimension, kept: range) -> tuple[Factor, Dimension, range]:
         """A dimension as one factor along which it is cut, the factors inside of it, and the indices to keep of it."""
@@ -333,7 +200,7 @@ class Axes:
 
     def _with(self, dimension: int, factors: Iterable[Factor]) -> Axes:
         dimensions = list(self.dimensions)
-        dimensions[dimension] = _merge(factors)
+        dimensions[dimension] = normal_form(factors)
         return Axes(tuple(dimensions))
 
     def permute(self, order: Sequence[int]) -> Axes:
@@ -350,12 +217,12 @@ class Axes:
     def with_free(self, dimension: int, size: Size) -> Axes:
         """``A`` with a (free) dimension of another size, as a slice, cat or gather along it makes."""
         dimensions = list(self.dimensions)
-        dimensions[dimension] = _merge([Factor(size, False)])
+        dimensions[dimension] = normal_form([Factor(size, False)])
         return Axes(tuple(dimensions))
 
     def insert_free(self, dimension: int, size: Size = 1) -> Axes:
         """``A`` with a new free dimension before ``dimension``."""
-        new = _merge([Factor(size, False)])
+        new = normal_form([Factor(size, False)])
         return Axes((*self.dimensions[:dimension], new, *self.dimensions[dimension:]))
 
     def remove(self, dimension: int) -> Axes:
@@ -367,14 +234,14 @@ class Axes:
 
         Reads both factorisations from the right, splitting a factor where the new shape has a boundary in it.
         """
-        stack = list(_merge(factor for dimension in self.dimensions for factor in dimension))
+        stack = list(normal_form(factor for dimension in self.dimensions for factor in dimension))
         if any(size == 0 for size in shape) or any(factor.size == 0 for factor in stack):
             return None
         reversed_dimensions: list[Dimension] = []
         for size in reversed(shape):
             if not any(factor.normalised or factor.chosen is not None for factor in stack):
                 # Only free elements are left: however they are cut, they stay free.
-                reversed_dimensions.append(_merge([Factor(size, False)]))
+                reversed_dimensions.append(normal_form([Factor(size, False)]))
                 continue
             factors: list[Factor] = []
             needed = size
@@ -390,12 +257,12 @@ class Axes:
                     if parts[0].size != 1:
                         stack.append(parts[0])
                     needed = 1
-                elif (rest := _quotient(needed, top.size)) is not None:
+                elif (rest := quotient(needed, top.size)) is not None:
                     factors.append(top)
                     needed = rest
                 else:
                     return None
-            reversed_dimensions.append(_merge(reversed(factors)))
+            reversed_dimensions.append(normal_form(reversed(factors)))
         if any(factor.normalised or factor.chosen is not None for factor in stack):
             return None
         return Axes(tuple(reversed(reversed_dimensions)))

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, fx
 
 from lncompile.lowering import torch_private
+from lncompile.passes.graph.registry import KEYWORD_ALIASES, Spelling
 from lncompile.passes.graph.sharding import FROM_LOCAL
-from lncompile.passes.graph.spellings import FUNCTIONS, KEYWORD_ALIASES, METHODS, Spelling
+from lncompile.passes.graph.spellings import FUNCTIONS, METHODS
 
 # Where an operand stands: the parameter's name, and its index where the parameter is a list of tensors.
 Key = tuple[str, int | None]
@@ -183,6 +184,11 @@ def _bind(node: fx.Node, spelling: Spelling) -> Operation | None:
         return None  # the same bits read as another dtype: no view in the sense of the rules
     in_place = spelling.in_place or bool(arguments.get("inplace", False))
     return Operation(node, spelling.name, arguments, places, in_place)
+
+
+def function_name(node: fx.Node) -> str:
+    """Name of the function or method that a node calls, known or not; "" where it has none."""
+    return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", ""))
 
 
 def value_of(node: fx.Node) -> Any:

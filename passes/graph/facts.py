@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from lncompile.lowering import torch_private
+from lncompile.lowering import torch_private, torch_private_dynamo
 from lncompile.passes.graph import sharding
 from lncompile.passes.graph.bodies import Call, call_of, counterparts
 from lncompile.passes.graph.canonical import canonicalise, tensor_of, value_of
 from lncompile.passes.graph.operands import WRITTEN
-from lncompile.passes.graph.parameter_expressions import Kind, find_autocast, is_settled, kind_of
+from lncompile.passes.graph.parameter_expressions import AutocastEffect, autocast_effect, find_autocast, is_settled
 from lncompile.passes.graph.provenance import parameter_name
 
 
@@ -149,7 +149,7 @@ class GraphFacts:
                     known.add(node)
                     from_parameters.add(node)
             elif node.op in ("call_function", "call_method") and not node.meta.get(WRITTEN):
-                kind = kind_of(node)
+                kind = autocast_effect(node)
                 if kind is None or not all(source in known for source in node.all_input_nodes):
                     continue
                 operands = [tensor for source in node.all_input_nodes if (tensor := tensor_of(source)) is not None]
@@ -162,7 +162,7 @@ class GraphFacts:
                     continue
                 from_parameters.add(node)
                 tensor = tensor_of(node)
-                if kind is Kind.ENLARGING or self._is_enlarged(node, enlarged):
+                if kind is AutocastEffect.ENLARGING or self._is_enlarged(node, enlarged):
                     enlarged.add(node)
                 elif tensor is None or tensor.is_floating_point():
                     self.parametric.add(node)  # a tuple of pieces is as good as its pieces
@@ -282,14 +282,14 @@ def is_in_evaluation(graph: fx.Graph) -> bool:
     They are those that the graph's parameters are reached through: ``self``, or what a function calls ``model``.
     False where none is known.
     """
-    scope = torch_private.scope_being_compiled()
+    scope = torch_private_dynamo.scope_being_compiled()
     modules = []
     for placeholder in (node for node in graph.nodes if node.op == "placeholder"):
         root = re.match(r"([LG])\[(['\"])(\w+)\2\]", torch_private.source_name(placeholder) or "")
         value = scope.get(root.group(1), {}).get(root.group(3)) if root is not None else None
         if isinstance(value, torch.nn.Module):
             modules.append(value)
-    frame = torch_private.frame_being_compiled()
+    frame = torch_private_dynamo.frame_being_compiled()
     if frame is not None and isinstance(frame.receiver, torch.nn.Module):
         modules.append(frame.receiver)
     return bool(modules) and not any(module.training for module in modules)

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, fx
 
 from lncompile.passes.decisions import Blocked, Reason
-from lncompile.passes.graph.axes import Axes, Size, shape_of
-from lncompile.passes.graph.canonical import Key, Operation, canonicalise, tensor_of, value_of
+from lncompile.passes.graph.axes import Axes
+from lncompile.passes.graph.canonical import Key, Operation, canonicalise, function_name, tensor_of, value_of
+from lncompile.passes.graph.sizes import Size, shape_of
+from lncompile.passes.graph.traits import Trait, has
 
 
 def shape(operand: object) -> tuple[Size, ...]:
@@ -56,11 +58,10 @@ WRITTEN = "lnfold_written"
 # Set in the meta of nodes that center a parameter in its own dtype (by `rewrite`): along which axes.
 CENTERED_ALONG = "lnfold_centered_along"
 
-# Elementwise operations by the names of their functions: what is constant along A in all operands is so in the result.
-_ELEMENTWISE = frozenset(
-    "add sub mul truediv neg eq ne lt le gt ge and_ or_ xor invert bitwise_and bitwise_or bitwise_not logical_and "
-    "logical_or logical_not to float double half bfloat16 bool long int contiguous clone detach to type_as sigmoid "
-    "exp".split()
+# What has no canonical form and is computed element by element too, by the names of torch's functions.
+_COMPARISONS = frozenset(
+    "eq ne lt le gt ge and_ or_ xor invert bitwise_and bitwise_or bitwise_not logical_and logical_or logical_not bool "
+    "long int sigmoid exp".split()
 )
 
 
@@ -72,7 +73,7 @@ def is_constant_along(node: fx.Node, axes: Axes) -> bool:
     if node.meta.get(WRITTEN):
         return False
     operation = canonicalise(node)
-    if operation is not None and operation.name in ("expand", "expand_as", "repeat"):
+    if operation is not None and has(operation, Trait.BROADCASTS):
         source = operation["input"]
         if not isinstance(source, fx.Node):
             return False
@@ -80,8 +81,10 @@ def is_constant_along(node: fx.Node, axes: Axes) -> bool:
         if all(sizes[d - axes.rank] == 1 for d in axes.normalised_dimensions if d >= axes.rank - len(sizes)):
             return True
         return operation.name != "repeat" and len(sizes) == axes.rank and is_constant_along(source, axes)
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if name not in _ELEMENTWISE:
+    elementwise = has(operation, Trait.ADDS | Trait.SCALES | Trait.NEGATES | Trait.CASTS)
+    if operation is not None and operation.in_place:
+        return False
+    if not elementwise and function_name(node) not in _COMPARISONS:
         return False
     return all(_operand_is_constant_along(source, axes) for source in node.all_input_nodes)
 

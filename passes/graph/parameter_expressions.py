@@ -16,9 +16,10 @@ from torch import Tensor, fx
 
 from lncompile.lowering import torch_private
 from lncompile.passes.graph.canonical import canonicalise
+from lncompile.passes.graph.traits import Trait, has
 
 
-class Kind(enum.Enum):
+class AutocastEffect(enum.Enum):
     """What autocast does to an operation of an expression."""
 
     #: Nothing: sums, products element by element, casts, views.
@@ -31,12 +32,17 @@ class Kind(enum.Enum):
     ENLARGING = "enlarging"
 
 
-# By the names of the canonical forms.
-_UNTOUCHED = frozenset(
-    "add sub rsub neg mul div cast to type_as view reshape view_as flatten unflatten squeeze unsqueeze permute "
-    "transpose t mT movedim narrow slice select getitem split chunk unbind identity".split()
+_UNTOUCHED = (
+    Trait.ADDS
+    | Trait.SCALES
+    | Trait.NEGATES
+    | Trait.PASSES
+    | Trait.CASTS
+    | Trait.RESHAPES
+    | Trait.PERMUTES
+    | Trait.CUTS
+    | Trait.SPLITS
 )
-_ENLARGING = frozenset("expand expand_as repeat zeros".split())
 # By the names of torch's functions and methods, whatever module they stand in.
 _WIDENED_NAMES = frozenset(
     "_weight_norm norm_except_dim where masked_fill triu tril diag diagonal diag_embed cat concat concatenate stack "
@@ -56,7 +62,7 @@ _CONSTANT_NAMES = frozenset("ones zeros eye full arange linspace tri scalar_tens
 _TORCH_MODULES = ("torch", "_operator", "operator", "_VariableFunctions", "builtins")
 
 
-def kind_of(node: fx.Node) -> Kind | None:
+def autocast_effect(node: fx.Node) -> AutocastEffect | None:
     """Say what autocast does to an operation, or None if it may not stand in a parameter expression.
 
     Args:
@@ -65,16 +71,16 @@ def kind_of(node: fx.Node) -> Kind | None:
     operation = canonicalise(node)
     if operation is not None and operation.in_place:
         return None
-    if operation is not None and operation.name in _UNTOUCHED:
-        return Kind.UNTOUCHED
-    if operation is not None and operation.name in _ENLARGING:
-        return Kind.ENLARGING
+    if has(operation, _UNTOUCHED):
+        return AutocastEffect.UNTOUCHED
+    if operation is not None and (has(operation, Trait.BROADCASTS) or operation.name == "zeros"):
+        return AutocastEffect.ENLARGING
     name = _name(node)
     if name in _CONSTANT_NAMES:
-        return Kind.ENLARGING
+        return AutocastEffect.ENLARGING
     if name in _WIDENED_NAMES:
-        return Kind.WIDENED
-    return Kind.NARROWED if name in _NARROWED_NAMES else None
+        return AutocastEffect.WIDENED
+    return AutocastEffect.NARROWED if name in _NARROWED_NAMES else None
 
 
 def _name(node: fx.Node) -> str:
@@ -94,7 +100,7 @@ def _name(node: fx.Node) -> str:
     return name if module.split(".")[0] in _TORCH_MODULES else ""
 
 
-def is_settled(kind: Kind, operands: Sequence[Tensor], autocast: bool) -> bool:
+def is_settled(kind: AutocastEffect, operands: Sequence[Tensor], autocast: bool) -> bool:
     """Whether an operation gives the same value inside and outside of the graph.
 
     Args:
@@ -102,11 +108,11 @@ def is_settled(kind: Kind, operands: Sequence[Tensor], autocast: bool) -> bool:
         operands: the (fake) tensors it reads.
         autocast: whether autocast may be on where it stands.
     """
-    if not autocast or kind in (Kind.UNTOUCHED, Kind.ENLARGING):
+    if not autocast or kind in (AutocastEffect.UNTOUCHED, AutocastEffect.ENLARGING):
         return True
     dtypes = {operand.dtype for operand in operands if operand.is_floating_point()}
     # Autocast leaves double precision alone altogether.
-    wide = [{torch.float64}, {torch.float32}] if kind is Kind.WIDENED else [{torch.float64}]
+    wide = [{torch.float64}, {torch.float32}] if kind is AutocastEffect.WIDENED else [{torch.float64}]
     return not dtypes or dtypes in wide
 
 

@@ -28,7 +28,8 @@ from typing import Any
 from torch import Tensor, distributed
 
 from lncompile.lowering import torch_private
-from lncompile.passes.graph.axes import Axes, Factor
+from lncompile.passes.graph.axes import Axes
+from lncompile.passes.graph.factors import Factor
 
 if distributed.is_available():
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard

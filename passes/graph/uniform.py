@@ -13,10 +13,11 @@ import sympy
 import torch
 from torch import fx
 
-from lncompile.passes.graph.axes import Size, same_size, size_of
 from lncompile.passes.graph.canonical import canonicalise, tensor_of, value_of
 from lncompile.passes.graph.operands import WRITTEN
+from lncompile.passes.graph.sizes import Size, same_size, size_of
 from lncompile.passes.graph.spellings import aten
+from lncompile.passes.graph.traits import VIEWS, Trait, has
 
 #: A number as the author means it: exact, or a formula in the dynamic sizes of the graph.
 Number = Any
@@ -27,10 +28,7 @@ _FILLERS: dict[Any, int | None] = {
     torch.full: 1, torch.full_like: 1, aten.full.default: 1, aten.full_like.default: 1, "new_full": 2,
 }  # fmt: skip
 # What hands on a number that all elements have.
-_MOVES = frozenset(
-    "cast to type_as view reshape view_as flatten unflatten squeeze unsqueeze permute transpose t mT movedim expand "
-    "expand_as repeat getitem narrow select identity".split()
-)
+_MOVES = VIEWS | Trait.CUTS | Trait.PASSES
 
 
 def number(argument: object) -> Number | None:
@@ -97,7 +95,7 @@ def uniform_value(node: object) -> Number | None:
         if operation is None or operation.in_place:
             return None
         node = operation.arguments.get("input")
-        if operation.name in _MOVES:
+        if has(operation, _MOVES):
             continue
         if operation.name not in ("mul", "div"):
             return None

@@ -8,9 +8,10 @@ import torch
 from torch import fx
 
 from lncompile.passes.decisions import Blocked, Reason
-from lncompile.passes.graph.axes import Axes, Size
+from lncompile.passes.graph.axes import Axes
 from lncompile.passes.graph.canonical import Operation, value_of
 from lncompile.passes.graph.operands import shape
+from lncompile.passes.graph.sizes import Size
 
 LAYER_NORMS = frozenset({"layer_norm", "native_layer_norm"})
 GROUP_NORMS = frozenset({"group_norm", "native_group_norm"})

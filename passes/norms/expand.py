@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from lncompile.lowering import emit, torch_private
-from lncompile.passes.decisions import Reason, Site
+from lncompile.passes.decisions import Reason, Verdict
 from lncompile.passes.graph import provenance
 from lncompile.passes.graph.canonical import tensor_of
 from lncompile.passes.norms.sites import SITE_NAME
@@ -144,9 +144,9 @@ def find_opaque_layers(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in _encoder_layers(graph) if _why_closed(node) is None]
 
 
-def closed_norms(graph: fx.Graph) -> dict[str, list[Site]]:
+def closed_norms(graph: fx.Graph) -> dict[str, list[Verdict]]:
     """Return verdicts on the norms inside operators that cannot be written out, by the operator's node name."""
-    verdicts: dict[str, list[Site]] = {}
+    verdicts: dict[str, list[Verdict]] = {}
     for node in _encoder_layers(graph):
         why = _why_closed(node)
         if why is None:
@@ -154,7 +154,7 @@ def closed_norms(graph: fx.Graph) -> dict[str, list[Site]]:
         layer, location = provenance.module_path(node) or node.name, provenance.location(node)
         detail = f"it stands inside one opaque operator {why}: {provenance.describe(node)}"
         verdicts[node.name] = [
-            Site(f"{layer}.norm{index}", location, False, "layer_norm", Reason.UNKNOWN_OPERATION, detail, ())
+            Verdict(f"{layer}.norm{index}", location, False, "layer_norm", Reason.UNKNOWN_OPERATION, detail, ())
             for index in (1, 2)
         ]
     return verdicts

@@ -31,6 +31,7 @@ from lncompile.passes.graph import provenance
 from lncompile.passes.graph.axes import Axes
 from lncompile.passes.graph.canonical import canonicalise, tensor_of
 from lncompile.passes.graph.operands import WRITTEN
+from lncompile.passes.graph.traits import Trait, has
 from lncompile.passes.norms.differences import Difference, MeanUses, difference_of_moments, differences_in, uses_of_mean
 from lncompile.passes.norms.moments import (
     Moment,
@@ -40,7 +41,7 @@ from lncompile.passes.norms.moments import (
     passes_gradients,
     spread_of,
 )
-from lncompile.passes.norms.normalisation import Normalisation, Reader, factors, varying_dimensions
+from lncompile.passes.norms.normalisation import Dependence, Normalisation, factors, varying_dimensions
 
 
 @dataclass(frozen=True)
@@ -191,10 +192,10 @@ def _read_scales(graph: fx.Graph, means: Sequence[_Mean], spreads: Mapping[_Valu
         shiftless[_values(mean.moment)] |= {difference.node for difference in mean.differences}
     for values, found in spreads.items():
         shiftless[values] |= {spread.node for spread in found}
-    reader = Reader(graph)
+    dependence = Dependence(graph)
     for mean in means:
         known = shiftless[_values(mean.moment)]
-        mean.normalisations = [reader.normalisation_of(d.node, mean.moment, known) for d in mean.differences]
+        mean.normalisations = [dependence.normalisation_of(d.node, mean.moment, known) for d in mean.differences]
 
 
 def _norms(
@@ -275,7 +276,7 @@ def _is_over_features(products: Sequence[fx.Node], moment: Moment) -> bool:
         following = None
         for user in current.users:
             operation = canonicalise(user)
-            if operation is not None and operation.name in ("cast", "to", "type_as"):
+            if operation is not None and has(operation, Trait.CASTS):
                 following = user if operation["input"] is current else following
                 continue
             for other in factors(operation, current) if operation is not None else ():

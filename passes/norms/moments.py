@@ -13,9 +13,11 @@ import torch
 from torch import fx
 
 from lncompile.passes.decisions import Blocked
-from lncompile.passes.graph.axes import Axes, Size, same_size
+from lncompile.passes.graph.axes import Axes
 from lncompile.passes.graph.canonical import Operation, canonicalise, tensor_of
 from lncompile.passes.graph.operands import WRITTEN, dimensions_of, shape
+from lncompile.passes.graph.sizes import Size, same_size
+from lncompile.passes.graph.traits import Trait, has
 
 Subject = tuple[fx.Node, Axes]
 
@@ -48,9 +50,6 @@ def same_shape(left: tuple[Size, ...], right: tuple[Size, ...]) -> bool:
     return len(left) == len(right) and all(same_size(a, b) for a, b in zip(left, right, strict=True))
 
 
-_VIEWS = frozenset("view reshape unsqueeze squeeze flatten unflatten cast to".split())
-
-
 def behind_views(node: fx.Node) -> fx.Node:
     """Return what a node is a view of: the same elements in the same order and dtype, under other dimensions."""
     while (source := viewed(node)) is not None:
@@ -69,7 +68,7 @@ def viewed(node: fx.Node) -> fx.Node | None:
     before, after = tensor_of(source), tensor_of(node)
     if before is None or after is None or before.dtype != after.dtype:
         return None
-    if operation.name in _VIEWS:
+    if has(operation, Trait.CASTS | Trait.RESHAPES):
         return source
     if operation.name != "getitem":
         return None
@@ -84,7 +83,7 @@ def _is_node(item: object) -> bool:
 
 def exact_origin(node: fx.Node) -> fx.Node:
     """The tensor whose values a node has, element by element: what casts to dtypes as fine or finer were made of."""
-    while (operation := settled(node)) is not None and operation.name in ("cast", "to", "type_as"):
+    while (operation := settled(node)) is not None and has(operation, Trait.CASTS):
         source = operation["input"]
         if operation.in_place or not isinstance(source, fx.Node) or source.meta.get(WRITTEN):
             break

@@ -17,15 +17,12 @@ from lncompile.passes.decisions import Blocked
 from lncompile.passes.graph.axes import Axes, PartlyConstant
 from lncompile.passes.graph.canonical import Operation, canonicalise, value_of
 from lncompile.passes.graph.operands import dimensions_of, result_shape, shape
+from lncompile.passes.graph.traits import Trait, has
 from lncompile.passes.norms.calls import LAYER_NORMS
 from lncompile.passes.norms.moments import Moment, same_shape
 
 # What hands a difference on, element by element, to what may scale it.
-_CARRIERS = frozenset("cast to type_as neg identity dropout".split())
-_VIEWS = frozenset("view reshape flatten unflatten squeeze unsqueeze".split())
-
-# Operations that read no value of their second operand.
-_LIKE_ANOTHER = frozenset("expand_as view_as type_as".split())
+_CARRIERS = Trait.CASTS | Trait.NEGATES | Trait.PASSES | Trait.DROPS | Trait.RESHAPES
 
 
 @dataclass
@@ -45,7 +42,7 @@ class Normalisation:
     layer_norm: fx.Node | None = None
 
 
-class Reader:
+class Dependence:
     """Says how values of one graph depend on a tensor."""
 
     def __init__(self, graph: fx.Graph) -> None:
@@ -74,14 +71,14 @@ class Reader:
                 if operation.name in LAYER_NORMS and operation["input"] is current:
                     found.layer_norm = user
                 scale = _scale_of(operation, current)
-                if isinstance(scale, fx.Node) and is_constant_along(scale, axes):
+                if isinstance(scale, fx.Node) and has_one_value_along(scale, axes):
                     reads_difference, reads_source = self._dependence(scale, moment.source, shiftless)
                     if reads_source:
                         found.raw = found.raw or user
                     elif reads_difference:
                         found.quotients.append(user)
                         continue
-                moved = _moved(operation, axes) if scale is not None or operation.name in _CARRIERS | _VIEWS else None
+                moved = _moved(operation, axes) if scale is not None or has(operation, _CARRIERS) else None
                 if moved is not None:
                     waiting.append((user, moved))
                     found.products += [user] if scale is not None else []
@@ -104,7 +101,7 @@ class Reader:
             if self._position[current] < first or (operation is not None and operation.name == "metadata"):
                 continue
             values = current.all_input_nodes
-            if operation is not None and operation.name in _LIKE_ANOTHER:
+            if operation is not None and has(operation, Trait.RESEMBLES):
                 values = [operation["input"]]
             for operand in values:
                 if operand not in seen:
@@ -117,7 +114,7 @@ def _casts_behind(node: fx.Node) -> set[fx.Node]:
     """A tensor, and those that it is a cast of."""
     found = {node}
     operation = canonicalise(node)
-    while operation is not None and operation.name in ("cast", "to", "type_as"):
+    while operation is not None and has(operation, Trait.CASTS):
         found.add(operation["input"])
         operation = canonicalise(operation["input"])
     return found
@@ -145,7 +142,7 @@ def _moved(operation: Operation, axes: Axes) -> Axes | None:
         result = result_shape(operation)
     except Blocked:
         return None
-    if operation.name in _VIEWS:
+    if has(operation, Trait.RESHAPES):
         return axes.reshape(result)
     # What broadcasts the difference has more elements than it.
     value = next((node for _, node in operation.operands() if len(shape(node)) == axes.rank), None)
@@ -165,7 +162,7 @@ def _scale_of(operation: Operation, value: fx.Node) -> object:
     return operation["other"] if operation["input"] is value else operation["input"]
 
 
-def is_constant_along(node: fx.Node, axes: Axes) -> bool:
+def has_one_value_along(node: fx.Node, axes: Axes) -> bool:
     """Whether an operand that broadcasts against a tensor has one value for all elements that share a mean."""
     operation = canonicalise(node)
     if operation is not None and operation.name in ("expand", "expand_as") and isinstance(operation["input"], fx.Node):

@@ -12,20 +12,20 @@ from collections.abc import Collection
 from torch import fx
 
 from lncompile.lowering import torch_private
-from lncompile.passes.decisions import Reason, Site
+from lncompile.passes.decisions import Reason, Verdict
 from lncompile.passes.graph.bodies import body_at
 from lncompile.passes.graph.copying import copy_graph_module
 from lncompile.passes.norms.sites import find_sites
 
 
-def norms_in_subgraphs(graph_module: fx.GraphModule, followed: Collection[str] = ()) -> dict[str, list[Site]]:
+def norms_in_subgraphs(graph_module: fx.GraphModule, followed: Collection[str] = ()) -> dict[str, list[Verdict]]:
     """Return verdicts on the norms in the graphs that operators run, by the operator's node name.
 
     Args:
         graph_module: the graph around them.
         followed: names of operators that are followed, and left out.
     """
-    verdicts: dict[str, list[Site]] = {}
+    verdicts: dict[str, list[Verdict]] = {}
     for node in graph_module.graph.nodes:
         if not isinstance(node.target, torch_private.HigherOrderOperator) or node.name in followed:
             continue
@@ -33,7 +33,7 @@ def norms_in_subgraphs(graph_module: fx.GraphModule, followed: Collection[str] =
             operator = str(getattr(node.target, "__name__", node.target))
             detail = f"it stands in a graph of its own that {operator} runs, and that is not followed"
             verdicts.setdefault(node.name, []).extend(
-                Site(site.name, site.location, False, "layer_norm", Reason.UNKNOWN_OPERATION, detail, ())
+                Verdict(site.name, site.location, False, "layer_norm", Reason.UNKNOWN_OPERATION, detail, ())
                 for site in find_sites(copy_graph_module(inner).graph)
             )
             for deeper in norms_in_subgraphs(inner).values():

@@ -15,10 +15,11 @@ import torch
 from torch import fx
 
 from lncompile.passes.decisions import Blocked
-from lncompile.passes.graph.axes import Size, same_size
 from lncompile.passes.graph.canonical import Key, Operation, canonicalise, tensor_of
 from lncompile.passes.graph.einsum_labels import einsum_labels
 from lncompile.passes.graph.operands import result_shape, shape
+from lncompile.passes.graph.sizes import Size, same_size
+from lncompile.passes.graph.traits import Trait, has
 from lncompile.passes.graph.uniform import Number, cancels, inverse, number, times, uniform_value
 from lncompile.passes.norms.moments import (
     Moment,
@@ -129,7 +130,7 @@ def total_of(node: fx.Node) -> Total | None:
         coarsest = max(coarsest, torch.finfo(tensor.dtype).eps)
         if total is not None:
             return replace(total.scaled(factor), coarsest=coarsest)
-        if operation.name in ("cast", "to", "type_as") and isinstance(operation["input"], fx.Node):
+        if has(operation, Trait.CASTS) and isinstance(operation["input"], fx.Node):
             node = operation["input"]
             continue
         scaled = scaled_tensor(node)

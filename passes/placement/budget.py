@@ -44,7 +44,7 @@ from lncompile.passes.graph.sharding import local_bytes
 from lncompile.passes.norms.sites import NormSite
 from lncompile.passes.placement.costs import CostModel
 from lncompile.passes.placement.cut import Placement, Price, assemble, find_conflict, place
-from lncompile.passes.placement.streams import Variable, VariableKey
+from lncompile.passes.placement.variables import Variable, VariableKey
 from lncompile.passes.rules.composed_sources import BatchNorm, ComposedSource
 
 

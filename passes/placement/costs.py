@@ -9,7 +9,7 @@ Training is another matter: a weight that changes at every step is centered at e
 tokens; what a norm saves grows with the tokens. So training gains where a step has many more tokens than
 a weight has rows.
 
-What changes the kernels themselves (``affine``, ``deferral``) has a :class:`Price`: the bytes that a call moves less,
+What changes the kernels themselves (``affine``, ``deferral``) has a :class:`Balance`: the bytes that a call moves less,
 the kernels that it launches less, and the bytes of weights that are kept for it. It is made only where no kernel is
 added and a call saves traffic, and more of it than is kept: a copy of a weight pays if one call saves its bytes. The
 device is asked for its bandwidth, to say what that is in time; no decision hangs on it, and what a launch costs no
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from lncompile.lowering import torch_private
-from lncompile.passes.graph.axes import Size, size_of
+from lncompile.passes.graph.sizes import Size, size_of
 
 # Stands in for a dynamic size that nothing is known of; the same number Inductor uses.
 UNKNOWN_SIZE_HINT = 8192
@@ -136,7 +136,7 @@ class Device:
 
 
 @dataclass(frozen=True)
-class Price:
+class Balance:
     """What a rewrite of kernels saves and costs.
 
     Attributes:
@@ -149,8 +149,8 @@ class Price:
     memory: Bytes = NOTHING
     launches: int = 0
 
-    def __add__(self, other: Price) -> Price:
-        return Price(self.traffic + other.traffic, self.memory + other.memory, self.launches + other.launches)
+    def __add__(self, other: Balance) -> Balance:
+        return Balance(self.traffic + other.traffic, self.memory + other.memory, self.launches + other.launches)
 
     @property
     def wins(self) -> bool:
@@ -161,7 +161,7 @@ class Price:
         """Say it, with the time that the traffic takes on a device whose bandwidth is known.
 
         Example:
-            >>> Price(Bytes(96, 96), Bytes(4, 4), -1).in_words()
+            >>> Balance(Bytes(96, 96), Bytes(4, 4), -1).in_words()
             'moves 96 bytes less a call, keeps 4 bytes of weights more, launches 1 kernel more'
         """
         saves = self.traffic.hint >= 0

@@ -32,7 +32,7 @@ from networkx.algorithms.flow import boykov_kolmogorov
 from lncompile.passes.graph.canonical import tensor_of
 from lncompile.passes.norms.sites import NormSite
 from lncompile.passes.placement.costs import NOTHING, Bytes, CostModel
-from lncompile.passes.placement.streams import Variable, VariableKey
+from lncompile.passes.placement.variables import Variable, VariableKey
 
 _SOURCE, _SINK = "source", "sink"
 

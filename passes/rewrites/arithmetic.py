@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lncompile.passes.graph.axes import Axes, Factor
+from lncompile.passes.graph.axes import Axes
+from lncompile.passes.graph.factors import Factor
 
 #: In which weights are centered that are centered once: whatever they are kept in, they are rounded once.
 EXACT = torch.float64

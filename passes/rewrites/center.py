@@ -32,7 +32,7 @@ from lncompile.passes.graph.canonical import Key, Operation, tensor_of, value_of
 from lncompile.passes.graph.operands import CENTERED_ALONG
 from lncompile.passes.graph.spellings import aten
 from lncompile.passes.placement.cut import Placement
-from lncompile.passes.placement.streams import Variable, VariableKey
+from lncompile.passes.placement.variables import Variable, VariableKey
 from lncompile.passes.rewrites.arithmetic import (
     EXACT,
     batch_norm_scale,

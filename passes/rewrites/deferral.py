@@ -25,7 +25,7 @@ subtracting it again cancels digits.
 no dtype is float16, which may overflow before it is scaled: ``x W`` is as large as the stream, not as a normalised row.
 In bfloat16 the rounding of ``W diag(γ)`` takes the place of that of the norm's output.
 
-**By itself** (``"auto"``) only where it wins by the cost model (:class:`Price`): every reader's result goes into
+**By itself** (``"auto"``) only where it wins by the cost model (:class:`Balance`): every reader's result goes into
 pointwise operations alone, one of which is no mere addition (Inductor may take that into the product), or is read whole
 where Inductor generates the product; the stream has other readers; and the write that is saved is larger than the
 copies of weights that are kept. On a CPU only in bfloat16 (:func:`gains_on`). ``"on"`` asks neither for other readers
@@ -43,34 +43,22 @@ from torch import Tensor, fx
 from lncompile.lowering import emit, row_scale, scale_rows, sizes_of_deferred_scale, slices_of_row, target_of
 from lncompile.passes.decisions import Blocked, Reason
 from lncompile.passes.graph import provenance
-from lncompile.passes.graph.axes import same_size
 from lncompile.passes.graph.canonical import canonicalise, tensor_of
 from lncompile.passes.graph.facts import GraphFacts
 from lncompile.passes.graph.operands import WRITTEN, shape
+from lncompile.passes.graph.sizes import same_size
+from lncompile.passes.graph.traits import Trait, has, is_pointwise
 from lncompile.passes.norms.sites import NormSite
-from lncompile.passes.placement.costs import NOTHING, Bytes, CostModel, Price, one_pass
-from lncompile.passes.rewrites.affine import (
-    Absorption,
-    CenteredFor,
-    Consumer,
-    device_of,
-    find_consumers,
-    price_absorption,
-)
+from lncompile.passes.placement.costs import NOTHING, Balance, Bytes, CostModel, one_pass
+from lncompile.passes.rewrites.affine import Absorption, CenteredFor, device_of, weigh_absorption
 from lncompile.passes.rewrites.arithmetic import training_dtype
+from lncompile.passes.rewrites.consumers import Consumer, find_consumers
 
 # Between norm and product: what leaves rows where they are.
-_KEEP_ROWS = frozenset("view reshape view_as flatten unflatten squeeze unsqueeze cast identity dropout".split())
+_KEEPS_ROWS = Trait.RESHAPES | Trait.CASTS | Trait.PASSES | Trait.DROPS
 # Between product and pointwise operations: what Inductor reads through.
-_CUTS = frozenset("getitem narrow slice select split chunk unbind".split())
-_VIEWS = _KEEP_ROWS | _CUTS | frozenset("permute transpose t to".split())
-# By the names of torch's functions and methods. A pointwise operation on the result of a product makes a kernel, if it
-# is no addition: Inductor may turn that one into the bias of the product.
-_ADDITIONS = frozenset("add add_ iadd sub sub_ isub __add__ __radd__ __sub__".split())
-_MAKE_A_KERNEL = frozenset(
-    "gelu relu relu_ silu silu_ mish tanh tanh_ sigmoid erf exp pow square mul mul_ imul truediv div softplus elu "
-    "leaky_relu hardswish hardtanh relu6 celu selu logsigmoid cos sin abs clamp".split()
-)
+_CUTS = Trait.CUTS | Trait.SPLITS
+_VIEWS = _KEEPS_ROWS | _CUTS | Trait.PERMUTES
 
 
 @dataclass(frozen=True)
@@ -80,17 +68,17 @@ class Deferral:
     Attributes:
         site: the norm.
         absorption: of its affine by the products that read it.
-        price: what both save and cost together.
+        balance: what both save and cost together.
     """
 
     site: NormSite
     absorption: Absorption
-    price: Price
+    balance: Balance
 
 
 def plan_deferrals(
     mode: str,
-    absorb_affine: bool | str,
+    absorb_affine: str,
     folded: Sequence[NormSite],
     centered: CenteredFor,
     facts: GraphFacts,
@@ -101,7 +89,7 @@ def plan_deferrals(
 
     Args:
         mode: ``lnfold.defer``.
-        absorb_affine: ``lnfold.absorb_affine``; where it is False a norm with an affine keeps its scale as well.
+        absorb_affine: ``lnfold.absorb_affine``; where it is ``"off"`` a norm with an affine keeps its scale as well.
         folded: the norms that fold.
         centered: which parameters are centered for that.
         facts: the facts of the graph.
@@ -123,16 +111,16 @@ def plan_deferrals(
         except Blocked as blocked:
             words[site.node] = f"scaled in place: {blocked.sentence}"
             continue
-        absorption = price_absorption(site, consumers, centered)
+        absorption = weigh_absorption(site, consumers, centered)
         carries = generates_products(target_of(tensor.device))
         products = [consumer.operation.node for consumer in consumers]
         adding = [node for node in products if not (_has_a_kernel_behind(node) or (carries and not _is_cut(node)))]
-        price = absorption.price + Price(_traffic(site, consumers), NOTHING, -len(adding))
-        said = price.in_words(device_of(site))
+        balance = absorption.balance + Balance(_traffic(site, consumers), NOTHING, -len(adding))
+        said = balance.in_words(device_of(site))
         if adding:
             said += f" (behind {', '.join(provenance.describe(node) for node in adding)})"
-        if price.wins or (mode == "on" and not adding):
-            deferrals.append(Deferral(site, absorption, price))
+        if balance.wins or (mode == "on" and not adding):
+            deferrals.append(Deferral(site, absorption, balance))
             words[site.node] = f"scaled behind the products: {said}"
         else:
             words[site.node] = f"scaled in place: behind the products it {said}"
@@ -149,13 +137,13 @@ def gains_on(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type != "cpu" or dtype == torch.bfloat16
 
 
-def _deferrable(site: NormSite, absorb_affine: bool | str, facts: GraphFacts, costs: CostModel) -> tuple[Consumer, ...]:
+def _deferrable(site: NormSite, absorb_affine: str, facts: GraphFacts, costs: CostModel) -> tuple[Consumer, ...]:
     """The products behind which a norm may be scaled. Raises Blocked."""
     if costs.training:
         raise Blocked(Reason.TRAINING, "γ and β are trained")
     consumers = find_consumers(site, facts)
-    if absorb_affine is False and (site.weight is not None or site.bias is not None):
-        raise Blocked(Reason.VARYING_SCALE, "lnfold.absorb_affine is False, and γ and β have to be absorbed for it")
+    if absorb_affine == "off" and (site.weight is not None or site.bias is not None):
+        raise Blocked(Reason.VARYING_SCALE, "lnfold.absorb_affine is 'off', and γ and β have to be absorbed for it")
     tensor = tensor_of(site.input)
     # float16 is no dtype of theirs: find_consumers lets none of it through behind the norm.
     if tensor is None or tensor.dtype != site.output_dtype or tensor.dtype == torch.float16:
@@ -178,7 +166,7 @@ def _deferrable(site: NormSite, absorb_affine: bool | str, facts: GraphFacts, co
 
 def _keeps_rows(step: fx.Node, dtype: torch.dtype) -> bool:
     operation, tensor = canonicalise(step), tensor_of(step)
-    return operation is not None and operation.name in _KEEP_ROWS and tensor is not None and tensor.dtype == dtype
+    return has(operation, _KEEPS_ROWS) and tensor is not None and tensor.dtype == dtype
 
 
 def _rows(site: NormSite, product: fx.Node) -> bool | None:
@@ -199,12 +187,12 @@ def _has_a_kernel_behind(product: fx.Node) -> bool:
     while pending:
         for user in pending.pop().users:
             operation = canonicalise(user)
-            name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
             if operation is not None and operation.name == "metadata":
                 continue
-            if (operation is not None and operation.name in _VIEWS) or name in _ADDITIONS:
+            # Inductor may turn a sum into the bias of the product.
+            if has(operation, _VIEWS | Trait.ADDS):
                 pending.append(user)
-            elif name in _MAKE_A_KERNEL:
+            elif has(operation, Trait.SCALES) or is_pointwise(user):
                 makes_a_kernel = True
             else:
                 return False
@@ -221,9 +209,9 @@ def _is_cut(product: fx.Node) -> bool:
     while pending:
         for user in pending.pop().users:
             operation = canonicalise(user)
-            if operation is not None and operation.name in _CUTS:
+            if has(operation, _CUTS):
                 return True
-            if operation is not None and operation.name in _VIEWS:
+            if has(operation, _VIEWS):
                 pending.append(user)
     return False
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from lncompile.lowering import FOLDED_STATISTIC, emit
-from lncompile.passes.graph.canonical import canonicalise, tensor_of
+from lncompile.passes.graph.canonical import canonicalise, function_name, tensor_of
 from lncompile.passes.graph.operands import shape
 from lncompile.passes.norms.handwritten import HandwrittenNorm, Spread, dtype_of
 from lncompile.passes.norms.moments import exact_origin, squared
@@ -127,7 +127,7 @@ def _annotate_statistics(difference: fx.Node) -> None:
                 operation = canonicalise(mean)
                 if operation is not None and operation.name in ("mean", "sum"):
                     _annotate(mean)
-        elif (user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")) in _NORMS:
+        elif function_name(user) in _NORMS:
             _annotate(user)
 
 

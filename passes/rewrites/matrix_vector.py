@@ -46,7 +46,7 @@ from lncompile.lowering import (
     emit,
     matrix_vector,
     normed_matrix_vector,
-    stored,
+    realised,
     target_of,
     torch_private,
     transposed_copy,
@@ -57,20 +57,21 @@ from lncompile.passes.graph.canonical import Operation, canonicalise, tensor_of
 from lncompile.passes.graph.facts import GraphFacts
 from lncompile.passes.graph.operands import WRITTEN, shape
 from lncompile.passes.graph.parameter_expressions import find_autocast
-from lncompile.passes.norms.calls import LAYER_NORMS, WITH_STATISTICS
+from lncompile.passes.graph.product_operands import PRODUCTS
+from lncompile.passes.graph.traits import Trait, has
 from lncompile.passes.norms.sites import NormSite
 from lncompile.passes.placement.costs import CostModel
-from lncompile.passes.rewrites.affine import LAYOUTS, CenteredFor, features_of, move_features
+from lncompile.passes.rewrites.affine import CenteredFor
+from lncompile.passes.rewrites.consumers import consumers_of, features_of, is_plain_layer_norm
 
 # What Inductor cuts in two: a sum of more elements than this, for fewer outputs than fill a large GPU twice.
 LONGEST_UNCUT_SUM = 8192
 OUTPUTS_OF_AN_UNCUT_SUM = 512
 
 _DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
-# Between a norm and a product: what leaves a row as it is, if the features stay whole and in their order.
-_KEEP_THE_ROW = frozenset(
-    "view reshape view_as flatten unflatten squeeze unsqueeze getitem slice select narrow identity dropout".split()
-)
+# Between a norm and a product: what leaves a row as it is and where it is, if the features stay whole and in order. A
+# cast or copy would be a kernel of its own.
+_KEEPS_THE_ROW = Trait.RESHAPES | Trait.CUTS | Trait.PASSES | Trait.DROPS
 
 
 @dataclass(frozen=True)
@@ -95,12 +96,12 @@ class MatrixVectors:
     Attributes:
         products: that become sums.
         inside: the norms that go into them, by the product.
-        stored: what is kept in memory so that nobody computes it twice, by the node.
+        realised: what is kept in memory so that nobody computes it twice, by the node.
     """
 
     products: tuple[OneRowProduct, ...] = ()
     inside: Mapping[fx.Node, NormSite] = field(default_factory=dict)
-    stored: tuple[fx.Node, ...] = ()
+    realised: tuple[fx.Node, ...] = ()
 
     @property
     def norms(self) -> set[fx.Node]:
@@ -173,9 +174,9 @@ def _one_row_product(node: fx.Node, copied: Collection[fx.Node], facts: GraphFac
     operation, result = canonicalise(node), tensor_of(node)
     if operation is None or operation.name not in ("linear", "addmm", "matmul") or operation.in_place:
         return None
-    layout = LAYOUTS[operation.name]
-    row, weight = operation[layout.input], operation[layout.weight]
-    bias = None if layout.bias is None else operation[layout.bias]
+    operands = PRODUCTS[operation.name]
+    row, weight = operation[operands.input], operation[operands.weight]
+    bias = None if operands.bias is None else operation[operands.bias]
     tensors = [tensor_of(operand) if isinstance(operand, fx.Node) else None for operand in (row, weight)]
     if result is None or node.meta.get(WRITTEN) or any(not _is_plain(tensor) for tensor in (*tensors, result)):
         return None
@@ -184,7 +185,7 @@ def _one_row_product(node: fx.Node, copied: Collection[fx.Node], facts: GraphFac
     assert matrix is not None
     if matrix.dim() != 2 or len({given.dtype, matrix.dtype, result.dtype}) > 1 or given.dtype not in _DTYPES:
         return None
-    features, outputs = matrix.shape[layout.dimension], matrix.shape[1 - layout.dimension]
+    features, outputs = matrix.shape[operands.incoming], matrix.shape[operands.outgoing]
     if given.numel() != features or given.shape[-1] != features or result.numel() != outputs:
         return None
     if features > LONGEST_UNCUT_SUM and outputs < OUTPUTS_OF_AN_UNCUT_SUM:
@@ -197,7 +198,7 @@ def _one_row_product(node: fx.Node, copied: Collection[fx.Node], facts: GraphFac
         return None
     if _as_rows(operation) is not None:
         return OneRowProduct(node, row, None)
-    if layout.dimension == 0 and weight in copied and weight in facts.parametric:
+    if operands.incoming == 0 and weight in copied and weight in facts.parametric:
         return OneRowProduct(node, row, weight)
     return None
 
@@ -212,7 +213,7 @@ def _is_plain(tensor: Tensor | None) -> bool:
 
 def _as_rows(operation: Operation) -> fx.Node | None:
     """The weight of a product as ``[out, in]`` with rows that lie in memory whole, one after the other."""
-    weight = operation[LAYOUTS[operation.name].weight]
+    weight = operation[PRODUCTS[operation.name].weight]
     if operation.name != "linear":
         transposing = canonicalise(weight)
         dimensions = {"t": {0, 1}}
@@ -229,46 +230,30 @@ def _as_rows(operation: Operation) -> fx.Node | None:
 
 def _products_that_read(site: NormSite, products: Collection[fx.Node], facts: GraphFacts) -> tuple[fx.Node, ...]:
     """The products that read a norm's output; none if anything else does, or it is no plain norm of one row."""
-    name, given = site.operation.name, tensor_of(site.input)
-    if site.handwritten is not None or name not in LAYER_NORMS or name in WITH_STATISTICS:
+    given = tensor_of(site.input)
+    if given is None or not _is_plain(given) or site.output_dtype != given.dtype:
         return ()
-    if given is None or not _is_plain(given) or site.output_dtype != given.dtype or len(site.normalized_shape) != 1:
+    if not is_plain_layer_norm(site) or len(site.normalized_shape) != 1:
         return ()
     if given.numel() != given.shape[-1] or facts.is_written_after(site.input, site.node):
         return ()
-    readers: list[fx.Node] = []
-    pending = [(site.node, site.axes)]
-    while pending:
-        node, axes = pending.pop()
-        if node.meta.get(WRITTEN):
-            return ()
-        for user in node.users:
-            operation, tensor = canonicalise(user), tensor_of(user)
-            if operation is None or tensor is None or tensor.dtype != given.dtype or operation.in_place:
-                return ()
-            if user in products:
-                layout, last = LAYOUTS[operation.name], axes.rank - 1
-                places = [key for key, operand in operation.operands() if operand is node]
-                if places != [(layout.input, None)] or features_of(axes) != last:
-                    return ()
-                readers.append(user)
-            elif operation.name in _KEEP_THE_ROW:
-                try:
-                    moved = move_features(operation, node, axes)
-                except Blocked:
-                    return ()
-                if moved is None:
-                    return ()
-                pending.append((user, moved))
-            else:
-                return ()
-    return tuple(readers)
+    try:
+        consumers = list(consumers_of(site, _KEEPS_THE_ROW, {given.dtype}, asked_for_shape=False))
+    except Blocked:
+        return ()
+    fits = all(
+        consumer.operation.node in products
+        and consumer.is_input
+        and features_of(consumer.axes) == consumer.axes.rank - 1
+        for consumer in consumers
+    )
+    return tuple(consumer.operation.node for consumer in consumers) if fits else ()
 
 
 def _origin(node: fx.Node) -> fx.Node:
     """What a node is a view of, as far as views of all of a tensor go."""
     operation = canonicalise(node)
-    while operation is not None and operation.name in _KEEP_THE_ROW and _size(operation["input"]) == _size(node):
+    while operation is not None and has(operation, _KEEPS_THE_ROW) and _size(operation["input"]) == _size(node):
         node = operation["input"]
         operation = canonicalise(node)
     return node
@@ -312,7 +297,7 @@ def copy_transposed(graph: fx.Graph, plan: MatrixVectors) -> list[fx.Node]:
             continue
         operation = canonicalise(product.node)
         assert operation is not None  # rewrites only exchange operands
-        key = (LAYOUTS[operation.name].weight, None)
+        key = (PRODUCTS[operation.name].weight, None)
         weight = operation[key[0]]
         if weight not in copies:
             with graph.inserting_before(product.node):
@@ -331,9 +316,9 @@ def write_as_sums(graph: fx.Graph, plan: MatrixVectors) -> None:
         plan: what to do.
     """
     present = set(graph.nodes)
-    for node in plan.stored:
+    for node in plan.realised:
         if node in present:
-            _store(graph, node)
+            _realise(graph, node)
     for product in plan.products:
         node = product.node
         if node not in present:
@@ -341,10 +326,10 @@ def write_as_sums(graph: fx.Graph, plan: MatrixVectors) -> None:
         operation, tensor = canonicalise(node), tensor_of(node)
         assert operation is not None  # rewrites only exchange operands
         assert tensor is not None  # its sizes were read
-        layout = LAYOUTS[operation.name]
-        weight, row = _as_rows(operation), operation[layout.input]
+        operands = PRODUCTS[operation.name]
+        weight, row = _as_rows(operation), operation[operands.input]
         assert weight is not None  # it was, or was copied so
-        bias = None if layout.bias is None else operation[layout.bias]
+        bias = None if operands.bias is None else operation[operands.bias]
         sizes = tuple(tensor.shape)
         site = plan.inside.get(node)
         with graph.inserting_before(node):
@@ -356,17 +341,17 @@ def write_as_sums(graph: fx.Graph, plan: MatrixVectors) -> None:
                 value = emit(graph, node.name, normed_matrix_vector, *arguments, sizes, tensor.dtype)
         node.replace_all_uses_with(value)
         graph.erase_node(node)
-        _store(graph, value)
+        _realise(graph, value)
     for norm_node in plan.norms:
         _erase_unread(graph, norm_node)
 
 
-def _store(graph: fx.Graph, node: fx.Node) -> None:
+def _realise(graph: fx.Graph, node: fx.Node) -> None:
     tensor = tensor_of(node)
     assert tensor is not None  # it is a tensor that fills its storage
     readers = list(node.users)
     with graph.inserting_after(node):
-        kept = emit(graph, node.name, stored, node, tuple(tensor.shape), tuple(tensor.stride()))
+        kept = emit(graph, node.name, realised, node, tuple(tensor.shape), tuple(tensor.stride()))
     for reader in readers:
         reader.replace_input_with(node, kept)
 

@@ -3,6 +3,7 @@
 from lncompile.passes.rules import (
     blockers,
     contractions,
+    indexing,
     pointwise,
     products,
     rearrangements,
@@ -22,6 +23,7 @@ __all__ = [
     "Linear",
     "blockers",
     "contractions",
+    "indexing",
     "pointwise",
     "products",
     "rearrangements",

@@ -16,8 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lncompile.passes.decisions import Blocked, Reason
-from lncompile.passes.graph.axes import Axes, PartlyConstant, Size, Uncuttable
+from lncompile.passes.graph.axes import Axes, PartlyConstant, Uncuttable
 from lncompile.passes.graph.canonical import Key, Operation
+from lncompile.passes.graph.sizes import Size
 
 
 @dataclass(frozen=True)

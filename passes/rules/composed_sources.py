@@ -29,18 +29,18 @@ import torch
 from torch import fx
 
 from lncompile.passes.decisions import Blocked
-from lncompile.passes.graph.axes import Axes, same_size
+from lncompile.passes.graph.axes import Axes
 from lncompile.passes.graph.canonical import Key, Operation, canonicalise, tensor_of
 from lncompile.passes.graph.facts import GraphFacts
 from lncompile.passes.graph.operands import WRITTEN, shape
+from lncompile.passes.graph.product_operands import PRODUCTS, ProductOperands
 from lncompile.passes.graph.sharding import is_sharded
+from lncompile.passes.graph.sizes import same_size
+from lncompile.passes.graph.traits import Trait, has
 from lncompile.passes.rules.base import RULES, AxisMap
 
 # Between the product and what scales it there may be these: they only say where the channels go.
-_TRANSPARENT = frozenset(
-    "dropout cast to identity view reshape view_as flatten unflatten squeeze unsqueeze permute transpose t mT "
-    "movedim".split()
-)
+_TRANSPARENT = Trait.PASSES | Trait.DROPS | Trait.CASTS | Trait.RESHAPES | Trait.PERMUTES
 
 
 @dataclass(frozen=True)
@@ -92,25 +92,6 @@ class BatchNorm:
 
 
 Stage = ChannelScaling | BatchNorm
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """Where an operation keeps its channels: weight and bias by name, and the weight's dimension of channels."""
-
-    weight: str
-    dimension: int
-    bias: str | None
-
-
-_LAYOUTS = {
-    "linear": _Layout("weight", 0, "bias"),
-    "addmm": _Layout("mat2", 1, "input"),
-    "matmul": _Layout("other", -1, None),
-    "embedding": _Layout("weight", 1, None),
-    "convolution": _Layout("weight", 0, "bias"),
-    "transposed_convolution": _Layout("weight", 1, "bias"),
-}
 
 
 @dataclass(frozen=True)
@@ -195,7 +176,7 @@ def _compose(outermost: Stage, axes: Axes, facts: GraphFacts) -> ComposedSource 
         operation = canonicalise(node)
         if operation is None or len(node.users) != 1 or node.meta.get(WRITTEN) or operation.in_place:
             return None
-        if operation.name in _LAYOUTS or operation.name == "any_convolution":
+        if operation.name in PRODUCTS or operation.name == "any_convolution":
             break
         inner = next(_stages_at(operation, facts), None)
         if inner is not None:
@@ -204,7 +185,7 @@ def _compose(outermost: Stage, axes: Axes, facts: GraphFacts) -> ComposedSource 
             node = inner.value
             continue
         source = operation.arguments.get("input")
-        if operation.name not in _TRANSPARENT or not isinstance(source, fx.Node):
+        if not has(operation, _TRANSPARENT) or not isinstance(source, fx.Node):
             return None
         between.append(operation)
         node = source
@@ -213,8 +194,8 @@ def _compose(outermost: Stage, axes: Axes, facts: GraphFacts) -> ComposedSource 
     if not _alike(product, [outermost.operation, *between], stages, facts):
         return None
 
-    layout = _LAYOUTS[_kind(product)]
-    channel = _channel_of(product, layout)
+    operands = PRODUCTS[_kind(product)]
+    channel = _channel_of(product, operands)
     channels = Axes.of(shape(product.node), [channel])
     if not channels.normalised_dimensions:
         return None  # a single channel: its mean is itself
@@ -234,7 +215,7 @@ def _compose(outermost: Stage, axes: Axes, facts: GraphFacts) -> ComposedSource 
             if below is None:
                 return None
             axes = below
-    return _absorb(product, layout, channel, axes, tuple(stages))
+    return _absorb(product, operands, channel, axes, tuple(stages))
 
 
 def _one_dimension(axes: Axes) -> bool:
@@ -252,10 +233,10 @@ def _kind(product: Operation) -> str:
     return product.name
 
 
-def _channel_of(product: Operation, layout: _Layout) -> int:
+def _channel_of(product: Operation, operands: ProductOperands) -> int:
     rank = len(shape(product.node))
     if "convolution" in _kind(product):
-        return rank - (len(shape(product[layout.weight])) - 2) - 1
+        return rank - (len(shape(product[operands.weight])) - 2) - 1
     return rank - 1
 
 
@@ -281,14 +262,14 @@ def _alike(product: Operation, steps: list[Operation], stages: list[Stage], fact
     """
     if _kind(product) in ("addmm", "baddbmm") and (product["alpha"] != 1 or product["beta"] != 1):
         return False
-    layout = _LAYOUTS[_kind(product)]
-    parameters = [product[layout.weight], *([] if layout.bias is None else [product[layout.bias]])]
+    operands = PRODUCTS[_kind(product)]
+    parameters = [product[operands.weight], *([] if operands.bias is None else [product[operands.bias]])]
     parameters = [parameter for parameter in parameters if parameter is not None]
     if not all(isinstance(parameter, fx.Node) and parameter in facts.parametric for parameter in parameters):
         return False
-    if layout.bias is not None and product[layout.bias] is not None and len(shape(product[layout.bias])) != 1:
+    if operands.bias is not None and product[operands.bias] is not None and len(shape(product[operands.bias])) != 1:
         return False
-    if layout.bias is None and any(isinstance(stage, BatchNorm) for stage in stages):
+    if operands.bias is None and any(isinstance(stage, BatchNorm) for stage in stages):
         return False  # nowhere to put the shift
     for stage in stages:
         parameters += stage.parameters()
@@ -305,9 +286,9 @@ def _kind_of_values(node: fx.Node) -> tuple[torch.dtype, torch.device] | None:
 
 
 def _absorb(
-    product: Operation, layout: _Layout, channel: int, axes: Axes, stages: tuple[Stage, ...]
+    product: Operation, operands: ProductOperands, channel: int, axes: Axes, stages: tuple[Stage, ...]
 ) -> ComposedSource | None:
-    weight = (layout.weight, None)
+    weight = (operands.weight, None)
     for reading in RULES[product.name](product):
         if weight not in reading.carriers:
             continue
@@ -319,9 +300,9 @@ def _absorb(
             product,
             weight,
             weight_axes,
-            layout.dimension % weight_axes.rank,
+            operands.outgoing % weight_axes.rank,
             groups,
-            None if layout.bias is None else (layout.bias, None),
+            None if operands.bias is None else (operands.bias, None),
             Axes((axes.dimensions[channel],)),
             stages,
         )

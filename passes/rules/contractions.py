@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from torch import fx
 
 from lncompile.passes.decisions import Blocked, Reason
-from lncompile.passes.graph.axes import Axes, Dimension, Size, same_size
+from lncompile.passes.graph.axes import Axes
 from lncompile.passes.graph.canonical import Key, Operation
 from lncompile.passes.graph.einsum_labels import Label, einsum_labels
+from lncompile.passes.graph.factors import Dimension
 from lncompile.passes.graph.operands import result_shape, shape
+from lncompile.passes.graph.sizes import Size, same_size
 from lncompile.passes.rules.base import AxisMap, Linear, aligned, linear_rule, require_uncontracted
 from lncompile.passes.rules.products import one_dimension
 

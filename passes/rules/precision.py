@@ -17,16 +17,20 @@ from torch import fx
 
 from lncompile.passes.graph.canonical import Operation, canonicalise, tensor_of
 from lncompile.passes.graph.facts import GraphFacts
+from lncompile.passes.graph.traits import VIEWS, Trait, has
 
-CASTS = frozenset("cast to type_as".split())
-VIEWS = CASTS | frozenset(
-    "expand expand_as repeat view reshape view_as flatten unflatten squeeze unsqueeze permute transpose t mT "
-    "movedim".split()
-)
 # What hands on the values of its operands unchanged: look-ups and moves, but no arithmetic.
-MOVES = VIEWS | frozenset(
-    "identity embedding getitem narrow slice select split chunk unbind index_select gather take_along_dim roll flip "
-    "repeat_interleave unfold masked_fill where cat stack".split()
+_MOVES = (
+    VIEWS
+    | Trait.PASSES
+    | Trait.CUTS
+    | Trait.SPLITS
+    | Trait.ROTATES
+    | Trait.SELECTS
+    | Trait.LOOKS_UP
+    | Trait.DUPLICATES
+    | Trait.JOINS
+    | Trait.CHOOSES
 )
 
 
@@ -64,7 +68,7 @@ def widened_parameter(operation: Operation, operand: fx.Node, facts: GraphFacts)
 
 def widened_cast(operation: Operation, facts: GraphFacts) -> fx.Node | None:
     """As :func:`widened_parameter` for the operand of a cast, and None for what is no cast."""
-    if operation.name not in CASTS or not isinstance(operation["input"], fx.Node):
+    if not has(operation, Trait.CASTS) or not isinstance(operation["input"], fx.Node):
         return None
     return widened_parameter(operation, operation["input"], facts)
 
@@ -88,7 +92,7 @@ def is_widened_later(node: fx.Node) -> bool:
 def _moved(node: fx.Node) -> Iterator[fx.Node]:
     """The operands whose values a node hands on."""
     operation = canonicalise(node)
-    if operation is None or operation.name not in MOVES:
+    if operation is None or not has(operation, _MOVES):
         return
     values = {"embedding": ("weight",), "where": ("input", "other")}.get(operation.name, ("input", "tensors"))
     for (name, _), operand in operation.operands():

@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lncompile.passes.decisions import Blocked, Reason
-from lncompile.passes.graph.axes import Axes, Dimension, Size, shape_of
+from lncompile.passes.graph.axes import Axes
 from lncompile.passes.graph.canonical import Key, Operation, value_of
+from lncompile.passes.graph.factors import Dimension
 from lncompile.passes.graph.operands import result_shape, shape
+from lncompile.passes.graph.sizes import Size, shape_of
 from lncompile.passes.rules.base import AxisMap, Linear, aligned, linear_rule, require_free, require_uncontracted
 
 

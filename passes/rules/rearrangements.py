@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lncompile.passes.decisions import Blocked, Reason
-from lncompile.passes.graph.axes import Axes, Size
+from lncompile.passes.graph.axes import Axes
 from lncompile.passes.graph.canonical import Operation
 from lncompile.passes.graph.operands import dimension_of, result_shape, shape
+from lncompile.passes.graph.sizes import Size
 from lncompile.passes.rules.base import AxisMap, Linear, chained, linear_rule, permuted, require_free, reshaped
 
 

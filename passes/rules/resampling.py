@@ -10,9 +10,10 @@ import math
 from collections.abc import Sequence
 
 from lncompile.passes.decisions import Blocked, Reason
-from lncompile.passes.graph.axes import Axes, same_size
+from lncompile.passes.graph.axes import Axes
 from lncompile.passes.graph.canonical import Key, Operation
 from lncompile.passes.graph.operands import dimension_of, other_operands, result_shape, shape
+from lncompile.passes.graph.sizes import same_size
 from lncompile.passes.rules.base import AxisMap, Linear, aligned, linear_rule, require_free
 
 _SPATIAL_AXES = {"average_pool_1d": 1, "average_pool_2d": 2, "average_pool_3d": 3}

@@ -14,9 +14,11 @@ import torch
 from torch import fx
 
 from lncompile.passes.decisions import Blocked, Reason
-from lncompile.passes.graph.axes import Axes, Dimension, Size, same_size
+from lncompile.passes.graph.axes import Axes
 from lncompile.passes.graph.canonical import Key, Operation, tensor_of
+from lncompile.passes.graph.factors import Dimension
 from lncompile.passes.graph.operands import dimension_of, result_shape, shape
+from lncompile.passes.graph.sizes import Size, same_size
 from lncompile.passes.rules.base import AxisMap, Linear, aligned, along, linear_rule, require_free
 
 

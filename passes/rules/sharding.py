@@ -11,9 +11,11 @@ from torch import Tensor
 
 from lncompile.passes.decisions import Blocked, Reason
 from lncompile.passes.graph import sharding
-from lncompile.passes.graph.axes import Axes, Dimension, Factor, Size, shape_of
+from lncompile.passes.graph.axes import Axes
 from lncompile.passes.graph.canonical import Operation, tensor_of
+from lncompile.passes.graph.factors import Dimension, Factor
 from lncompile.passes.graph.operands import other_operands, shape
+from lncompile.passes.graph.sizes import Size, shape_of
 from lncompile.passes.rules.base import SAME, AxisMap, Linear, linear_rule
 
 

@@ -19,13 +19,14 @@ import torch
 from torch import fx
 
 from lncompile.passes.decisions import Blocked, Reason
-from lncompile.passes.graph.axes import Axes, Size, shape_of
+from lncompile.passes.graph.axes import Axes
 from lncompile.passes.graph.canonical import Key, Operation, canonicalise, tensor_of, value_of
 from lncompile.passes.graph.operands import shape
+from lncompile.passes.graph.sizes import Size, shape_of
 from lncompile.passes.rules import RULES, blockers
 from lncompile.passes.rules.base import aligned
+from lncompile.passes.rules.indexing import read_index
 from lncompile.passes.rules.readings import follow_reading, resolve_reading
-from lncompile.passes.rules.shapes import read_index
 
 
 @dataclass(frozen=True)

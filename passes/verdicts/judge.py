@@ -1,4 +1,4 @@
-"""Saying what was decided: a :class:`Site` for every LayerNorm call, folded or not."""
+"""Saying what was decided: a :class:`Verdict` for every LayerNorm call, folded or not."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from types import MappingProxyType
 
 from torch import fx
 
-from lncompile.passes.decisions import Blocker, Reason, RuntimeCentering, Site, UnrecognisedDifference
+from lncompile.passes.decisions import Blocker, Reason, RuntimeCentering, UnrecognisedDifference, Verdict
 from lncompile.passes.graph import provenance
 from lncompile.passes.norms.handwritten import Lookalike
 from lncompile.passes.norms.sites import NormSite, site_name
 from lncompile.passes.placement.costs import NOTHING, CostModel
 from lncompile.passes.placement.cut import Placement, benefit
-from lncompile.passes.placement.streams import Variable, VariableKey, describe_blocker, first_blocker
+from lncompile.passes.placement.variables import Variable, VariableKey, describe_blocker, first_blocker
 from lncompile.passes.rewrites.affine import Absorption
 from lncompile.passes.verdicts.obstacles import Named
 
@@ -27,7 +27,7 @@ def judge(
     costs: CostModel,
     over_budget: Mapping[fx.Node, str] | None = None,
     obstacles: Mapping[fx.Node, Named] = MappingProxyType({}),
-) -> tuple[Site, ...]:
+) -> tuple[Verdict, ...]:
     """Return the verdict on each site, in order.
 
     Args:
@@ -49,9 +49,9 @@ def judge(
     )
 
 
-def left_alone(sites: Sequence[NormSite], reason: Reason, detail: str) -> tuple[Site, ...]:
+def left_alone(sites: Sequence[NormSite], reason: Reason, detail: str) -> tuple[Verdict, ...]:
     """Return verdicts for a graph that is compiled untouched for one reason."""
-    return tuple(Site(s.name, s.location, False, "layer_norm", reason, detail, ()) for s in sites)
+    return tuple(Verdict(s.name, s.location, False, "layer_norm", reason, detail, ()) for s in sites)
 
 
 def describe_lookalikes(lookalikes: Sequence[Lookalike]) -> tuple[UnrecognisedDifference, ...]:
@@ -63,13 +63,13 @@ def describe_lookalikes(lookalikes: Sequence[Lookalike]) -> tuple[UnrecognisedDi
 
 
 def say_lowering(
-    verdicts: Sequence[Site],
+    verdicts: Sequence[Verdict],
     sites: Sequence[NormSite],
     absorptions: Sequence[Absorption],
     deferred: Collection[fx.Node],
     affine: Mapping[fx.Node, str],
     deferral: Mapping[fx.Node, str],
-) -> tuple[Site, ...]:
+) -> tuple[Verdict, ...]:
     """Add to the verdicts what became of γ and β, and of the scale.
 
     Args:
@@ -93,14 +93,14 @@ def say_lowering(
     )
 
 
-def _folded_site(site: NormSite, placement: Placement, variables: Mapping[VariableKey, Variable]) -> Site:
+def _folded_site(site: NormSite, placement: Placement, variables: Mapping[VariableKey, Variable]) -> Verdict:
     parameters, activations = _centered_by((site.input, site.axes), placement, variables)
     places = [f"in {len(parameters)} parameter{'s' if len(parameters) != 1 else ''}"] if parameters else []
     if activations:
         places.append(f"at run time after {', '.join(provenance.describe(node) for node in activations)}")
     words = f"centered {' and '.join(places)}" if places else "the mean of its input is zero already"
     places_of_activations = tuple(provenance.module_path(node) or node.name for node in activations)
-    return Site(site.name, site.location, True, "rms_norm", None, words, tuple(parameters), places_of_activations)
+    return Verdict(site.name, site.location, True, "rms_norm", None, words, tuple(parameters), places_of_activations)
 
 
 def _centered_by(
@@ -133,7 +133,7 @@ def _centered_by(
 
 def _left_site(
     site: NormSite, variables: Mapping[VariableKey, Variable], costs: CostModel, named: Named | None
-) -> Site:
+) -> Verdict:
     blocker = named.blocker if named is not None else first_blocker((site.input, site.axes), variables)
     if blocker is None and costs.training:
         blocker = Blocker(Reason.TRAINING, _price_of_training(site, variables, costs), site.input)
@@ -145,7 +145,7 @@ def _left_site(
     returned = named.returned if named is not None else ()
     others = len({tensor.made_by for tensor in returned}) - 1
     words += f", and {others} more returned tensor{'s' if others > 1 else ''}" if others > 0 else ""
-    return Site(site.name, site.location, False, "layer_norm", blocker.reason, words, (), returned=returned)
+    return Verdict(site.name, site.location, False, "layer_norm", blocker.reason, words, (), returned=returned)
 
 
 def _price_of_training(site: NormSite, variables: Mapping[VariableKey, Variable], costs: CostModel) -> str:

@@ -26,7 +26,8 @@ from lncompile.passes.graph.provenance import describe
 from lncompile.passes.norms.sites import NormSite
 from lncompile.passes.placement.costs import NOTHING, CostModel
 from lncompile.passes.placement.cut import Placement, place
-from lncompile.passes.placement.streams import Variable, VariableKey, build_streams
+from lncompile.passes.placement.streams import build_streams
+from lncompile.passes.placement.variables import Variable, VariableKey
 
 #: How many obstacles of one site, and of the sites of one stream, are tried. Each takes a placement of that stream.
 PER_SITE, PER_STREAM = 4, 12

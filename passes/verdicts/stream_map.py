@@ -21,7 +21,7 @@ from lncompile.passes.decisions import PartKind, Stream, StreamPart
 from lncompile.passes.graph import provenance
 from lncompile.passes.norms.sites import NormSite
 from lncompile.passes.placement.cut import Placement
-from lncompile.passes.placement.streams import Variable, VariableKey, describe_blocker
+from lncompile.passes.placement.variables import Variable, VariableKey, describe_blocker
 
 
 def map_streams(

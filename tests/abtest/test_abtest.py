@@ -389,11 +389,11 @@ def test_both_arms_are_compiled_alike(monkeypatch: pytest.MonkeyPatch) -> None:
         return function
 
     monkeypatch.setattr(torch, "compile", record)
-    lncompile.ABTest(double, options={"lnfold.assist": False, "max_autotune": True}, dynamic=True, fullgraph=True)
+    lncompile.ABTest(double, options={"lnfold.assist": "off", "max_autotune": True}, dynamic=True, fullgraph=True)
     alike = {"dynamic": True, "fullgraph": True}
     assert calls == [
         {"backend": "inductor", "options": {"max_autotune": True}, **alike},
-        {"backend": "lnfold", "options": {"lnfold.assist": False, "max_autotune": True}, **alike},
+        {"backend": "lnfold", "options": {"lnfold.assist": "off", "max_autotune": True}, **alike},
     ]
     calls.clear()
     lncompile.ABTest(double, mode="reduce-overhead")

@@ -154,9 +154,9 @@ def test_it_fits_and_loses_nothing(width: int) -> None:
 
 
 def test_the_line_to_write_has_mode_and_options() -> None:
-    found = Answer("m", "", MACHINE, 0, FoldReport(()), options={"lnfold.assist": False, "max_autotune": True})
+    found = Answer("m", "", MACHINE, 0, FoldReport(()), options={"lnfold.assist": "off", "max_autotune": True})
     assert found.line() == (
-        "torch.compile(model, backend=\"lnfold\", options={'lnfold.assist': False, 'max_autotune': True})"
+        "torch.compile(model, backend=\"lnfold\", options={'lnfold.assist': 'off', 'max_autotune': True})"
     )
     assert 'mode="reduce-overhead"' in Answer("m", "", MACHINE, 0, FoldReport(()), mode="reduce-overhead").line()
 

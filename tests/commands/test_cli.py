@@ -130,7 +130,7 @@ def test_explain_as_json():
 def test_options_reach_the_backend():
     """Whether an activation may be centered at run time is an option: two norms behind one that does not fold."""
     assert answer("explain", f"{HERE}:make_run_time")["explain"]["folded"] == 3
-    assert answer("explain", f"{HERE}:make_run_time", "--option", "lnfold.assist=false")["explain"]["folded"] == 0
+    assert answer("explain", f"{HERE}:make_run_time", "--option", "lnfold.assist=off")["explain"]["folded"] == 0
 
 
 class RunTime(nn.Module):
@@ -209,9 +209,9 @@ def test_verify_hands_options_on(monkeypatch):
     [
         (None, {}, {}, {}),
         ("max-autotune", {}, {"mode": "max-autotune"}, {"mode": "max-autotune"}),
-        (None, {"lnfold.assist": False}, {}, {"options": {"lnfold.assist": False}}),
-        (None, {"lnfold.assist": False, "max_autotune": True}, {"options": {"max_autotune": True}},
-         {"options": {"lnfold.assist": False, "max_autotune": True}}),
+        (None, {"lnfold.assist": "off"}, {}, {"options": {"lnfold.assist": "off"}}),
+        (None, {"lnfold.assist": "off", "max_autotune": True}, {"options": {"max_autotune": True}},
+         {"options": {"lnfold.assist": "off", "max_autotune": True}}),
     ],
 )  # fmt: skip
 def test_both_backends_get_the_same_but_for_our_options(mode, options, stock, ours):
@@ -219,9 +219,9 @@ def test_both_backends_get_the_same_but_for_our_options(mode, options, stock, ou
 
 
 def test_a_mode_beside_options_becomes_the_options_it_stands_for():
-    both = arms("reduce-overhead", {"lnfold.assist": False})
+    both = arms("reduce-overhead", {"lnfold.assist": "off"})
     assert both["inductor"]["options"]["triton.cudagraphs"] is True
-    assert both["lnfold"]["options"] == {**both["inductor"]["options"], "lnfold.assist": False}
+    assert both["lnfold"]["options"] == {**both["inductor"]["options"], "lnfold.assist": "off"}
 
 
 def test_errors_that_are_no_number_are_null_in_json(monkeypatch):
@@ -380,8 +380,9 @@ def test_a_model_that_cannot_be_had(name, says):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("-o", "lnfold.asist=false"), ("lnfold.asist", "did you mean 'lnfold.assist'")),
-        (("-o", "lnfold.assist=maybe"), ("lnfold.assist", "True or False")),
+        (("-o", "lnfold.asist=off"), ("lnfold.asist", "did you mean 'lnfold.assist'")),
+        (("-o", "lnfold.assist=maybe"), ("lnfold.assist", "'auto' or 'off'")),
+        (("-o", "lnfold.assist=false"), ("lnfold.assist", "write 'off'")),
         (("-o", "max_autotune"), ("KEY=VALUE",)),
         (("--mode", "fastest"), ("fastest",)),
         (("--device", "quantum"), ("--device", "quantum")),

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lncompile.passes.graph.axes import Axes, Factor, PartlyConstant
+from lncompile.passes.graph.axes import Axes, PartlyConstant
+from lncompile.passes.graph.factors import Factor
 from lncompile.passes.rewrites.arithmetic import center_activation, center_scaled_weight, center_weight
 
 F64 = torch.float64

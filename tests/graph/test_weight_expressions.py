@@ -44,7 +44,7 @@ class Stem(nn.Module):
 
 def check_updates(model: nn.Module, value: Tensor, folded: int = 1) -> None:
     """Fold it, then change every parameter and buffer in turn: each change shows, exactly."""
-    compiled = torch.compile(model, backend="lnfold", options={"lnfold.assist": False}, fullgraph=True)
+    compiled = torch.compile(model, backend="lnfold", options={"lnfold.assist": "off"}, fullgraph=True)
     torch.testing.assert_close(compiled(value), model(value), **TOLERANCE)
     (report,) = lncompile.reports(compiled)
     assert report.folded == folded, str(report)
@@ -64,7 +64,7 @@ def test_batch_norm_in_training_is_left_alone() -> None:
     model.inner.get_submodule("batch_norm").train()
     value = torch.randn(2, 3, 5, 5, dtype=torch.float64)
     check = randomise(Normed(Stem()).double())
-    compiled = torch.compile(model, backend="lnfold", options={"lnfold.assist": False})
+    compiled = torch.compile(model, backend="lnfold", options={"lnfold.assist": "off"})
     for _ in range(2):
         torch.testing.assert_close(compiled(value), check(value), **TOLERANCE)
     (report,) = lncompile.reports(compiled)
@@ -218,7 +218,7 @@ def test_spectral_norm_in_training_updates_its_vectors() -> None:
     model = randomise(Normed(nn.utils.parametrizations.spectral_norm(linear())).double())
     other = copy.deepcopy(model)
     value = torch.randn(5, 6, dtype=torch.float64)
-    compiled = torch.compile(model, backend="lnfold", options={"lnfold.assist": False})
+    compiled = torch.compile(model, backend="lnfold", options={"lnfold.assist": "off"})
     for _ in range(3):
         torch.testing.assert_close(compiled(value), other(value), **TOLERANCE)
     # The weight itself is a parameter divided by a number of each call: only that parameter is centered.
@@ -238,7 +238,7 @@ class UnderAutocast(nn.Module):
 def autocast_error(model: nn.Module, around: bool) -> tuple[int, float]:
     """Sites folded, and how far the compiled model is from eager, in single precision."""
     value = torch.randn(5, 6)
-    compiled = torch.compile(model, backend="lnfold", options={"lnfold.assist": False}, fullgraph=True)
+    compiled = torch.compile(model, backend="lnfold", options={"lnfold.assist": "off"}, fullgraph=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=around):
         actual, expected = compiled(value), model(value)
         compiled(value)
@@ -271,7 +271,7 @@ def test_a_norm_of_parameters_under_autocast_folds_in_single_precision() -> None
     half = randomise(Normed(nn.utils.parametrizations.weight_norm(linear())).bfloat16()).eval()
     value = torch.randn(5, 6)
     with torch.autocast("cpu", torch.bfloat16):
-        compiled = torch.compile(half, backend="lnfold", options={"lnfold.assist": False})
+        compiled = torch.compile(half, backend="lnfold", options={"lnfold.assist": "off"})
         torch.testing.assert_close(compiled(value), half(value), rtol=0.05, atol=0.05)
     assert lncompile.reports(compiled)[0].folded == 0
 
@@ -279,7 +279,7 @@ def test_a_norm_of_parameters_under_autocast_folds_in_single_precision() -> None
 def test_autocast_turned_on_later_makes_another_graph() -> None:
     model = randomise(Normed(BoundedLowRank())).eval()
     value = torch.randn(5, 6)
-    compiled = torch.compile(model, backend="lnfold", options={"lnfold.assist": False})
+    compiled = torch.compile(model, backend="lnfold", options={"lnfold.assist": "off"})
     compiled(value)
     with torch.autocast("cpu", torch.bfloat16):
         compiled(value)

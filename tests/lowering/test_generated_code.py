@@ -9,12 +9,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lncompile.lowering import rms_norm, torch_private
+from lncompile.lowering import rms_norm, torch_private_inductor
 from lncompile.lowering.inspect.generated_code import GeneratedCode, Kernel, generated_code, inspect_kernel
+from lncompile.lowering.inspect.machine_code import MachineCode, compile_kernel
 from lncompile.lowering.inspect.triton_without_gpu import (
-    MachineCode,
     RetargetedCode,
-    compile_kernel,
     require_triton,
     retargeted_to_gpu,
     triton_for_sm90,
@@ -268,7 +267,7 @@ def block(width=64):
 
 
 def inductor_as_a_backend_of_ours(graph_module, inputs):
-    return torch_private.inductor_compile(graph_module, inputs, {"epilogue_fusion": True})
+    return torch_private_inductor.inductor_compile(graph_module, inputs, {"epilogue_fusion": True})
 
 
 @pytest.mark.parametrize("backend", ["inductor", inductor_as_a_backend_of_ours])

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 import lncompile
 from lncompile.lowering.inspect.generated_code import GeneratedCode, Kernel, generated_code
+from lncompile.lowering.inspect.machine_code import MachineCode, compile_kernel
 from lncompile.lowering.inspect.triton_interpreter import run_in_interpreter
-from lncompile.lowering.inspect.triton_without_gpu import MachineCode, compile_kernel, triton_for_sm90
+from lncompile.lowering.inspect.triton_without_gpu import triton_for_sm90
 
 needs_triton = pytest.mark.usefixtures("triton")
 

@@ -16,14 +16,10 @@ from torch._dynamo.utils import counters
 from torch.nn import functional
 
 import lncompile
-from lncompile.lowering import FOLDED_STATISTIC, persistent_norms, torch_private
+from lncompile.lowering import FOLDED_STATISTIC, persistent_norms, torch_private_inductor
 from lncompile.lowering.inspect.generated_code import Kernel
-from lncompile.lowering.inspect.triton_without_gpu import (
-    RetargetedCode,
-    compile_kernel,
-    retargeted_to_gpu,
-    triton_for_sm90,
-)
+from lncompile.lowering.inspect.machine_code import compile_kernel
+from lncompile.lowering.inspect.triton_without_gpu import RetargetedCode, retargeted_to_gpu, triton_for_sm90
 from lncompile.lowering.persistent import WIDEST_ROW, ReductionKernel, holds_its_row
 from lncompile.lowering.torch_private_choices import persistent_where
 
@@ -165,7 +161,7 @@ def test_a_graph_with_nothing_folded_is_what_stock_compiles() -> None:
     def nothing_folds(m: Block, stream: Tensor) -> Any:
         return m.norm(torch.relu(stream)), rms_norm_of_the_user(m, stream)
 
-    options = {"lnfold.assist": False}
+    options = {"lnfold.assist": "off"}
     ours, stock = generate(nothing_folds, "lnfold", **options), generate(nothing_folds, "inductor")
     assert without_comments(ours) == without_comments(stock)
 
@@ -217,7 +213,7 @@ def compile_with_folded(*folded: int) -> Callable[..., Any]:
         for index in folded:
             means[index].meta["custom"] = dict(FOLDED_STATISTIC)
         with persistent_norms(graph_module, {}):
-            return torch_private.inductor_compile(graph_module, inputs, {})
+            return torch_private_inductor.inductor_compile(graph_module, inputs, {})
 
     return backend
 

@@ -168,7 +168,7 @@ FOLDS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
 def check_folds(module: Callable[[], nn.Module], folded: int, sites: int) -> None:
     model = randomise(module().double()).eval()
     ids = torch.arange(7)
-    compiled = torch.compile(model, backend="lnfold", options={"lnfold.assist": False})
+    compiled = torch.compile(model, backend="lnfold", options={"lnfold.assist": "off"})
     assert relative_error(compiled(ids), model(ids)) <= 1e-12
     (report,) = lncompile.reports(compiled)
     assert (report.folded, report.total) == (folded, sites), str(report)

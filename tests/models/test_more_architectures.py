@@ -21,7 +21,7 @@ from torch_versions import unless_old
 
 import lncompile
 from lncompile.backend import lnfold
-from lncompile.lowering import torch_private
+from lncompile.lowering import torch_private_inductor
 from lncompile.options import Options
 from lncompile.verification import floating_outputs, relative_error
 
@@ -125,7 +125,7 @@ def measure(name: str) -> Measured:
 
     default = torch.get_default_dtype()
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(torch_private, "inductor_compile", run_graph)
+        monkeypatch.setattr(torch_private_inductor, "inductor_compile", run_graph)
         if architecture.wide:
             torch.set_default_dtype(torch.float64)
         try:
@@ -149,7 +149,7 @@ def measure(name: str) -> Measured:
                 with Wide():
                     expected = seeded(model)
                 wide_error = worst_error(seeded(compiled), expected)
-            analyses = [graph.analyse(Options(assist=False)) for graph in captured]
+            analyses = [graph.analyse(Options(assist="off")) for graph in captured]
             verdicts = [judge(graph, model) for graph in captured]
             with Wide() if wide else contextlib.nullcontext():
                 if name in NOT_DIFFERENTIABLE:

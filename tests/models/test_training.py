@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lncompile
 from lncompile import Reason
-from lncompile.lowering import torch_private
+from lncompile.lowering import torch_private_inductor
 from lncompile.passes.placement.costs import CostModel
 
 D = 16
@@ -234,7 +234,7 @@ def test_dropout_is_centered_behind_it_or_not_at_all(without_inductor: None) -> 
     (report,) = lncompile.reports(compiled)
     assert (report.folded, len(report.centerings)) == (2, 1)
     assert "dropout" in report.centerings[0].detail
-    alone = torch.compile(model, backend="lnfold", options={**ON, "lnfold.assist": False})
+    alone = torch.compile(model, backend="lnfold", options={**ON, "lnfold.assist": "off"})
     assert_same_gradients(gradients_of(model, alone, value), gradients_of(model, model, value))
     (report,) = lncompile.reports(alone)
     assert report.folded == 0
@@ -280,7 +280,7 @@ def test_norms_behind_gradient_checkpointing_are_listed_and_gradients_right(monk
         def forward(self, value: Tensor) -> Tensor:
             return self.second(checkpoint(self.first, value, use_reentrant=False))
 
-    monkeypatch.setattr(torch_private, "inductor_compile", run_through_aot)
+    monkeypatch.setattr(torch_private_inductor, "inductor_compile", run_through_aot)
     model, value = randomise(Checkpointed().double()), torch.randn(5, D, dtype=torch.float64)
     compiled = torch.compile(model, backend="lnfold", options=ON)
     assert_same_gradients(gradients_of(model, compiled, value), gradients_of(model, model, value))
@@ -294,7 +294,7 @@ def test_norms_behind_gradient_checkpointing_are_listed_and_gradients_right(monk
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights are centered in float32, before autocast casts them: the error is that of eager's own autocast."""
-    monkeypatch.setattr(torch_private, "inductor_compile", run_through_aot)
+    monkeypatch.setattr(torch_private_inductor, "inductor_compile", run_through_aot)
     model, value = randomise(Block()), torch.randn(64, D)
     exact = gradients_of(wide := copy.deepcopy(model).double(), wide, value.double())
     compiled = torch.compile(model, backend="lnfold", options=ON)

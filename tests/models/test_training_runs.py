@@ -16,7 +16,7 @@ from torch_versions import unless_old
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
 
 import lncompile
-from lncompile.lowering import torch_private
+from lncompile.lowering import torch_private_inductor
 
 STEPS = 50
 ON = {"lnfold.training": "on"}
@@ -124,7 +124,7 @@ def test_fifty_steps_end_at_eagers_loss(
 
 def test_transformers_trainer_takes_the_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`torch_compile_backend="lnfold"`: the losses of an eager Trainer, from a graph in which norms fold."""
-    monkeypatch.setattr(torch_private, "inductor_compile", run_through_aot)
+    monkeypatch.setattr(torch_private_inductor, "inductor_compile", run_through_aot)
     lncompile.allow_in_accelerate()
     lncompile.allow_in_accelerate()
     data = [{"input_ids": tokens, "labels": tokens} for tokens, _ in text_batches() for tokens in tokens]

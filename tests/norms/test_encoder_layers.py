@@ -124,7 +124,7 @@ def run(model: nn.Module, value: Tensor, **masks: Any) -> list[lncompile.FoldRep
     torch._dynamo.reset()
     expected = torch.compile(model, backend="eager")(value, **masks)
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="lnfold", options={"lnfold.assist": False})
+    compiled = torch.compile(model, backend="lnfold", options={"lnfold.assist": "off"})
     actual = compiled(value, **masks)
     assert relative_error(actual, expected) <= 1e-12
     assert relative_error(actual, model(value, **masks)) <= 1e-12

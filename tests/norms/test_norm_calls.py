@@ -53,7 +53,7 @@ class Case:
 def run(case: Case, dtype: torch.dtype = torch.float64, dynamic: bool | None = None) -> None:
     model = randomise(Block(case.norm).to(dtype))
     value = torch.randn(4, 7, dtype=dtype) + 0.5
-    compiled = torch.compile(model, backend="lnfold", options={"lnfold.assist": False}, fullgraph=True, dynamic=dynamic)
+    compiled = torch.compile(model, backend="lnfold", options={"lnfold.assist": "off"}, fullgraph=True, dynamic=dynamic)
     assert relative_error(compiled(value), model(value)) <= 1e-12
     if not case.sites:
         assert lncompile.explain(model, value).total == 0
@@ -182,7 +182,7 @@ def test_precision_is_that_of_inductor(
     value = torch.randn(64, 7, dtype=dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         expected = model(value)
-        compiled = torch.compile(model, backend="lnfold", options={"lnfold.assist": False})
+        compiled = torch.compile(model, backend="lnfold", options={"lnfold.assist": "off"})
         actual = compiled(value)
         stock = torch.compile(model, backend="inductor")(value)
     reports = lncompile.reports(compiled)
@@ -303,7 +303,7 @@ def test_group_norm_over_channels(name: str, without_inductor: None) -> None:
 @pytest.mark.parametrize("name", ["of_an_activation", "groups_and_whole"])
 def test_group_norm_that_stays_beside_eager_layer_norms(name: str, without_inductor: None) -> None:
     model, value = randomise(Block(GROUPED[name].norm).double()), torch.randn(4, 7, dtype=torch.float64)
-    options = {"lnfold.assist": False, "lnfold.nonfoldable": "eager"}
+    options = {"lnfold.assist": "off", "lnfold.nonfoldable": "eager"}
     compiled = torch.compile(model, backend="lnfold", options=options, fullgraph=True)
     assert relative_error(compiled(value), model(value)) <= 1e-12
 

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 import lncompile
-from lncompile.lowering import torch_private
+from lncompile.lowering import torch_private, torch_private_inductor
 from lncompile.passes.graph.bodies import call_of
 from lncompile.passes.graph.facts import written_arguments
 
@@ -77,7 +77,7 @@ def handed_over(monkeypatch: pytest.MonkeyPatch) -> list[fx.GraphModule]:
         graphs.append(graph_module)
         return graph_module.forward
 
-    monkeypatch.setattr(torch_private, "inductor_compile", run)
+    monkeypatch.setattr(torch_private_inductor, "inductor_compile", run)
     return graphs
 
 
@@ -125,7 +125,7 @@ def test_through_inductor_and_after_updates() -> None:
 
 def test_where_nothing_folds_regions_stay(handed_over: list[fx.GraphModule]) -> None:
     model = made(Returned)
-    function = torch.compile(model, backend="lnfold", fullgraph=True, options={"lnfold.assist": False})
+    function = torch.compile(model, backend="lnfold", fullgraph=True, options={"lnfold.assist": "off"})
     torch.testing.assert_close(function(IDS), model(IDS), **TOLERANCE)
     (report,) = lncompile.reports(function)
     assert [site.name for site in report.sites] == ["blocks.0.norm", "blocks.1.norm", "blocks.2.norm", "final"]
@@ -146,7 +146,7 @@ class Mixed(Stack):
 
 
 def test_only_the_calls_that_have_a_part_are_written_out(handed_over: list[fx.GraphModule]) -> None:
-    report = check(made(Mixed), 2, 3, options={"lnfold.assist": False})
+    report = check(made(Mixed), 2, 3, options={"lnfold.assist": "off"})
     assert operators(handed_over) == ["invoke_subgraph"]
     assert {site.name: site.folded for site in report.sites} == {
         "blocks.0.norm": False,
@@ -224,7 +224,7 @@ class Adding(Stack):
 
 
 def test_several_results_of_which_one_notices(handed_over: list[fx.GraphModule]) -> None:
-    check(made(lambda: Adding(Several)), 0, 4, options={"lnfold.assist": False})
+    check(made(lambda: Adding(Several)), 0, 4, options={"lnfold.assist": "off"})
     assert operators(handed_over) == ["invoke_subgraph"] * 3
 
 
@@ -310,7 +310,7 @@ def test_a_condition(reads_the_stream: bool, folded: int) -> None:
     value = torch.randn(3, WIDTH, dtype=torch.float64)
     value = value - value.mean() + 0.1
     model = made(lambda: Branching(reads_the_stream))
-    report = check(model, folded, 3, value, -value, options={"lnfold.assist": False})
+    report = check(model, folded, 3, value, -value, options={"lnfold.assist": "off"})
     (inside,) = [site for site in report.sites if "cond" in site.detail and "not followed" in site.detail]
     assert inside.reason is lncompile.Reason.UNKNOWN_OPERATION
 

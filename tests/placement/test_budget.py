@@ -24,7 +24,7 @@ from lncompile.passes.placement import cut
 from lncompile.passes.placement.budget import Budgeted, limit_in_bytes, place_within
 from lncompile.passes.placement.costs import Bytes, CostModel
 from lncompile.passes.placement.cut import place
-from lncompile.passes.placement.streams import Variable, VariableKey
+from lncompile.passes.placement.variables import Variable, VariableKey
 
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
 AXES = Axes.trailing((2, 8), 1)
@@ -214,7 +214,7 @@ def test_less_memory_never_saves_more_and_never_takes_more(without_inductor: Non
 
 def test_a_norm_that_stays_says_what_does_not_fit(without_inductor: None) -> None:
     model = tied_gpt2()
-    _, report = compiled_within(model, 50_000, assist=False)
+    _, report = compiled_within(model, 50_000, assist="off")
     assert report.folded == 0
     assert {site.reason for site in report.sites} == {Reason.MEMORY_BUDGET}
     first = report.sites[0]
@@ -267,7 +267,7 @@ class Shared(nn.Module):
 def test_a_weight_that_is_read_several_times_is_copied_once(without_inductor: None, budget: int, folded: int) -> None:
     model, value = randomise(Shared().double()), torch.randn(3, 8, dtype=torch.float64)
     compiled = torch.compile(
-        model, backend="lnfold", options={"lnfold.memory_budget": budget, "lnfold.assist": False}, fullgraph=True
+        model, backend="lnfold", options={"lnfold.memory_budget": budget, "lnfold.assist": "off"}, fullgraph=True
     )
     torch.testing.assert_close(compiled(value), model(value), **TOLERANCE)
     (report,) = lncompile.reports(compiled)
@@ -305,7 +305,7 @@ def test_a_composed_weight_counts_with_its_bias(without_inductor: None, missing:
     model, value = randomise(Stem().double().eval()), torch.randn(2, 3, 5, 5, dtype=torch.float64)
     budget = 8 * (8 * 3 * 4 + 8) - missing
     compiled = torch.compile(
-        model, backend="lnfold", options={"lnfold.memory_budget": budget, "lnfold.assist": False}, fullgraph=True
+        model, backend="lnfold", options={"lnfold.memory_budget": budget, "lnfold.assist": "off"}, fullgraph=True
     )
     torch.testing.assert_close(compiled(value), model(value), **TOLERANCE)
     (report,) = lncompile.reports(compiled)
@@ -316,7 +316,7 @@ def test_a_composed_weight_counts_with_its_bias(without_inductor: None, missing:
 def test_trained_weights_are_centered_in_the_graph_and_take_no_room() -> None:
     model, value = randomise(Stem().double().eval()), torch.randn(2, 3, 5, 5, dtype=torch.float64)
     with torch.enable_grad():
-        options = Options(memory_budget=0, training="on", assist=False)
+        options = Options(memory_budget=0, training="on", assist="off")
         assert [site.folded for site in capture(model, value).analyse(options).verdicts] == [True]
         model.requires_grad_(False)
         value.requires_grad_()

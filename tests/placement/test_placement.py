@@ -20,7 +20,7 @@ from lncompile.passes.graph.axes import Axes
 from lncompile.passes.placement import cut
 from lncompile.passes.placement.costs import Bytes
 from lncompile.passes.placement.cut import place
-from lncompile.passes.placement.streams import Variable, VariableKey
+from lncompile.passes.placement.variables import Variable, VariableKey
 from lncompile.passes.verdicts.judge import describe_centerings
 
 AXES = Axes.trailing((2, 8), 1)
@@ -150,15 +150,15 @@ def test_amounts_are_formulas_in_the_dynamic_sizes() -> None:
 @pytest.mark.parametrize(
     ("norms", "raw_read", "assist", "folded", "centerings"),
     [
-        (1, False, True, 0, 0),  # break-even: one centering for one norm
-        (2, False, True, 2, 1),
-        (2, False, False, 0, 0),
-        (2, True, True, 0, 0),  # the raw tensor must be written as well: break-even again
-        (3, True, True, 2, 1),  # centered one residual add later, where nobody reads it raw
+        (1, False, "auto", 0, 0),  # break-even: one centering for one norm
+        (2, False, "auto", 2, 1),
+        (2, False, "off", 0, 0),
+        (2, True, "auto", 0, 0),  # the raw tensor must be written as well: break-even again
+        (3, True, "auto", 2, 1),  # centered one residual add later, where nobody reads it raw
     ],
 )
 def test_a_runtime_centering_pays_only_where_it_saves_more(
-    norms: int, raw_read: bool, assist: bool, folded: int, centerings: int
+    norms: int, raw_read: bool, assist: str, folded: int, centerings: int
 ) -> None:
     captured = capture(randomise(Streams(norms, raw_read).double()), torch.randn(4, 8, dtype=torch.float64))
     analysis = captured.analyse(Options(assist=assist))

@@ -311,9 +311,7 @@ CASES: dict[Callable[[Parts, Tensor], Tensor], tuple[int, int]] = {
 }
 
 
-def compile_and_compare(
-    function: Callable[[Parts, Tensor], Tensor], assist: bool
-) -> tuple[float, lncompile.FoldReport]:
+def compile_and_compare(function: Callable[[Parts, Tensor], Tensor], assist: str) -> tuple[float, lncompile.FoldReport]:
     model = randomise(Parts(function).double())
     value = torch.randn(2, 5, 7, dtype=torch.float64) + 0.5
     compiled = torch.compile(model, backend="lnfold", options={"lnfold.assist": assist}, fullgraph=True)
@@ -324,10 +322,10 @@ def compile_and_compare(
 
 @pytest.mark.parametrize("function", CASES, ids=lambda f: f.__name__)
 def test_counts_and_exactness(function: Callable[[Parts, Tensor], Tensor]) -> None:
-    error, report = compile_and_compare(function, assist=False)
+    error, report = compile_and_compare(function, assist="off")
     assert error <= 1e-12
     assert (report.folded, report.total) == CASES[function], str(report)
-    error, _ = compile_and_compare(function, assist=True)
+    error, _ = compile_and_compare(function, assist="auto")
     assert error <= 1e-12
 
 
@@ -336,7 +334,7 @@ def test_control_without_centering_outputs_change(
     function: Callable[[Parts, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(center, "center_weight", lambda weight, axes, dtype: weight.to(torch.float64).to(dtype))
-    error, _ = compile_and_compare(function, assist=False)
+    error, _ = compile_and_compare(function, assist="off")
     assert error > 1e-4
 
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import lncompile
 from lncompile.cli.commands import app
-from lncompile.passes.decisions import MemoryBudget, PartKind, Reason, Site, Stream, StreamPart, WeightRewrite
+from lncompile.passes.decisions import MemoryBudget, PartKind, Reason, Stream, StreamPart, Verdict, WeightRewrite
 from lncompile.reporting import picture
 from lncompile.reporting.report import FoldReport, merge
 
@@ -156,7 +156,7 @@ def test_streams_side_by_side_have_lanes_of_their_own():
     def norm(site):
         return StreamPart(PartKind.NORM, f"norm{site}", "", False, "", (), site)
 
-    sites = tuple(Site(f"norm{i}", "", False, "layer_norm", Reason.USER_TENSOR, "", ()) for i in range(6))
+    sites = tuple(Verdict(f"norm{i}", "", False, "layer_norm", Reason.USER_TENSOR, "", ()) for i in range(6))
     long, inner, after = (Stream(tuple(map(norm, norms))) for norms in ((0, 3), (1, 2), (4, 5)))
     rows = picture.lay_out(FoldReport(sites, streams=(long, inner, after)))
     left, right = rows[0].x, rows[1].x
@@ -254,7 +254,7 @@ def test_in_a_browser_a_norm_is_explained_when_it_is_pointed_at(bert, tmp_path, 
 
 def test_in_a_browser_hostile_names_are_text(tmp_path):
     evil = "<img src=x onerror=document.title='owned'>\"'</script><script>document.title='owned'</script>{{ 7*7 }}"
-    site = Site(evil, evil, False, "layer_norm", Reason.USER_TENSOR, evil, (evil,), (evil,))
+    site = Verdict(evil, evil, False, "layer_norm", Reason.USER_TENSOR, evil, (evil,), (evil,))
     part = StreamPart(PartKind.ACTIVATION, evil, evil, False, evil, (evil,))
     norm = StreamPart(PartKind.NORM, evil, evil, False, "", (), 0)
     report = FoldReport((site,), (WeightRewrite(evil, 8, "copy"),), streams=(Stream((part, norm)),))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import lncompile
-from lncompile.passes.decisions import REMEDIES, GraphBreak, Reason, Site
+from lncompile.passes.decisions import REMEDIES, GraphBreak, Reason, Verdict
 from lncompile.reporting import lines as report_lines
 from lncompile.reporting.model_reports import Reports
 from lncompile.reporting.report import FoldReport, merge
@@ -63,9 +63,9 @@ def model(**arguments: int) -> nn.Module:
     return randomise(Decoder(**arguments).double()).eval()
 
 
-def site(name: str, *, location: str = "model.py:7", reason: Reason | None = None, detail: str = "") -> Site:
+def site(name: str, *, location: str = "model.py:7", reason: Reason | None = None, detail: str = "") -> Verdict:
     detail = detail or ("centered in 2 parameters" if reason is None else "the stream is also read by 'linear'")
-    return Site(name, location, reason is None, "layer_norm" if reason else "rms_norm", reason, detail, ())
+    return Verdict(name, location, reason is None, "layer_norm" if reason else "rms_norm", reason, detail, ())
 
 
 def said(lines: list[report_lines.Line]) -> list[tuple[str, str, str]]:
@@ -120,7 +120,7 @@ def test_one_of_many_that_stays_is_said_in_full() -> None:
         ([site("h.1.ln"), site("h.7.ln")], 1),
     ],
 )
-def test_what_is_of_another_kind_is_not_put_together(others: list[Site], kinds: int) -> None:
+def test_what_is_of_another_kind_is_not_put_together(others: list[Verdict], kinds: int) -> None:
     lines = report_lines.merged([site("h.0.ln"), *others])
     assert len(lines) == kinds
     assert sum(len(line.sites) for line in lines) == 1 + len(others)

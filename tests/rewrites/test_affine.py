@@ -19,7 +19,7 @@ from lncompile.transform import transform
 from lncompile.verification import floating_outputs, relative_error
 
 D, OUT, TOKENS = 12, 10, 7
-ALWAYS = {"lnfold.absorb_affine": True, "lnfold.defer": "off"}
+ALWAYS = {"lnfold.absorb_affine": "on", "lnfold.defer": "off"}
 
 
 class Program(nn.Module):
@@ -74,6 +74,7 @@ ABSORBED: dict[str, tuple[Body, int]] = {
     "views, a cast and dropout between": (
         lambda m, x: m.linear(functional.dropout(m.norm(x).to(torch.float64).flatten(0, 1)[None], 0.5, False)), 2),
     "a slice of the tokens": (lambda m, x: m.linear(m.norm(x)[:, -1]), 2),
+    "tokens repeated": (lambda m, x: m.linear(m.norm(x).repeat(2, 1, 1)), 2),
     "the shape is read too": (lambda m, x: (lambda y: m.linear(y) * y.shape[1])(m.norm(x)), 2),
     "convolution of kernel 1": (lambda m, x: m.point(images(m.norm(x))), 2),
     "convolution without padding": (lambda m, x: m.patch(images(m.norm(x))), 2),
@@ -97,6 +98,7 @@ LEFT: dict[str, tuple[Body, str]] = {
     "the bias of addmm": (lambda m, x: torch.addmm(m.norm(x)[0], GIVEN.tanh(), m.square.weight), "not a parameter"),
     "convolution with padding": (lambda m, x: m.padded(images(m.norm(x))), "pads"),
     "grouped convolution": (lambda m, x: m.grouped(images(m.norm(x))), "normalised axis"),
+    "features repeated": (lambda m, x: m.norm(x).repeat(1, 1, 2) @ torch.cat([m.weight, m.weight]), "repeat"),
     "padded by hand": (lambda m, x: m.linear(functional.pad(m.norm(x), (0, 0, 1, 0))), "pad"),
     "features cut": (lambda m, x: m.norm(x)[..., :6] @ m.weight[:6], "along the normalised axis"),
     "features swapped": (lambda m, x: m.linear(m.norm(x).view(-1, 3, 4).transpose(1, 2).flatten(1)), "view"),
@@ -174,22 +176,25 @@ def test_by_itself_it_absorbs_only_into_what_is_copied_anyway(without_inductor: 
         assert "moves" in reports[name].sites[0].affine, "it says what it would cost"
 
 
-@pytest.mark.parametrize("mode", [False, True])
-def test_the_option(mode: bool) -> None:
+@pytest.mark.parametrize("mode", ["off", "on"])
+def test_the_option(mode: str) -> None:
     captured = capture(program(ABSORBED["a weight that is centered too"][0]), IDS)
     options, _ = parse_options(None, {"lnfold.absorb_affine": mode})
     analysis = captured.analyse(options)
-    assert len(analysis.absorptions) == mode
-    assert "affine" not in str(transform(analysis, options).graph_module.graph) or mode
-    with pytest.raises(OptionError, match=r"lnfold.absorb_affine' takes 'auto' or True or False"):
+    assert len(analysis.absorptions) == (mode == "on")
+    assert "affine" not in str(transform(analysis, options).graph_module.graph) or mode == "on"
+    with pytest.raises(OptionError, match=r"lnfold.absorb_affine' takes 'auto' or 'on' or 'off', not 'yes'$"):
         parse_options(None, {"lnfold.absorb_affine": "yes"})
+    for old, new in ((True, "on"), (False, "off")):
+        with pytest.raises(OptionError, match=f"not {old}: write '{new}'$"):
+            parse_options(None, {"lnfold.absorb_affine": old})
 
 
 def test_in_training_it_stays() -> None:
     captured = None
     with torch.enable_grad():
         captured = capture(program(ABSORBED["linear"][0]), IDS)
-        analysis = captured.analyse(Options(absorb_affine=True, training="on"))
+        analysis = captured.analyse(Options(absorb_affine="on", training="on"))
     assert [site.folded for site in analysis.verdicts] == [True]
     assert not analysis.absorptions
     assert analysis.verdicts[0].affine == "γ and β stay: they are trained"

@@ -14,12 +14,12 @@ from torch.nn import functional
 from torch_versions import IS_OLD, unless_old
 
 import lncompile
-from lncompile.lowering import torch_private
+from lncompile.lowering import torch_private_inductor
 from lncompile.lowering.inspect.generated_code import GeneratedCode
 from lncompile.lowering.inspect.triton_without_gpu import H200, retargeted_to_gpu, triton_for_sm90
 from lncompile.lowering.target import compiled_for
 from lncompile.options import OptionError, Options, parse_options
-from lncompile.passes.placement.costs import NOTHING, Bytes, Device, Price
+from lncompile.passes.placement.costs import NOTHING, Balance, Bytes, Device
 from lncompile.passes.rewrites import deferral
 from lncompile.transform import transform
 from lncompile.verification import floating_outputs, relative_error
@@ -178,11 +178,11 @@ def test_the_options() -> None:
     captured = capture(block(DEFERRED["linear and gelu"][0]), IDS)
     assert not captured.analyse(Options(defer="off")).deferrals
     assert len(captured.analyse(Options(defer="on")).deferrals) == 1
-    without_affine = captured.analyse(Options(defer="on", absorb_affine=False))
+    without_affine = captured.analyse(Options(defer="on", absorb_affine="off"))
     assert not without_affine.deferrals
-    assert "lnfold.absorb_affine is False" in without_affine.verdicts[0].deferral
+    assert "lnfold.absorb_affine is 'off'" in without_affine.verdicts[0].deferral
     captured = capture(block(DEFERRED["no affine"][0]), IDS)
-    assert len(captured.analyse(Options(defer="on", absorb_affine=False)).deferrals) == 1
+    assert len(captured.analyse(Options(defer="on", absorb_affine="off")).deferrals) == 1
     with torch.enable_grad():
         captured = capture(block(DEFERRED["linear and gelu"][0]), IDS)
         analysis = captured.analyse(Options(defer="on", training="on"))
@@ -261,18 +261,18 @@ def test_a_stream_that_nobody_else_reads_is_not_written_for_it(as_on_a_gpu: None
 
 def test_without_an_affine_nothing_is_kept(as_on_a_gpu: None) -> None:
     analysis = capture(block(DEFERRED["no affine"][0]), IDS).analyse(Options(defer="auto"))
-    (price,) = [deferral.price for deferral in analysis.deferrals]
-    assert price == Price(Bytes(8 * (12 * D - 24), 8 * (12 * D - 24)))
+    (balance,) = [deferral.balance for deferral in analysis.deferrals]
+    assert balance == Balance(Bytes(8 * (12 * D - 24), 8 * (12 * D - 24)))
 
 
 def test_prices() -> None:
-    price = Price(Bytes(100, 100), Bytes(60, 60)) + Price(Bytes(-10, -10), NOTHING, 1)
-    assert price == Price(Bytes(90, 90), Bytes(60, 60), 1)
-    assert price.wins
-    assert not (price + Price(launches=-2)).wins, "never at a kernel more"
-    assert not Price(Bytes(60, 60), Bytes(60, 60)).wins, "what breaks even is left alone"
-    assert not Price(launches=1).wins
-    assert Price(Bytes(-8, -8), NOTHING, -2).in_words() == (
+    balance = Balance(Bytes(100, 100), Bytes(60, 60)) + Balance(Bytes(-10, -10), NOTHING, 1)
+    assert balance == Balance(Bytes(90, 90), Bytes(60, 60), 1)
+    assert balance.wins
+    assert not (balance + Balance(launches=-2)).wins, "never at a kernel more"
+    assert not Balance(Bytes(60, 60), Bytes(60, 60)).wins, "what breaks even is left alone"
+    assert not Balance(launches=1).wins
+    assert Balance(Bytes(-8, -8), NOTHING, -2).in_words() == (
         "moves 8 bytes more a call, keeps 0 bytes of weights more, launches 2 kernels more"
     )
 
@@ -283,7 +283,7 @@ def test_devices() -> None:
 
     device = Device.from_properties(Properties())
     assert device.bandwidth == 256e9
-    words = Price(Bytes(512, 512_000)).in_words(device)
+    words = Balance(Bytes(512, 512_000)).in_words(device)
     assert "moves 512 bytes less a call (2.00 µs of Some GPU's bandwidth)" in words
     assert Device.from_properties(H200).bandwidth is None, "a driver that does not say"
     assert Device.of(torch.device("cpu")) is None
@@ -367,15 +367,15 @@ TEMPLATES = {"max_autotune": True, "max_autotune_gemm_backends": "TRITON", "dete
 def test_what_is_generated() -> None:
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     cpp = {"max_autotune_gemm": True, "max_autotune_gemm_backends": "cpp"}
-    assert torch_private.generates_products(TEMPLATES, gpu) == (not IS_OLD)
-    assert torch_private.generates_products(cpp, cpu) == (not IS_OLD)
+    assert torch_private_inductor.generates_products(TEMPLATES, gpu) == (not IS_OLD)
+    assert torch_private_inductor.generates_products(cpp, cpu) == (not IS_OLD)
     others = ({"max_autotune": False}, {"max_autotune_gemm_backends": "ATEN,TRITON"}, {"epilogue_fusion": False})
-    assert not any(torch_private.generates_products({**TEMPLATES, **other}, gpu) for other in others)
-    assert not torch_private.generates_products(TEMPLATES, cpu)
-    assert not torch_private.generates_products({"max_autotune": True}, gpu), "a measurement decides"
+    assert not any(torch_private_inductor.generates_products({**TEMPLATES, **other}, gpu) for other in others)
+    assert not torch_private_inductor.generates_products(TEMPLATES, cpu)
+    assert not torch_private_inductor.generates_products({"max_autotune": True}, gpu), "a measurement decides"
 
 
-@unless_old("no scale is deferred into a product (torch_private.generates_products)")
+@unless_old("no scale is deferred into a product (torch_private_inductor.generates_products)")
 @pytest.mark.parametrize(("name", "deferred"), [("gpt2", 2), ("vit", 4), ("falcon_7b", 2)])
 def test_generated_products_carry_the_scale(name: str, deferred: int) -> None:
     """In front of attention too, unless a joint projection is cut, in no kernel more: it scales what it stores."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import lncompile
-from lncompile.lowering import normed_matrix_vector, torch_private
+from lncompile.lowering import normed_matrix_vector, torch_private_inductor
 from lncompile.lowering.inspect.triton_interpreter import run_in_interpreter
 from lncompile.lowering.inspect.triton_without_gpu import retargeted_to_gpu, triton_for_sm90
 from lncompile.lowering.target import compiled_for
@@ -127,7 +127,7 @@ def test_a_dropout_that_drops_stays(without_inductor: None) -> None:
 def test_products_that_absorb_are_left(without_inductor: None) -> None:
     """One of two readers is no product, so that the norm stays outside, and its γ and β may go into both."""
     body = SUMS["a convolution reads the norm as well"][0]
-    for options, sums in (({"lnfold.absorb_affine": False}, 2), ({"lnfold.absorb_affine": True}, 1), ({}, 2)):
+    for options, sums in (({"lnfold.absorb_affine": "off"}, 2), ({"lnfold.absorb_affine": "on"}, 1), ({}, 2)):
         torch._dynamo.reset()
         model = block(body)
         given = {**ON, "lnfold.defer": "off", **options}
@@ -207,10 +207,10 @@ def test_wrong_sums_are_noticed(monkeypatch: pytest.MonkeyPatch, without_inducto
 def test_by_itself_where_inductor_does_so_and_nothing_is_copied() -> None:
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     tuned = {"coordinate_descent_tuning": True}
-    assert torch_private.writes_products_as_sums(tuned, gpu)
-    assert torch_private.writes_products_as_sums(parse_options("max-autotune", None)[1], gpu)
-    assert not torch_private.writes_products_as_sums({"coordinate_descent_tuning": False}, gpu)
-    assert not torch_private.writes_products_as_sums(tuned, cpu)
+    assert torch_private_inductor.writes_products_as_sums(tuned, gpu)
+    assert torch_private_inductor.writes_products_as_sums(parse_options("max-autotune", None)[1], gpu)
+    assert not torch_private_inductor.writes_products_as_sums({"coordinate_descent_tuning": False}, gpu)
+    assert not torch_private_inductor.writes_products_as_sums(tuned, cpu)
     # The last product's weight lies right; so does that of "linear and gelu", and nobody else copies m.weight.
     for name, options, expected in (
         ("linear and gelu", Options(), 2),

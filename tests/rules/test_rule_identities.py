@@ -28,8 +28,9 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from lncompile.passes.decisions import Blocked
-from lncompile.passes.graph.axes import Axes, Factor
+from lncompile.passes.graph.axes import Axes
 from lncompile.passes.graph.canonical import Key, Operation, canonicalise
+from lncompile.passes.graph.factors import Factor
 from lncompile.passes.graph.facts import GraphFacts
 from lncompile.passes.graph.operands import WRITTEN
 from lncompile.passes.norms.differences import difference_of

@@ -539,7 +539,7 @@ def extra_inputs() -> dict[str, Tensor]:
 def run(case: Case) -> tuple[Any, Tensor, Tensor]:
     module = randomise(Around(case.operation, case.norm).double())
     value = torch.randn(2, 5, 7, dtype=torch.float64)
-    compiled = torch.compile(module, backend="lnfold", options={"lnfold.assist": False}, fullgraph=True)
+    compiled = torch.compile(module, backend="lnfold", options={"lnfold.assist": "off"}, fullgraph=True)
     actual = compiled(value, extra_inputs())
     (report,) = lncompile.reports(compiled)
     return report, actual, module(value, extra_inputs())

@@ -17,9 +17,10 @@ from torch_versions import IS_OLD
 from lncompile import Reason
 from lncompile.options import Options
 from lncompile.passes.graph import sharding
-from lncompile.passes.graph.axes import Axes, Factor
+from lncompile.passes.graph.axes import Axes
 from lncompile.passes.graph.canonical import canonicalise
 from lncompile.passes.graph.copying import copy_graph_module
+from lncompile.passes.graph.factors import Factor
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="this torch is built without torch.distributed")
 
@@ -141,7 +142,7 @@ def test_decision(name: str, spelled: str) -> None:
     captured = capture(model, torch.randn(2, 5, 8, dtype=torch.float64))
     if spelled == "in closures" and not in_closures(captured.graph_module.graph):
         assert name.startswith("all_reduce") or IS_OLD
-    (site,) = captured.analyse(Options(assist=False)).verdicts
+    (site,) = captured.analyse(Options(assist="off")).verdicts
     assert site.reason is reason, site.detail
 
 
@@ -155,7 +156,7 @@ def test_what_a_closure_holds_counts(run_check: bool) -> None:
     else:
         border.kwargs = {**border.kwargs, "run_check": run_check}
         in_closures(captured.graph_module.graph)
-    (site,) = captured.analyse(Options(assist=False)).verdicts
+    (site,) = captured.analyse(Options(assist="off")).verdicts
     assert site.folded is not run_check
     assert ("run_check" in site.detail) is run_check
 

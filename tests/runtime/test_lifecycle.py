@@ -15,7 +15,7 @@ from architectures import ARCHITECTURES, randomise, tokens
 from torch import Tensor, nn
 
 import lncompile
-from lncompile.runtime import materialize
+from lncompile.runtime.shared_values import shared_values
 
 pytestmark = pytest.mark.usefixtures("without_inductor")
 
@@ -147,19 +147,19 @@ def test_copies_are_shared_between_graphs_and_freed_with_the_model() -> None:
     gc.collect()
     model = randomise(Block().double())
     first = torch.compile(model, backend="lnfold")
-    second = torch.compile(model, backend="lnfold", options={"lnfold.assist": False})
+    second = torch.compile(model, backend="lnfold", options={"lnfold.assist": "off"})
     first(torch.randn(5, 16, dtype=torch.float64))
-    entries = len(materialize._store._entries)
+    entries = len(shared_values._entries)
     assert entries >= 2  # weight and bias
     second(torch.randn(5, 16, dtype=torch.float64))
-    assert len(materialize._store._entries) == entries, "a second graph made copies of its own"
+    assert len(shared_values._entries) == entries, "a second graph made copies of its own"
 
     alive = weakref.ref(model.inner.weight)
     del model, first, second
     torch._dynamo.reset()
     gc.collect()
     assert alive() is None
-    assert len(materialize._store._entries) <= entries - 2
+    assert len(shared_values._entries) <= entries - 2
 
 
 def test_an_update_does_not_grow_memory() -> None:
@@ -167,11 +167,11 @@ def test_an_update_does_not_grow_memory() -> None:
     compiled = torch.compile(model, backend="lnfold")
     value = torch.randn(5, 16, dtype=torch.float64)
     compiled(value)
-    entries = len(materialize._store._entries)
+    entries = len(shared_values._entries)
     for _ in range(5):
         model.inner.weight.add_(0.1)
         torch.testing.assert_close(compiled(value), model(value), **TOLERANCE)
-    assert len(materialize._store._entries) == entries
+    assert len(shared_values._entries) == entries
 
 
 def test_model_made_under_inference_mode_stays_untouched() -> None:
@@ -321,7 +321,7 @@ def test_bytes_of_copies_of_all_kinds() -> None:
     model, value = randomise(Copied().double().eval()), torch.randn(5, 8, dtype=torch.float64)
     expected = model(value)
     before = allocated()
-    compiled = torch.compile(model, backend="lnfold", options={"lnfold.assist": False}, fullgraph=True)
+    compiled = torch.compile(model, backend="lnfold", options={"lnfold.assist": "off"}, fullgraph=True)
     torch.testing.assert_close(compiled(value), expected, **TOLERANCE)
     (report,) = lncompile.reports(compiled)
     assert report.folded == 6

@@ -71,7 +71,7 @@ def test_conversions_and_loads_that_swap(options: dict[str, str]) -> None:
 @pytest.mark.usefixtures("swapping")
 def test_a_graph_that_folds_nothing_is_found_after_a_swap() -> None:
     model = made()
-    function = torch.compile(model, backend="lnfold", options={"lnfold.assist": False})
+    function = torch.compile(model, backend="lnfold", options={"lnfold.assist": "off"})
     expected = model(IDS, True)
     torch.testing.assert_close(function(IDS, True), expected, **TOLERANCE)
     model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()})

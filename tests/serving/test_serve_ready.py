@@ -20,7 +20,7 @@ from served_example import as_they_are, continuation, embedding
 import lncompile
 from lncompile.abtest.arms import compiled_arms
 from lncompile.lowering import torch_private_caches
-from lncompile.lowering.torch_private import compilation_watch
+from lncompile.lowering.torch_private_dynamo import compilation_watch
 from serving.arms import CompilationNeeded, eager_arm, model_arms, nothing_compiled, pad
 from serving.models import Served, small_gpt2
 from serving.service import Service

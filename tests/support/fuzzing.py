@@ -29,7 +29,7 @@ from weight_writes import SEEN, UNSEEN, another_process, prepared
 
 import lncompile
 from lncompile import safety_net
-from lncompile.lowering import torch_private
+from lncompile.lowering import torch_private_inductor
 from lncompile.passes.graph.axes import Axes
 from lncompile.passes.rewrites import center
 
@@ -50,7 +50,7 @@ def run_through_aot(
 COMPILERS: dict[str, tuple[Callable[..., Callable[..., Any]], str]] = {
     "none": (run_as_it_is, "eager"),
     "aot": (run_through_aot, "aot_eager"),
-    "inductor": (torch_private.inductor_compile, "inductor"),
+    "inductor": (torch_private_inductor.inductor_compile, "inductor"),
 }
 Values = dict[str, Tensor]
 
@@ -110,7 +110,7 @@ class Statistics:
 def compiled_by(compiler: str) -> Iterator[None]:
     """Compile rewritten graphs with one of :data:`COMPILERS`, and let failures of ours through."""
     with (
-        mock.patch.object(torch_private, "inductor_compile", COMPILERS[compiler][0]),
+        mock.patch.object(torch_private_inductor, "inductor_compile", COMPILERS[compiler][0]),
         mock.patch.object(safety_net, "enabled", False),
     ):
         yield

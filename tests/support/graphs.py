@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from lncompile.analysis import Analysis, analyse
-from lncompile.lowering import FOLDED_STATISTIC, persistent_norms, torch_private
+from lncompile.lowering import FOLDED_STATISTIC, persistent_norms, torch_private_inductor
 from lncompile.options import Options
 
 
@@ -111,4 +111,4 @@ def compile_as_folded(graph_module: fx.GraphModule, example_inputs: Sequence[Any
         if node.target is torch.mean:
             node.meta["custom"] = dict(FOLDED_STATISTIC)
     with persistent_norms(graph_module, {}):
-        return torch_private.inductor_compile(graph_module, example_inputs, {})
+        return torch_private_inductor.inductor_compile(graph_module, example_inputs, {})

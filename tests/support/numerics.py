@@ -19,7 +19,7 @@ from architectures import Architecture, randomise
 from scipy import stats
 from torch import Tensor, nn
 
-from lncompile.lowering import torch_private
+from lncompile.lowering import torch_private, torch_private_dynamo
 from lncompile.verification import BUDGET, ROUNDINGS, floating_outputs, relative_error
 
 #: What writes into a residual stream, by the names that models give it.
@@ -138,7 +138,7 @@ def measure(
             randomise(model, seed)
             STRESSES[stress](model)
             expected = reference(model, inputs)
-            with torch_private.many_recompiles():
+            with torch_private_dynamo.many_recompiles():
                 ours, theirs = floating_outputs(folded(**inputs)), floating_outputs(stock(**inputs))
             for name, value in expected.items():
                 outputs.setdefault(name, _Draws(name)).add(value, theirs[name], ours[name])

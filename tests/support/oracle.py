@@ -25,7 +25,7 @@ What it cannot see:
   ``masked_fill`` with a number, a tensor of size 1 there): it only replaces parameters, so it undercounts.
 - Axes that lie in a parameter in other ways: ``n = a·d·b`` with both a and b above 1, over two dimensions that a
   later view merges, or (LayerScale) with anything but dropouts and views of one use between the two.
-- What a run-time centering would free: it answers for ``assist=False`` alone.
+- What a run-time centering would free: it answers for ``assist="off"`` alone.
 - Anything about other inputs, dtypes or shapes than those it is given: invariance is tested at one random point.
 - LayerNorms that ``find_sites`` does not see.
 """

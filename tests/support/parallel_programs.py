@@ -35,7 +35,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from lncompile.backend import compiled_graphs
-from lncompile.lowering import torch_private
+from lncompile.lowering import torch_private_inductor
 from lncompile.passes.graph import expressions
 
 WORLD = 2
@@ -147,7 +147,7 @@ def collectives(function: Callable[..., Any], *arguments: Any) -> int:
     return mode.get_total_counts()
 
 
-def compare(model: nn.Module, expected: Tensor, assist: bool = False) -> Found:
+def compare(model: nn.Module, expected: Tensor, assist: str = "off") -> Found:
     """A model that was parallelised, compiled, next to what the whole model gave in eager."""
     ids = token_ids()
     # `compile` in place: a module around it would have the hooks that count collectives fire twice.
@@ -399,7 +399,7 @@ def run(rank: int, store: str, names: list[str], through_inductor: bool, results
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
     mesh = init_device_mesh("cpu", (WORLD,))
     compile_with = nullcontext() if through_inductor else mock.patch.object(
-        torch_private, "inductor_compile", run_as_it_is
+        torch_private_inductor, "inductor_compile", run_as_it_is
     )  # fmt: skip
     found: dict[str, Found] = {}
     for name in names:

@@ -78,14 +78,14 @@ def write_program(below: Callable[[int], int], steps: int) -> Program:
         outputs.append(w.pick(w.live))
     options: dict[str, Any] = {}
     if w.chance(4):
-        options["lnfold.assist"] = False
+        options["lnfold.assist"] = "off"
     if w.chance(4):
         options["lnfold.nonfoldable"] = "eager"
     dynamic = w.chance(5)
     if w.chance(8):
         options["lnfold.memory_budget"] = w.pick((0.3, 0.1, 0.02))
     # Programs are too small for these to pay. What is copied for them is no part of a budget.
-    for name, value in (("absorb_affine", True), ("defer", "on"), ("matrix_vector", "on")):
+    for name, value in (("absorb_affine", "on"), ("defer", "on"), ("matrix_vector", "on")):
         if w.chance(4) and "lnfold.memory_budget" not in options:
             options[f"lnfold.{name}"] = value
     return w.program(list(dict.fromkeys(outputs)) or [w.live[-1]], options, dynamic=dynamic)

@@ -10,7 +10,7 @@ from graphs import run_as_it_is
 from transformers import AutoModel, AutoTokenizer
 
 import lncompile
-from lncompile.lowering import torch_private
+from lncompile.lowering import torch_private_inductor
 
 
 class EmbeddingAPI(litserve.LitAPI):
@@ -21,7 +21,9 @@ class EmbeddingAPI(litserve.LitAPI):
         self.folder, self.backend = folder, backend
 
     def setup(self, device: str) -> None:
-        torch_private.inductor_compile = run_as_it_is  # what the fixture without_inductor does, in this process
+        torch_private_inductor.inductor_compile = (
+            run_as_it_is  # what the fixture without_inductor does, in this process
+        )
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
         self.model = AutoModel.from_pretrained(self.folder, dtype=torch.float64).to(device).eval()
         self.model.compile(backend=self.backend, dynamic=True)

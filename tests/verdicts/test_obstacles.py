@@ -15,7 +15,7 @@ from torch.nn import functional
 
 import lncompile
 from lncompile.passes.decisions import Reason
-from lncompile.passes.placement.streams import first_blocker
+from lncompile.passes.placement.variables import first_blocker
 from lncompile.verification import relative_error
 
 BY_NAME = {architecture.name: architecture for architecture in (*ARCHITECTURES, *MORE_ARCHITECTURES)}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def stored(value: Tensor, sizes: Sequence[int], strides: Sequence[int]) -> Tensor:
+def realised(value: Tensor, sizes: Sequence[int], strides: Sequence[int]) -> Tensor:
     """The tensor itself; where it is contiguous and all of its storage.
 
     Inductor computes a pointwise result anew in each kernel or loop that reads it, an activation once for every row of
@@ -23,4 +23,4 @@ def stored(value: Tensor, sizes: Sequence[int], strides: Sequence[int]) -> Tenso
     return torch.as_strided(value, tuple(sizes), tuple(strides), 0)
 
 
-__all__ = ["stored"]
+__all__ = ["realised"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-class StreamOrder:
+class CudaStreamOrder:
     """Lets every stream that comes to read some tensors wait, once, for the stream that computed them.
 
     Args:

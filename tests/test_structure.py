@@ -19,6 +19,8 @@ PRIVATE_NAMES = [
 ROOMS = (
     "lncompile.lowering",
     "lncompile.lowering.inspect",
+    "lncompile.passes.switches",
+    "lncompile.options",
     "lncompile.passes.decisions",
     "lncompile.passes.graph",
     "lncompile.passes.norms",
@@ -26,6 +28,7 @@ ROOMS = (
     "lncompile.passes.placement",
     "lncompile.passes.rewrites",
     "lncompile.passes.verdicts",
+    "lncompile.passes.pipeline",
     "lncompile.reporting",
     "lncompile.runtime",
     "lncompile",

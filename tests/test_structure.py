@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PRIVATE_NAMES = [
-    *(ROOT / "lowering" / f"torch_private{part}.py" for part in ("", "_breaks", "_caches", "_choices")),
+    *(ROOT / "lowering" / f"torch_private{part}.py" for part in ("", "_breaks", "_caches", "_choices", "_logs")),
     ROOT / "lowering" / "inspect" / "torch_private_codegen.py",
 ]
 #: The rooms, each of which imports what stands before it, and nothing behind it.

@@ -15,7 +15,7 @@ and which of the cut's three booleans are true of it (``computed centered``, ``s
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from lncompile.passes.graph.provenance import describe, parameter_name
 from lncompile.passes.norms.sites import NormSite
@@ -46,18 +46,19 @@ def cut_in_words(
         f"{len(folded)} of {len(sites)} norms fold; the cut saves {placement.saved} bytes of memory traffic a call",
         f"{len(placement.streams)} tensors are computed centered, "
         f"{len(placement.centered - placement.streams)} are centered beside what they are",
+        "What is said to be true of a tensor lies on the source's side of the cut; all else on the sink's.",
     ]
     shown: set[VariableKey] = set()
     for site in sites:
         place = f" ({site.location})" if site.location else ""
         what = "folds: that saves" if site.node in folded else "stays; folding it would save"
         lines += ["", f"{site.name}{place} {what} {benefit(site, costs)} bytes a call"]
-        for key in _upwards((site.input, site.axes), variables):
+        for key in _upwards((site.input, site.axes), variables, shown):
             if key in shown:
                 lines.append(f"  {_name(key)}: see above")
-                continue
-            shown.add(key)
-            lines += _variable(variables[key], placement, key in shifted, assist)
+            else:
+                lines += _variable(variables[key], placement, key in shifted, assist)
+                shown.add(key)
     return "\n".join(lines)
 
 
@@ -73,13 +74,16 @@ def shifted_by(placement: Placement, variables: Mapping[VariableKey, Variable]) 
     return shifted
 
 
-def _upwards(start: VariableKey, variables: Mapping[VariableKey, Variable]) -> list[VariableKey]:
-    """What would have to be centered for one tensor, nearest first."""
+def _upwards(
+    start: VariableKey, variables: Mapping[VariableKey, Variable], known: Collection[VariableKey]
+) -> list[VariableKey]:
+    """What would have to be centered for one tensor, nearest first, as far as what is known already."""
     seen = {start: None}
     queue = deque([start])
     while queue:
-        variable = variables[queue.popleft()]
-        if variable.source_blocker is not None and not variable.is_recomputed:
+        key = queue.popleft()
+        variable = variables[key]
+        if key in known or (variable.source_blocker is not None and not variable.is_recomputed):
             continue
         for need in variable.needs.items():
             if need in variables and need not in seen:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from torch import fx
 
 from lncompile.passes.decisions import PassTime
+from lncompile.passes.pipeline.graph_text import graph_text
 from lncompile.passes.pipeline.interface import C, Kind, NotMadeYet, Pass
 
 #: Whether the graph is linted behind every pass that rewrites it (our tests), and not only when it is done.
@@ -29,6 +30,7 @@ class Step:
         seconds: how long it took.
         is_off: whether it was switched off.
         text: what it decided, in words; ``""`` where there is nothing to say.
+        code: the graph behind it, as text; None where the pass has not changed it.
     """
 
     number: int
@@ -38,25 +40,25 @@ class Step:
     seconds: float
     is_off: bool
     text: str
+    code: str | None
 
 
 class Observer(Protocol):
     """What looks at a graph on its way through the pipeline."""
 
-    def begin(self, graph_module: fx.GraphModule, again: bool) -> None:
+    def begin(self, code: str, again: bool) -> None:
         """Look at a graph before its first pass.
 
         Args:
-            graph_module: the graph.
-            again: whether it is a fresh copy of one that was looked at before: passes run again, on fewer operators.
+            code: the graph, as text.
+            again: whether it was looked at before: passes run again, on a copy with fewer operators written out.
         """
 
-    def after(self, step: Step, graph_module: fx.GraphModule) -> None:
+    def after(self, step: Step) -> None:
         """Look at what a pass has done.
 
         Args:
-            step: the pass, and what it says.
-            graph_module: the graph as it is now.
+            step: the pass, what it says, and the graph behind it.
         """
 
 
@@ -84,11 +86,14 @@ class Runner:
     times: dict[str, PassTime] = field(default_factory=dict)
     is_stopped: bool = False
     _steps: int = 0
+    _code: str = ""
 
     def begin(self, graph_module: fx.GraphModule) -> None:
         """Say that passes are about to run on a fresh copy of the graph."""
+        if self.observers:
+            self._code = graph_text(graph_module.graph)
         for observer in self.observers:
-            observer.begin(graph_module, self._steps > 0)
+            observer.begin(self._code, self._steps > 0)
 
     def run(self, passes: Sequence[Pass[C]], context: C) -> None:
         """Run passes.
@@ -120,7 +125,13 @@ class Runner:
             context.graph_module.graph.lint()
         self._steps += 1
         if self.observers:
-            text = "" if one.text is None or instead is not None else one.text(context)
-            step = Step(self._steps, one.name, one.kind, one.description, seconds, instead is not None, text)
-            for observer in self.observers:
-                observer.after(step, context.graph_module)
+            self._show(one, context, seconds, instead is not None)
+
+    def _show(self, one: Pass[C], context: C, seconds: float, is_off: bool) -> None:
+        text = "" if one.text is None or is_off else one.text(context)
+        code = graph_text(context.graph_module.graph) if one.kind is Kind.REWRITES else self._code
+        changed = code != self._code
+        self._code = code
+        step = Step(self._steps, one.name, one.kind, one.description, seconds, is_off, text, code if changed else None)
+        for observer in self.observers:
+            observer.after(step)

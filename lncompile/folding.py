@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from lncompile import safety_net
-from lncompile.analysis import analyse
 from lncompile.held_weights import Weight, hold_weights
 from lncompile.lowering import torch_private, torch_private_dynamo, torch_private_inductor
 from lncompile.options import Options, parse_options
@@ -27,12 +26,11 @@ from lncompile.passes.graph.expressions import Expression
 from lncompile.passes.graph.provenance import parameter_name
 from lncompile.passes.graph.sharding import local_bytes
 from lncompile.passes.rewrites.uses import remove_unread
-from lncompile.pipeline import make_report, uses_in
+from lncompile.pipeline import make_report, run
 from lncompile.reporting.report import FoldReport
 from lncompile.returned import Returned, Size
 from lncompile.runtime.materialize import Stored, give_back
 from lncompile.signature import Signature
-from lncompile.transform import transform
 
 
 class FoldedModule(nn.Module):
@@ -202,19 +200,20 @@ class _Rewritten:
 
 
 def _rewrite(capture: Capture, options: Options) -> _Rewritten:
-    graph_module, inputs = capture.graph_module, capture.example_inputs
-    analysis = analyse(graph_module, inputs, options)
-    transformed = transform(analysis, options)
-    give_back((inputs[position], axes) for position, axes in uses_in(graph_module, transformed).items())
+    inputs = capture.example_inputs
+    outcome = run(capture.graph_module, inputs, options)
+    give_back((inputs[position], axes) for position, axes in outcome.uses.items())
     values: dict[tuple[Any, ...], Tensor] = {}
-    for expression in transformed.expressions:
+    for expression in outcome.expressions:
         if (expression.code, expression.leaves) not in values:
             value = expression.evaluate([inputs[leaf] for leaf in expression.leaves])
             values[expression.code, expression.leaves] = nn.Parameter(value, requires_grad=False)
-    centered = [(expression, values[expression.code, expression.leaves]) for expression in transformed.expressions]
+    centered = [(expression, values[expression.code, expression.leaves]) for expression in outcome.expressions]
     stored = [Stored("copy", local_bytes(value)) for _, value in centered]
-    report = make_report(graph_module, analysis, transformed, stored, 0.0)
-    return _Rewritten(transformed.graph_module, centered, report)
+    report = make_report(outcome, stored, 0.0)
+    transformed = outcome.transformed
+    rewritten = copy_graph_module(capture.graph_module) if transformed is None else transformed.graph_module
+    return _Rewritten(rewritten, centered, report)
 
 
 def _module(model: nn.Module, capture: Capture, rewritten: _Rewritten) -> FoldedModule:

@@ -6,11 +6,16 @@ torch is imported where it is asked for Inductor's, so that ours can be checked 
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lncompile.passes import switches
+
 PREFIX = "lnfold."
+#: Passes that are switched off in this process, beside those of ``lnfold.disable_passes``: names with commas between.
+DISABLED_BY_ENVIRONMENT = "LNCOMPILE_DISABLE_PASSES"
 
 
 class OptionError(ValueError):
@@ -51,6 +56,9 @@ class Options:
             ``"auto"``: on a GPU where Inductor's ``coordinate_descent_tuning`` is on (mode ``"max-autotune"``), with
             weights that need no copy for it; ``"on"``: wherever it can be done, with that tuning turned on unless the
             options say something else; ``"off"``: nowhere.
+        disable_passes: passes that are switched off, by their names (:mod:`lncompile.passes.switches`), to find out
+            which one is to blame for something: a tuple of names, or a string of them with commas between. Outputs stay
+            right. Those that the environment variable ``LNCOMPILE_DISABLE_PASSES`` names are switched off as well.
     """
 
     weights: str = "copy"
@@ -62,6 +70,12 @@ class Options:
     absorb_affine: str = "auto"
     defer: str = "auto"
     matrix_vector: str = "auto"
+    disable_passes: tuple[str, ...] = ()
+
+    @property
+    def switched_off(self) -> frozenset[str]:
+        """The passes that do not run: those that are switched off, and what decides for them."""
+        return switches.switched_off(self.disable_passes)
 
     def __post_init__(self) -> None:
         for name, takes in _VALUES.items():
@@ -82,6 +96,7 @@ _VALUES: dict[str, tuple[Any, ...] | str] = {
     "absorb_affine": ("auto", "on", "off"),
     "defer": ("auto", "on", "off"),
     "matrix_vector": ("auto", "on", "off"),
+    "disable_passes": "names of passes, in a tuple or in a string with commas between",
 }
 
 
@@ -143,7 +158,22 @@ def parse_ours(options: Mapping[str, Any] | None) -> Options:
         if name not in _VALUES:
             raise OptionError(f"unknown option '{key}'{_suggest(key)}; lnfold's options are {_ours()}")
         ours[name] = value
-    return Options(**ours)
+    named = _names(ours.pop("disable_passes", ()))
+    by_environment = _names(os.environ.get(DISABLED_BY_ENVIRONMENT, ""))
+    _check_passes(f"option '{PREFIX}disable_passes'", named)
+    _check_passes(f"the environment variable {DISABLED_BY_ENVIRONMENT}", by_environment)
+    return Options(**ours, disable_passes=tuple(dict.fromkeys((*named, *by_environment))))
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    return switches.read_names(value) if isinstance(value, str) else tuple(value)
+
+
+def _check_passes(where: str, names: tuple[str, ...]) -> None:
+    try:
+        switches.switched_off(names)
+    except ValueError as error:
+        raise OptionError(f"{where}: {error}") from None
 
 
 def arms(mode: str | None, options: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
@@ -177,6 +207,10 @@ def arms(mode: str | None, options: Mapping[str, Any] | None) -> dict[str, dict[
 
 def _takes(name: str, value: Any) -> bool:
     values = _VALUES[name]
+    if name == "disable_passes":
+        return isinstance(value, str) or (
+            isinstance(value, Collection) and all(isinstance(part, str) for part in value)
+        )
     if isinstance(values, str):
         is_amount = isinstance(value, int) and not isinstance(value, bool) and value >= 0
         return value is None or is_amount or (isinstance(value, float) and 0 <= value <= 1)

@@ -1,4 +1,7 @@
-"""The middle of the backend, a step a line: a graph and its inputs in; what Inductor gets, and the report, out."""
+"""The one driver of the passes: a graph and its inputs in; what Inductor gets, and the report, out.
+
+The passes themselves, and their order, stand in :mod:`lncompile.passes.pipeline.order`.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,11 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from lncompile.analysis import Analysis, analyse
+from lncompile.analysis import analyse
+from lncompile.graph_observers import observers
 from lncompile.lowering import torch_private
 from lncompile.options import Options
-from lncompile.passes.decisions import GraphBreak, RuntimeCentering, Verdict, WeightRewrite
+from lncompile.passes.decisions import GraphBreak, PassTime, RuntimeCentering, Verdict, WeightRewrite
 from lncompile.passes.graph.canonical import tensor_of
 from lncompile.passes.graph.expressions import Expression
 from lncompile.passes.graph.frozen_weights import lift_weights
@@ -23,6 +27,8 @@ from lncompile.passes.graph.graph_breaks import graph_break_of
 from lncompile.passes.graph.provenance import parameter_name, parameter_names
 from lncompile.passes.graph.sharding import local_bytes
 from lncompile.passes.norms.rms_norms import count_rms_norms
+from lncompile.passes.pipeline.analysis import Analysis
+from lncompile.passes.pipeline.runner import Runner
 from lncompile.passes.rewrites.uses import Use, uses_of
 from lncompile.passes.verdicts.judge import describe_centerings
 from lncompile.reporting.report import FoldReport
@@ -51,6 +57,52 @@ class Prepared:
     reader: Reader
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What the passes made of a graph: the same for the backend, for ``explain`` and for ``fold``.
+
+    Attributes:
+        captured: the graph as Dynamo handed it out.
+        analysis: what was decided.
+        transformed: the rewritten graph; None where the graph stays as it came.
+        uses: how the graph, as it came or rewritten, reads its inputs.
+        times: how long each pass took.
+    """
+
+    captured: fx.GraphModule
+    analysis: Analysis
+    transformed: Transformed | None
+    uses: Mapping[int, Use]
+    times: tuple[PassTime, ...]
+
+    @property
+    def expressions(self) -> tuple[Expression, ...]:
+        """The parameter expressions that are extra inputs of the rewritten graph."""
+        return self.transformed.expressions if self.transformed else ()
+
+
+def run(
+    graph_module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    inductor: Mapping[str, Any] = MappingProxyType({}),
+) -> Outcome:
+    """Run the passes on a graph. No weight is looked at, and none is written to.
+
+    Args:
+        graph_module: the graph Dynamo captured; it is not changed.
+        example_inputs: the value of each placeholder.
+        options: our options.
+        inductor: what differs from Inductor's own configuration.
+    """
+    runner = Runner(options.switched_off, observers())
+    analysis = analyse(graph_module, example_inputs, options, inductor, runner)
+    untouched = analysis.placement is None and (options.nonfoldable == "inductor" or not analysis.sites)
+    transformed = None if untouched else transform(analysis, options, runner)
+    uses = uses_in(graph_module, transformed)
+    return Outcome(graph_module, analysis, transformed, uses, tuple(runner.times.values()))
+
+
 def prepare(
     graph_module: fx.GraphModule,
     example_inputs: Sequence[Any],
@@ -67,22 +119,19 @@ def prepare(
         inductor: what differs from Inductor's own configuration.
     """
     started = time.perf_counter()
-    analysis = analyse(graph_module, example_inputs, options, inductor)
-    untouched = analysis.placement is None and (options.nonfoldable == "inductor" or not analysis.sites)
-    transformed = None if untouched else transform(analysis, options)
-    uses = uses_in(graph_module, transformed)
+    outcome = run(graph_module, example_inputs, options, inductor)
     # What is read as it is here was perhaps overwritten for another graph.
-    give_back((example_inputs[position], axes) for position, axes in uses.items())
-    materializer = _materializer(graph_module, transformed, options, uses)
+    give_back((example_inputs[position], axes) for position, axes in outcome.uses.items())
+    materializer = _materializer(outcome, options)
     values, stored = materializer.begin(example_inputs)
-    report = make_report(graph_module, analysis, transformed, stored, time.perf_counter() - started)
+    report = make_report(outcome, stored, time.perf_counter() - started)
     return Prepared(
-        None if transformed is None else transformed.graph_module,
+        None if outcome.transformed is None else outcome.transformed.graph_module,
         materializer,
         # A parameter that is its own centered weight would be one input twice, and be compiled as if it always were.
         tuple(_apart(value) if any(value is other for other in example_inputs) else value for value in values),
         report,
-        Reader(parameters_of(graph_module.graph, example_inputs), uses),
+        Reader(parameters_of(graph_module.graph, example_inputs), outcome.uses),
     )
 
 
@@ -122,17 +171,15 @@ def plan(
 ) -> FoldReport:
     """Say what :func:`prepare` would do, without a look at weights that would not be asked for, and without a write."""
     started = time.perf_counter()
-    analysis = analyse(graph_module, example_inputs, options, inductor)
-    transformed = None if analysis.placement is None else transform(analysis, options)
-    uses = uses_in(graph_module, transformed)
-    stored = _materializer(graph_module, transformed, options, uses).plan(example_inputs)
-    if transformed is not None:
-        placeholders = [node for node in transformed.graph_module.graph.nodes if node.op == "placeholder"]
+    outcome = run(graph_module, example_inputs, options, inductor)
+    stored = _materializer(outcome, options).plan(example_inputs)
+    if outcome.transformed is not None:
+        placeholders = [node for node in outcome.transformed.graph_module.graph.nodes if node.op == "placeholder"]
         stored = tuple(
             _with_bytes_of_copy(kept, node)
             for kept, node in zip(stored, placeholders[len(placeholders) - len(stored) :], strict=True)
         )
-    return make_report(graph_module, analysis, transformed, stored, time.perf_counter() - started)
+    return make_report(outcome, stored, time.perf_counter() - started)
 
 
 def _with_bytes_of_copy(stored: Stored, placeholder: fx.Node) -> Stored:
@@ -149,26 +196,25 @@ def uses_in(graph_module: fx.GraphModule, transformed: Transformed | None) -> di
     return uses_of(transformed.graph_module.graph, transformed.expressions, count, transformed.in_graph)
 
 
-def _materializer(
-    graph_module: fx.GraphModule, transformed: Transformed | None, options: Options, uses: Mapping[int, Use]
-) -> Materializer:
+def _materializer(outcome: Outcome, options: Options) -> Materializer:
     """What supplies the extra inputs of a rewritten graph; it has supplied none yet."""
-    expressions = transformed.expressions if transformed else ()
-    ownership = Ownership(graph_module, uses) if options.weights == "inplace" and expressions else None
+    expressions, graph_module = outcome.expressions, outcome.captured
+    ownership = Ownership(graph_module, outcome.uses) if options.weights == "inplace" and expressions else None
     names = [parameter_name(node) for node in graph_module.graph.nodes if node.op == "placeholder"]
     return Materializer(expressions, names, options.check, ownership)
 
 
-def make_report(
-    graph_module: fx.GraphModule,
-    analysis: Analysis,
-    transformed: Transformed | None,
-    stored: Sequence[Stored],
-    seconds: float,
-) -> FoldReport:
-    """Put the decisions for one graph, and how the weights centered for it are kept, into a report."""
-    weights = _centered_outside(graph_module, transformed.expressions if transformed else (), stored)
-    weights += _centered_in_the_graph(transformed)
+def make_report(outcome: Outcome, stored: Sequence[Stored], seconds: float) -> FoldReport:
+    """Put the decisions for one graph, and how the weights centered for it are kept, into a report.
+
+    Args:
+        outcome: what the passes made of the graph.
+        stored: how the value of each of its expressions is kept.
+        seconds: what all of it took.
+    """
+    graph_module, analysis = outcome.captured, outcome.analysis
+    weights = _centered_outside(graph_module, outcome.expressions, stored)
+    weights += _centered_in_the_graph(outcome.transformed)
     budgeted = analysis.budgeted
     centerings: tuple[RuntimeCentering, ...] = ()
     if analysis.placement:
@@ -187,6 +233,7 @@ def make_report(
         () if graph_break is None else (graph_break,),
         rms_norms=0 if analysis.verdicts else count_rms_norms(graph_module.graph),
         folded_without_gradients=analysis.folded_without_gradients,
+        passes=outcome.times,
     )
 
 

@@ -12,7 +12,7 @@ from torch import fx
 
 from lncompile.lowering import torch_private_dynamo
 from lncompile.passes.decisions import Reason
-from lncompile.passes.norms.sites import find_sites
+from lncompile.passes.norms.sites import list_norms
 from lncompile.passes.verdicts.judge import left_alone
 from lncompile.reporting.report import FoldReport
 
@@ -50,7 +50,7 @@ def report_untouched(graph_module: fx.GraphModule, reason: str) -> FoldReport:
         A report whose sites all say :attr:`lncompile.Reason.INTERNAL_ERROR`.
     """
     try:
-        sites = find_sites(graph_module.graph)
+        sites = list_norms(graph_module.graph)
     except Exception as second:  # the failure may be in finding sites itself; that one was logged already
         log.debug("no list of sites: %s", second)
         sites = ()

@@ -40,6 +40,8 @@ class Reason(enum.Enum):
     TRAINING = "training"
     #: The weights change or move at nearly every call, and centering them anew would cost more than folding saves.
     MOVING_WEIGHTS = "moving_weights"
+    #: The pass that folds it is switched off (``lnfold.disable_passes``).
+    SWITCHED_OFF = "switched_off"
     #: A mean is subtracted, but that is not recognised as a LayerNorm: said of a difference, which is not a site.
     UNRECOGNISED = "unrecognised"
     #: Our own passes failed; the graph was compiled untouched.
@@ -68,6 +70,7 @@ REMEDIES: dict[Reason, str] = {
     Reason.TRAINING: "to predict, call the model under torch.no_grad() or torch.inference_mode(); to train, take more "
     "tokens a step, or set lnfold.training='on' to fold whatever it costs",
     Reason.MOVING_WEIGHTS: "keep the weights where they are between calls (no offloading)",
+    Reason.SWITCHED_OFF: "take the pass out of lnfold.disable_passes and LNCOMPILE_DISABLE_PASSES",
     Reason.UNRECOGNISED: "subtract the mean and use it for nothing else, then multiply or divide the difference by a "
     "function of itself (its standard deviation, its root mean square, its norm)",
     Reason.INTERNAL_ERROR: "report it with the log: this is a bug in lncompile",
@@ -255,6 +258,19 @@ class RuntimeCentering:
     after: str
     location: str
     detail: str
+
+
+@dataclass(frozen=True)
+class PassTime:
+    """How long a pass took.
+
+    Attributes:
+        name: the pass's.
+        seconds: of all its runs on a graph.
+    """
+
+    name: str
+    seconds: float
 
 
 class PartKind(enum.StrEnum):

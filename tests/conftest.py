@@ -9,6 +9,8 @@ import warnings
 
 # Before torch is imported: code cached by an earlier run, of other sources, must not answer for this one.
 os.environ["LNCOMPILE_SAFETY_NET"] = "0"
+# A pass that leaves a graph that is wrong is named, and not the one that stumbles over it.
+os.environ["LNCOMPILE_LINT_PASSES"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # All processes of a run share it: each of them would ask the C++ compiler anew which instructions there are, 10 s.
 if "PYTEST_XDIST_WORKER" not in os.environ:

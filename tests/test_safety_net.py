@@ -12,7 +12,8 @@ from architectures import randomise
 from torch import Tensor, nn
 
 import lncompile
-from lncompile import analysis, explanation, folding, pipeline, safety_net
+from lncompile import explanation, folding, pipeline, safety_net
+from lncompile.passes.pipeline import deciding
 from lncompile.verification import relative_error
 
 
@@ -64,12 +65,12 @@ FAILURES: dict[str, tuple[Callable[..., lncompile.FoldReport], list[tuple[object
     "explain_planning": (explain_it, [(explanation, "plan")], ["lncompile.explain failed"], 2),
     "explain_finding_sites": (
         explain_it,
-        [(analysis, "find_sites"), (safety_net, "find_sites")],
+        [(deciding, "find_sites"), (safety_net, "list_norms")],
         ["lncompile.explain failed"],
         0,
     ),
-    "fold_deciding": (fold_it, [(folding, "analyse")], ["lncompile.fold failed and folds nothing"], 2),
-    "fold_rewriting": (fold_it, [(folding, "transform")], ["lncompile.fold failed and folds nothing"], 2),
+    "fold_deciding": (fold_it, [(pipeline, "analyse")], ["lncompile.fold failed and folds nothing"], 2),
+    "fold_rewriting": (fold_it, [(pipeline, "transform")], ["lncompile.fold failed and folds nothing"], 2),
     "fold_reporting": (fold_it, [(folding, "make_report")], ["lncompile.fold failed and folds nothing"], 2),
     "fold_holding_weights": (
         fold_it,

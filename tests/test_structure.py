@@ -16,6 +16,8 @@ PRIVATE_NAMES = sorted((ROOT / "lowering").rglob("torch_private*.py"))
 ROOMS = (
     "lncompile.lowering",
     "lncompile.lowering.inspect",
+    "lncompile.passes.switches",
+    "lncompile.options",
     "lncompile.passes.decisions",
     "lncompile.passes.graph",
     "lncompile.passes.norms",
@@ -23,6 +25,7 @@ ROOMS = (
     "lncompile.passes.placement",
     "lncompile.passes.rewrites",
     "lncompile.passes.verdicts",
+    "lncompile.passes.pipeline",
     "lncompile.reporting",
     "lncompile.runtime",
     "lncompile",

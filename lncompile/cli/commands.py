@@ -17,6 +17,7 @@ from lncompile.cli.parameters import (
     Batch,
     Device,
     DtypeName,
+    Graphs,
     Html,
     Mode,
     ModelName,
@@ -118,6 +119,7 @@ def explain(
     mode: Mode = None,
     option: OptionPairs = None,
     html: Html = None,
+    graphs: Graphs = None,
     as_json: AsJson = False,
     show_traceback: Traceback = False,
 ) -> None:
@@ -131,7 +133,7 @@ def explain(
     with running(asked, steps=2) as run:
         with importing():
             from lncompile.cli.explain import run_explain
-        run_explain(run, html)
+        run_explain(run, html, graphs)
 
 
 @app.command()

@@ -75,6 +75,10 @@ OptionPairs = Annotated[
     ),
 ]
 Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also draw the streams into one HTML page.")]
+Graphs = Annotated[
+    Path | None,
+    typer.Option("--graphs", metavar="DIR", help="Also write the graph after each pass that changed it into a folder."),
+]
 Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Also draw it (png, svg, pdf).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, to stdout.")]
 Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an error came up.")]

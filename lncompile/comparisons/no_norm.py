@@ -19,7 +19,7 @@ from lncompile.passes.graph.canonical import tensor_of
 from lncompile.passes.graph.copying import copy_graph_module
 from lncompile.passes.norms.calls import WITH_STATISTICS
 from lncompile.passes.norms.expand import closed_norms, expand_opaque_layers, find_opaque_layers
-from lncompile.passes.norms.sites import NormSite, find_sites
+from lncompile.passes.norms.sites import NormSite, list_norms
 from lncompile.passes.norms.subgraphs import norms_in_subgraphs
 
 
@@ -49,7 +49,7 @@ def replace_norms(graph_module: fx.GraphModule, replacement: Callable[[fx.Graph,
     if any((*closed_norms(graph).values(), *norms_in_subgraphs(graph_module).values())):
         raise NotImplementedError("there are norms inside operators or subgraphs, which this does not reach")
     expand_opaque_layers(graph, [node.name for node in find_opaque_layers(graph)])
-    sites = find_sites(graph)
+    sites = list_norms(graph)
     for site in sites:
         if site.handwritten is not None or site.operation.name in WITH_STATISTICS:
             raise NotImplementedError(
@@ -68,7 +68,7 @@ def identity(graph: fx.Graph, site: NormSite) -> fx.Node:
     """Put the input of a norm in the place of its output, in the output's dtype."""
     source = site.current()["input"]
     tensor = tensor_of(source)
-    assert tensor is not None  # what find_sites requires of a site
+    assert tensor is not None  # what list_norms requires of a site
     # A copy, which Inductor takes out: an author may go on with `y += ...`, and that must not write into the stream.
     result = graph.create_node("call_function", torch.clone, (source,), name=f"{site.node.name}_identity")
     result.meta["example_value"] = tensor

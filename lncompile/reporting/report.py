@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lncompile.passes.decisions import (
     GraphBreak,
     MemoryBudget,
+    PassTime,
     RuntimeCentering,
     Stream,
     UnrecognisedDifference,
@@ -50,6 +51,7 @@ class FoldReport:
         rms_norms: RMSNorms, where there is no LayerNorm.
         folded_without_gradients: sites that would fold under ``torch.no_grad()``, where some stay only because
             gradients are recorded though the model is in evaluation mode; else None.
+        passes: how long each of our passes took, in their order; of several graphs the sums.
 
     Example:
         >>> report = lncompile.explain(model, input_ids)
@@ -69,6 +71,7 @@ class FoldReport:
     norms_outside: tuple[str, ...] = ()
     rms_norms: int = 0
     folded_without_gradients: int | None = None
+    passes: tuple[PassTime, ...] = ()
 
     @property
     def total(self) -> int:
@@ -179,7 +182,16 @@ def merge(reports: Iterable[FoldReport]) -> FoldReport:
         None
         if all(gain is None for gain in gains)
         else sum(report.folded if gain is None else gain for report, gain in zip(listed, gains, strict=True)),
+        _sums(report.passes for report in listed),
     )
+
+
+def _sums(times: Iterable[Sequence[PassTime]]) -> tuple[PassTime, ...]:
+    """How long each pass took on all graphs together."""
+    seconds: dict[str, float] = {}
+    for time in itertools.chain.from_iterable(times):
+        seconds[time.name] = seconds.get(time.name, 0.0) + time.seconds
+    return tuple(PassTime(name, sum_of_all) for name, sum_of_all in seconds.items())
 
 
 def _moved(stream: Stream, first: int) -> Stream:

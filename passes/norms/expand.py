@@ -144,12 +144,17 @@ def find_opaque_layers(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in _encoder_layers(graph) if _why_closed(node) is None]
 
 
-def closed_norms(graph: fx.Graph) -> dict[str, list[Verdict]]:
-    """Return verdicts on the norms inside operators that cannot be written out, by the operator's node name."""
+def closed_norms(graph: fx.Graph, kept_closed: str = "") -> dict[str, list[Verdict]]:
+    """Return verdicts on the norms inside operators that are not written out, by the operator's node name.
+
+    Args:
+        graph: the graph.
+        kept_closed: why those stay closed that could be written out, in words; ``""`` where they do not.
+    """
     verdicts: dict[str, list[Verdict]] = {}
     for node in _encoder_layers(graph):
-        why = _why_closed(node)
-        if why is None:
+        why = _why_closed(node) or kept_closed
+        if not why:
             continue
         layer, location = provenance.module_path(node) or node.name, provenance.location(node)
         detail = f"it stands inside one opaque operator {why}: {provenance.describe(node)}"

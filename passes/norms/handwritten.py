@@ -30,7 +30,7 @@ from lncompile.lowering import torch_private
 from lncompile.passes.graph import provenance
 from lncompile.passes.graph.axes import Axes
 from lncompile.passes.graph.canonical import canonicalise, tensor_of
-from lncompile.passes.graph.operands import WRITTEN
+from lncompile.passes.graph.effects import Writes
 from lncompile.passes.graph.traits import Trait, has
 from lncompile.passes.norms.differences import Difference, MeanUses, difference_of_moments, differences_in, uses_of_mean
 from lncompile.passes.norms.moments import (
@@ -148,8 +148,13 @@ class _Mean:
         return f"what scales it reads the tensor itself and not the difference alone: {provenance.describe(raw)}"
 
 
-def find_handwritten_norms(graph: fx.Graph) -> Chains:
-    """Find every hand-written LayerNorm of a graph, and the differences from a mean that are none."""
+def find_handwritten_norms(graph: fx.Graph, writes: Writes) -> Chains:
+    """Find every hand-written LayerNorm of a graph, and the differences from a mean that are none.
+
+    Args:
+        graph: the graph.
+        writes: what it writes to. A chain is read as one only where nothing is written to in between.
+    """
     taken: dict[fx.Node, list[Difference]] = defaultdict(list)
     for difference in differences_in(graph):
         taken[difference.total.node].append(difference)
@@ -182,7 +187,7 @@ def find_handwritten_norms(graph: fx.Graph) -> Chains:
         for values, (difference, reason) in why.items()
         if values not in normalised and values[0] in computed and _are_plainly_features(difference.moment)
     ]
-    return Chains(tuple(_norms(norms, helpers, spreads)), tuple(lookalikes))
+    return Chains(tuple(_norms(norms, helpers, spreads, writes)), tuple(lookalikes))
 
 
 def _read_scales(graph: fx.Graph, means: Sequence[_Mean], spreads: Mapping[_Values, Sequence[Spread]]) -> None:
@@ -199,7 +204,10 @@ def _read_scales(graph: fx.Graph, means: Sequence[_Mean], spreads: Mapping[_Valu
 
 
 def _norms(
-    means: Sequence[_Mean], helpers: Mapping[_Typed, Sequence[Difference]], spreads: Mapping[_Values, Sequence[Spread]]
+    means: Sequence[_Mean],
+    helpers: Mapping[_Typed, Sequence[Difference]],
+    spreads: Mapping[_Values, Sequence[Spread]],
+    writes: Writes,
 ) -> Iterator[HandwrittenNorm]:
     """Put the norms together. Two of one tensor may share a variance, and the differences it is made of."""
     served: set[_Values] = set()
@@ -212,7 +220,7 @@ def _norms(
             own += spreads.get(values, ())
             served.add(values)
         for difference in differences:
-            if not difference.node.meta.get(WRITTEN):
+            if difference.node not in writes.marked:
                 own += spreads.get((exact_origin(difference.node), mean.moment.axes), ())
         exchanged = tuple(spread for spread in own if spread.can_be_exchanged)
         yield HandwrittenNorm(*mean.moment.subject, mean.node, tuple(differences), exchanged)

@@ -13,6 +13,7 @@ from lncompile.passes.decisions import Blocked
 from lncompile.passes.graph import provenance
 from lncompile.passes.graph.axes import Axes
 from lncompile.passes.graph.canonical import Key, Operation, canonicalise, tensor_of, value_of
+from lncompile.passes.graph.effects import find_writes
 from lncompile.passes.graph.operands import shape
 from lncompile.passes.norms.calls import (
     GROUP_NORMS,
@@ -102,18 +103,17 @@ class NormSite:
         return dtype
 
 
-def find_sites(graph: fx.Graph, chains: Chains | None = None) -> Sequence[NormSite]:
+def find_sites(graph: fx.Graph, chains: Chains) -> Sequence[NormSite]:
     """Return every LayerNorm of the graph, in order: calls in any spelling, and chains written by hand.
 
     Args:
         graph: the graph.
-        chains: what :func:`.find_handwritten_norms` finds in it, where that is known.
+        chains: what :func:`.find_handwritten_norms` finds in it.
 
     A call whose input is no floating-point tensor of known shape is left out, it is no site for anybody; so is one
     whose mean is read (``native_layer_norm`` returns it) or whose output is not, and a group norm with spatial extent.
     """
     sites = []
-    chains = find_handwritten_norms(graph) if chains is None else chains
     handwritten = {norm.mean: norm for norm in chains.norms}
     for node in graph.nodes:
         operation = canonicalise(node)
@@ -125,6 +125,11 @@ def find_sites(graph: fx.Graph, chains: Chains | None = None) -> Sequence[NormSi
         if operation is not None and axes is not None:
             sites.append(NormSite(operation, operation["input"], axes, site_name(node), provenance.location(node)))
     return sites
+
+
+def list_norms(graph: fx.Graph) -> Sequence[NormSite]:
+    """Return every LayerNorm of a graph that is only looked at: what :func:`find_sites` finds, with what that needs."""
+    return find_sites(graph, find_handwritten_norms(graph, find_writes(graph)))
 
 
 def _axes_of_call(operation: Operation) -> Axes | None:

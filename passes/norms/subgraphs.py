@@ -15,7 +15,7 @@ from lncompile.lowering import torch_private
 from lncompile.passes.decisions import Reason, Verdict
 from lncompile.passes.graph.bodies import body_at
 from lncompile.passes.graph.copying import copy_graph_module
-from lncompile.passes.norms.sites import find_sites
+from lncompile.passes.norms.sites import list_norms
 
 
 def norms_in_subgraphs(graph_module: fx.GraphModule, followed: Collection[str] = ()) -> dict[str, list[Verdict]]:
@@ -34,7 +34,7 @@ def norms_in_subgraphs(graph_module: fx.GraphModule, followed: Collection[str] =
             detail = f"it stands in a graph of its own that {operator} runs, and that is not followed"
             verdicts.setdefault(node.name, []).extend(
                 Verdict(site.name, site.location, False, "layer_norm", Reason.UNKNOWN_OPERATION, detail, ())
-                for site in find_sites(copy_graph_module(inner).graph)
+                for site in list_norms(copy_graph_module(inner).graph)
             )
             for deeper in norms_in_subgraphs(inner).values():
                 verdicts[node.name] += deeper

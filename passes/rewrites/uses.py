@@ -13,8 +13,8 @@ from torch import Tensor, fx
 
 from lncompile.passes.graph.axes import Axes
 from lncompile.passes.graph.canonical import canonicalise, value_of
+from lncompile.passes.graph.effects import written_arguments
 from lncompile.passes.graph.expressions import Expression, closure
-from lncompile.passes.graph.facts import written_arguments
 from lncompile.passes.graph.operands import CENTERED_ALONG
 
 #: How a parameter is read: along which axes it is centered; None where it is read as it is, or in several ways.

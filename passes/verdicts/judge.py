@@ -69,6 +69,7 @@ def say_lowering(
     deferred: Collection[fx.Node],
     affine: Mapping[fx.Node, str],
     deferral: Mapping[fx.Node, str],
+    lowers: bool = True,
 ) -> tuple[Verdict, ...]:
     """Add to the verdicts what became of γ and β, and of the scale.
 
@@ -79,12 +80,17 @@ def say_lowering(
         deferred: whose scale is deferred, by their nodes.
         affine: what became of γ and β and why, by the norm's node.
         deferral: what became of the scale and why, likewise.
+        lowers: whether folded calls become RMSNorms at all.
     """
     names = {absorption.site.node: absorption.names() for absorption in absorptions}
     return tuple(
         dataclasses.replace(
             verdict,
-            lowering="rms_norm_deferred" if site.node in deferred else verdict.lowering,
+            lowering="rms_norm_deferred"
+            if site.node in deferred
+            else verdict.lowering
+            if lowers or site.handwritten is not None
+            else "layer_norm",
             affine_absorbed_by=names.get(site.node, ()),
             affine=affine.get(site.node, ""),
             deferral=deferral.get(site.node, ""),

@@ -14,10 +14,10 @@ from architectures import randomise
 from torch import Tensor, nn
 
 import lncompile
-from lncompile import transform
 from lncompile.lowering import rms_norm, row_scale, sizes_of_deferred_scale, sizes_of_stored_scale, slices_of_row
 from lncompile.lowering.inspect.generated_code import generated_code
 from lncompile.lowering.target import compiled_for
+from lncompile.passes.pipeline import rewriting
 from lncompile.passes.rewrites import deferral
 from lncompile.verification import relative_error
 
@@ -138,7 +138,7 @@ def test_a_stored_scale_is_computed_once(
     expected = copy.deepcopy(model).double()(IDS)
     ours, stock = (relative_error(f(IDS), expected) for f in (compiled, torch.compile(model)))
     assert ours <= max(1.25 * stock, 4 * torch.finfo(dtype).eps)
-    monkeypatch.setattr(transform, "sizes_of_stored_scale", lambda value: None)
+    monkeypatch.setattr(rewriting, "sizes_of_stored_scale", lambda value: None)
     monkeypatch.setattr(deferral, "sizes_of_deferred_scale", lambda value: None)
     torch._dynamo.reset()
     assert square_roots_in_loops_over_rows(torch.compile(model, backend="lnfold", options=options), width) == loops
@@ -172,7 +172,7 @@ def test_only_where_the_stream_is_read_on(monkeypatch: pytest.MonkeyPatch) -> No
     expected = copy.deepcopy(model).double()(IDS)
     ours, stock = (relative_error(f(IDS), expected) for f in (compiled, torch.compile(model)))
     assert ours <= max(1.25 * stock, 4 * torch.finfo(torch.float32).eps)
-    monkeypatch.setattr(transform, "slices_of_row", lambda value: 1)
+    monkeypatch.setattr(rewriting, "slices_of_row", lambda value: 1)
     torch._dynamo.reset()
     assert cascades(torch.compile(model, backend="lnfold")) == 2
 

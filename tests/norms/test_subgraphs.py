@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import lncompile
 from lncompile.lowering import torch_private, torch_private_inductor
 from lncompile.passes.graph.bodies import call_of
-from lncompile.passes.graph.facts import written_arguments
+from lncompile.passes.graph.effects import written_arguments
 
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
 WIDTH = 8

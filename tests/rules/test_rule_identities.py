@@ -30,6 +30,7 @@ from torch.nn import functional
 from lncompile.passes.decisions import Blocked
 from lncompile.passes.graph.axes import Axes
 from lncompile.passes.graph.canonical import Key, Operation, canonicalise
+from lncompile.passes.graph.effects import examples_of, find_writes
 from lncompile.passes.graph.factors import Factor
 from lncompile.passes.graph.facts import GraphFacts
 from lncompile.passes.graph.operands import WRITTEN
@@ -222,7 +223,7 @@ def test_identities(name: str) -> None:
     case = CASES[name]
     module = randomise(Around(case.operation, case.norm).double())
     captured = capture(module, torch.randn(2, 5, 7, dtype=torch.float64), extra_inputs())
-    GraphFacts(captured.graph_module.graph, captured.example_inputs, can_be_read)  # marks what is written to
+    find_writes(captured.graph_module.graph, can_be_read=can_be_read)  # marks what is written to
     values = Values(captured)
     checked: set[str] = set()
     for node in captured.graph_module.graph.nodes:
@@ -287,7 +288,9 @@ SINKS: dict[str, tuple[str, Callable[[Tensor], Any]]] = {
 def is_unseen(captured: Captured, start: fx.Node, axes: Axes) -> bool:
     """Whether the passes say that nobody sees a shift of a tensor: not its readers, not what is computed from it."""
     site = SimpleNamespace(input=start, axes=axes, handwritten=None)
-    variables = build_streams([site], GraphFacts(captured.graph_module.graph, captured.example_inputs, can_be_read))  # type: ignore[list-item]
+    graph, inputs = captured.graph_module.graph, captured.example_inputs
+    writes = find_writes(graph, examples_of(graph, inputs), can_be_read)
+    variables = build_streams([site], GraphFacts(graph, inputs, writes))  # type: ignore[list-item]
     queue, seen = [(start, axes)], {(start, axes)}
     while queue:
         variable = variables[queue.pop()]

@@ -27,7 +27,7 @@ What it cannot see:
   later view merges, or (LayerScale) with anything but dropouts and views of one use between the two.
 - What a run-time centering would free: it answers for ``assist="off"`` alone.
 - Anything about other inputs, dtypes or shapes than those it is given: invariance is tested at one random point.
-- LayerNorms that ``find_sites`` does not see.
+- LayerNorms that ``list_norms`` does not see.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from lncompile.passes.norms.expand import expand_opaque_layers, find_opaque_layers
-from lncompile.passes.norms.sites import NormSite, find_sites
+from lncompile.passes.norms.sites import NormSite, list_norms
 
 EXACT, ROUNDED = 1e-8, 1e-4
 _MASKED = 1e30
@@ -288,7 +288,7 @@ def judge(captured: Captured, model: nn.Module) -> Verdict:
     if opaque:
         expand_opaque_layers(module.graph, {node.name for node in opaque})
     module.recompile()
-    sites = tuple(find_sites(module.graph))
+    sites = tuple(list_norms(module.graph))
     if not sites:
         return Verdict((), (), 0, 0, 0.0)
     run = _Run(module, captured.example_inputs)

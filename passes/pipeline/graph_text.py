@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.graph import magic_methods
 
+from lncompile.lowering import torch_private
 from lncompile.passes.graph.canonical import value_of
 from lncompile.passes.graph.provenance import location, module_path, parameter_name
 
@@ -116,7 +117,7 @@ def _expression(node: fx.Node) -> str:
 
 
 def _function(target: Any, name: str, module: str) -> str:
-    if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+    if isinstance(target, torch_private.OpOverload | torch_private.OpOverloadPacket):
         return f"torch.ops.{target}"
     if module in ("_operator", "operator"):
         return f"operator.{name}"

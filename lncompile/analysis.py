@@ -17,6 +17,7 @@ from lncompile.passes.decisions import PartKind, Reason, Site, Stream, StreamPar
 from lncompile.passes.graph.copying import copy_graph_module
 from lncompile.passes.graph.facts import GraphFacts, is_in_evaluation, trained_parameter, turns_gradients_on
 from lncompile.passes.norms.expand import EXPANDED_FROM, closed_norms, expand_opaque_layers, find_opaque_layers
+from lncompile.passes.norms.folded_before import gather_folded_norms
 from lncompile.passes.norms.handwritten import find_handwritten_norms
 from lncompile.passes.norms.regions import find_regions, write_out_regions
 from lncompile.passes.norms.sites import NormSite, find_sites
@@ -113,7 +114,8 @@ def _needed(placement: Placement | None, regions: set[str]) -> set[str]:
         return set()
     streams = [node for node, _ in placement.streams]
     through = {_origin(node) for stream in streams for node in (stream, *stream.users)}
-    return {_origin(site.node) for site in placement.folded} | (through & regions)
+    # What was folded before is folded in a closed layer too, and a region is there to be compiled once.
+    return {_origin(site.node) for site in placement.folded if not site.folded_before} | (through & regions)
 
 
 def _with_budget_of(first: Analysis, analysis: Analysis) -> Analysis:
@@ -177,6 +179,7 @@ def _analyse_expanded(
     copy = copy_graph_module(graph_module)
     write_out_regions(copy.graph, opaque)
     expand_opaque_layers(copy.graph, opaque)
+    gather_folded_norms(copy.graph)
     trained = trained_parameter(copy.graph, example_inputs)
     # Facts before sites: what is written to in place decides what is read as a chain.
     facts = GraphFacts(copy.graph, example_inputs, can_be_read, training=trained is not None)

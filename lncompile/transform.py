@@ -46,7 +46,9 @@ def transform(analysis: Analysis, options: Options) -> Transformed:
     """
     graph_module = analysis.graph_module
     graph = graph_module.graph
-    folded = set() if analysis.placement is None else {site.node for site in analysis.placement.folded}
+    folded = {site.node for site in analysis.sites if site.folded_before}
+    if analysis.placement is not None:
+        folded |= {site.node for site in analysis.placement.folded}
     one_row = analysis.matrix_vectors
     # They are no calls of a norm any more.
     deferred = {deferral.site.node for deferral in analysis.deferrals} | one_row.norms
@@ -73,8 +75,8 @@ def transform(analysis: Analysis, options: Options) -> Transformed:
         expressions, _ = hoist(graph, [*roots, *turned])
         defer(graph, analysis.deferrals, absorbed.products)
         write_as_sums(graph, one_row)
-        # One at a time: lowering a norm exchanges the input of a norm of that norm.
-        lower_to_rms_norm(graph, (_call(site) for site in calls if site.node in folded))
+    # One at a time: lowering a norm exchanges the input of a norm of that norm.
+    lower_to_rms_norm(graph, (_call(site) for site in calls if site.node in folded))
     if options.nonfoldable == "eager":
         lower_to_aten(graph, (_call(site) for site in calls if site.node not in folded))
     graph.lint()

@@ -8,6 +8,7 @@ from lncompile.lowering.memory import stored
 from lncompile.lowering.norms import NormCall, lower_to_aten, lower_to_rms_norm
 from lncompile.lowering.persistent import FOLDED_STATISTIC, persistent_norms
 from lncompile.lowering.rms_norm import (
+    compute_dtype_of,
     grouped_rms_norm,
     rms_norm,
     row_scale,
@@ -23,6 +24,7 @@ __all__ = [
     "FOLDED_STATISTIC",
     "NormCall",
     "compare_words",
+    "compute_dtype_of",
     "emit",
     "grouped_rms_norm",
     "lower_to_aten",

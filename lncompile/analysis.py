@@ -111,7 +111,8 @@ def _needed(placement: Placement | None, regions: set[str]) -> set[str]:
         return set()
     streams = [node for node, _ in placement.streams]
     through = {_origin(node) for stream in streams for node in (stream, *stream.users)}
-    return {_origin(site.node) for site in placement.folded} | (through & regions)
+    # What was folded before is folded in a closed layer too, and a region is there to be compiled once.
+    return {_origin(site.node) for site in placement.folded if not site.folded_before} | (through & regions)
 
 
 def _with_budget_of(first: Analysis, analysis: Analysis) -> Analysis:

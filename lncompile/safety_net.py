@@ -12,6 +12,8 @@ from torch import fx
 
 from lncompile.lowering import torch_private_dynamo
 from lncompile.passes.decisions import Reason
+from lncompile.passes.graph.copying import copy_graph_module
+from lncompile.passes.norms.folded_before import gather_folded_norms
 from lncompile.passes.norms.sites import list_norms
 from lncompile.passes.verdicts.judge import left_alone
 from lncompile.reporting.report import FoldReport
@@ -50,7 +52,9 @@ def report_untouched(graph_module: fx.GraphModule, reason: str) -> FoldReport:
         A report whose sites all say :attr:`lncompile.Reason.INTERNAL_ERROR`.
     """
     try:
-        sites = list_norms(graph_module.graph)
+        graph = copy_graph_module(graph_module).graph
+        gather_folded_norms(graph)
+        sites = list_norms(graph)
     except Exception as second:  # the failure may be in finding sites itself; that one was logged already
         log.debug("no list of sites: %s", second)
         sites = ()

@@ -9,6 +9,7 @@ from lncompile.lowering.norms import NormCall, lower_to_aten, lower_to_rms_norm
 from lncompile.lowering.persistent import FOLDED_STATISTIC, persistent_norms
 from lncompile.lowering.realised import realised
 from lncompile.lowering.rms_norm import (
+    compute_dtype_of,
     grouped_rms_norm,
     rms_norm,
     row_scale,
@@ -26,6 +27,7 @@ __all__ = [
     "NormCall",
     "can_compare",
     "compare_words",
+    "compute_dtype_of",
     "emit",
     "grouped_rms_norm",
     "lower_to_aten",

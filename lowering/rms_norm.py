@@ -179,7 +179,9 @@ def sizes_of_stored_scale(value: Tensor) -> tuple[int, ...] | None:
         >>> sizes_of_stored_scale(torch.empty(2, 5, 768))
         (2, 5, 1)
     """
-    if value.shape[-1] not in _ROWS_OF_STORED_SCALES.get(value.dtype, ()):
+    width = value.shape[-1]
+    # Whether a symbol is in a range would be asked of each number in it.
+    if not isinstance(width, int) or width not in _ROWS_OF_STORED_SCALES.get(value.dtype, ()):
         return None
     sizes = sizes_of_deferred_scale(value)
     return sizes if sizes and value.numel() * value.element_size() <= _LARGEST_READ_TWICE else None

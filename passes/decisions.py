@@ -139,6 +139,7 @@ class Verdict:
         affine: what became of γ and β of a folded site, and why, in words; "" where nothing was asked.
         deferral: why its scale is deferred, or not, likewise.
         returned: where the reason is ``graph_output``, the tensors to leave out of the results so that it folds.
+        folded_before: whether it came folded (``lncompile.nn.RMSNorm``), by a fold of the whole model.
     """
 
     name: str
@@ -153,6 +154,7 @@ class Verdict:
     affine: str = ""
     deferral: str = ""
     returned: tuple[ReturnedTensor, ...] = ()
+    folded_before: bool = False
 
     @property
     def remedy(self) -> str | None:

@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterable
 SWITCHES: dict[str, str] = {
     "regions": "calls of compiled regions stay calls, and the norms in them stay LayerNorms",
     "expand": "opaque encoder layers stay closed, and the norms in them stay LayerNorms",
+    "gather": "norms that were folded before are compiled as stock compiles them, and not counted",
     "handwritten": "norms written by hand are not looked for, and stay as they are written",
     "obstacles": "the report names the nearest operation in the way, and not all that have to go",
     "center": "nothing is centered, and every norm stays a LayerNorm",

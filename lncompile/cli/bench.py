@@ -6,6 +6,7 @@ from lncompile.cli.running import Run, place_of
 from lncompile.cli.sameness import SAME_CODE, changes_nothing
 from lncompile.comparisons.latency import compare_in_processes
 from lncompile.comparisons.machine import describe_machine
+from lncompile.reporting.words import folded_before
 
 
 def run_bench(run: Run, seconds: float, processes: int) -> None:
@@ -37,7 +38,7 @@ def run_bench(run: Run, seconds: float, processes: int) -> None:
             machine=machine,
             progress=say,
         )
-    sentence = f"{report.folded} of {report.total} LayerNorms folded; {latency.sentence()}."
+    sentence = f"{report.folded} of {report.total} LayerNorms folded{folded_before(report)}; {latency.sentence()}."
     found = {
         "machine": machine,
         "measured": True,

@@ -20,6 +20,7 @@ from rich.text import Text
 from lncompile.comparisons.latency import LIMIT, Latency
 from lncompile.comparisons.machine import size_in_words
 from lncompile.reporting.report import FoldReport
+from lncompile.reporting.words import folded_before
 from lncompile.verification import Verification
 
 
@@ -174,7 +175,7 @@ class Answer:
     def _lines(self) -> Iterable[tuple[str, str]]:
         report, latency = self.report, self.latency
         if report.total:
-            yield "fold", f"{report.folded} of {report.total} LayerNorms"
+            yield "fold", f"{report.folded} of {report.total} LayerNorms{folded_before(report)}"
         if report.folded < report.total:
             yield "stay", self._obstacles()
         change = self.change()

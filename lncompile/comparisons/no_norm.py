@@ -19,6 +19,7 @@ from lncompile.passes.graph.canonical import tensor_of
 from lncompile.passes.graph.copying import copy_graph_module
 from lncompile.passes.norms.calls import WITH_STATISTICS
 from lncompile.passes.norms.expand import closed_norms, expand_opaque_layers, find_opaque_layers
+from lncompile.passes.norms.folded_before import gather_folded_norms
 from lncompile.passes.norms.sites import NormSite, list_norms
 from lncompile.passes.norms.subgraphs import norms_in_subgraphs
 
@@ -49,6 +50,7 @@ def replace_norms(graph_module: fx.GraphModule, replacement: Callable[[fx.Graph,
     if any((*closed_norms(graph).values(), *norms_in_subgraphs(graph_module).values())):
         raise NotImplementedError("there are norms inside operators or subgraphs, which this does not reach")
     expand_opaque_layers(graph, [node.name for node in find_opaque_layers(graph)])
+    gather_folded_norms(graph)
     sites = list_norms(graph)
     for site in sites:
         if site.handwritten is not None or site.operation.name in WITH_STATISTICS:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from lncompile.passes.decisions import PartKind, Verdict
+from lncompile.passes.norms.folded_before import FOLDED_NORM
 from lncompile.passes.placement.budget import amount
 
 if TYPE_CHECKING:
@@ -69,8 +70,25 @@ def summary(report: FoldReport) -> str:
         return f"0 of {report.total} LayerNorms folded{graphs}{_budget(report)}{stay}."
     absorbed = sum(bool(site.affine_absorbed_by) for site in report.sites)
     kind = "centered or absorbing" if absorbed else "centered"
-    words = f"{report.folded} of {report.total} LayerNorms folded into {len(report.weights)} {kind} weights"
-    words += f" ({report.extra_bytes / 2**20:.1f} MiB beside the model"
+    before = sum(site.folded_before for site in report.sites)
+    words = f"{report.folded} of {report.total} LayerNorms folded{folded_before(report)}"
+    if report.weights or before < report.folded:
+        words += f"{', with' if before else ' into'} {len(report.weights)} {kind} weights{_memory(report)}"
+    words += f", in {report.graphs} graphs" if report.graphs > 1 else ""
+    words += f"; γ and β of {absorbed} absorbed" if absorbed else ""
+    return f"{words}{_budget(report)}{stay}."
+
+
+def folded_before(report: FoldReport) -> str:
+    """What to say of the norms that came folded, behind the number of those that are; ``""`` where none did."""
+    before = sum(site.folded_before for site in report.sites)
+    if not before:
+        return ""
+    return f" before ({FOLDED_NORM})" if before == report.folded else f", {before} of them before ({FOLDED_NORM})"
+
+
+def _memory(report: FoldReport) -> str:
+    words = f" ({report.extra_bytes / 2**20:.1f} MiB beside the model"
     counted = Counter(weight.storage for weight in report.weights)
     for storage, what in (
         ("inplace", "in place"),
@@ -78,10 +96,7 @@ def summary(report: FoldReport) -> str:
         ("graph", "centered at every step"),
     ):
         words += f", {counted[storage]} {what}" if counted[storage] else ""
-    words += ")"
-    words += f", in {report.graphs} graphs" if report.graphs > 1 else ""
-    words += f"; γ and β of {absorbed} absorbed" if absorbed else ""
-    return f"{words}{_budget(report)}{stay}."
+    return f"{words})"
 
 
 def _budget(report: FoldReport) -> str:

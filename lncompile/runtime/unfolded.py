@@ -72,7 +72,7 @@ def given_up(report: FoldReport) -> FoldReport:
             affine="",
             deferral="",
         )
-        if site.folded
+        if site.folded and not site.folded_before
         else site
         for site in report.sites
     )

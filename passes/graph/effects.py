@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from lncompile.lowering import torch_private
+from lncompile.lowering import rms_norm, torch_private
 from lncompile.passes.graph.bodies import Call, call_of, counterparts
 from lncompile.passes.graph.canonical import canonicalise, tensor_of, value_of
 from lncompile.passes.graph.operands import WRITTEN
@@ -193,6 +193,8 @@ def written_arguments(node: fx.Node) -> list[fx.Node]:
     call = call_of(node)
     if call is not None:
         return _written_by_bodies(node, call)
+    if target is rms_norm:
+        return []  # what norms that are folded already are gathered into
     # An operator whose overload is not known (see canonical.name_overloads) may write to anything.
     if isinstance(target, torch_private.OpOverloadPacket | torch_private.HigherOrderOperator) or not (
         module.split(".")[0] in _TORCH_MODULES or module == ""

@@ -15,6 +15,7 @@ _ROOT = re.compile(r"^(L|G)\[(['\"])(\w+)\2\]\.?")
 _CONTAINER = re.compile(r"\._(?:modules|parameters|buffers)\[(['\"])(.*?)\1\]")
 _HELD = re.compile(r"\.__dict__\._modules(?=\.|$)")
 _ITEM = re.compile(r"\[(['\"]?)([^\]'\"]+)\1\]")
+_LIBRARIES = ("/torch/nn/", "/torch/_", "/lncompile/nn.py")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 
@@ -47,6 +48,21 @@ def module_path(node: fx.Node) -> str:
     return "" if name == "self" else name
 
 
+def is_made_by(node: fx.Node, class_name: str) -> bool:
+    """Whether the innermost module whose forward made the node is of a class, or of one derived from it.
+
+    Args:
+        node: of a graph of Dynamo's.
+        class_name: ``"package.module.Class"``.
+    """
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return False
+    kind = list(stack.values())[-1][1]
+    names = [kind] if isinstance(kind, str) else [f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__]
+    return class_name in names
+
+
 def parameter_name(placeholder: fx.Node) -> str:
     """Return the dotted name of a parameter's placeholder."""
     source = torch_private.source_name(placeholder)
@@ -71,12 +87,13 @@ def parameter_names(node: fx.Node) -> list[str]:
 def location(node: fx.Node) -> str:
     """Return ``file.py:line`` of the source line of the model that made the node.
 
-    Lines inside torch itself (``nn/modules/linear.py``) say nothing: the innermost line outside it is given.
+    Lines inside torch itself (``nn/modules/linear.py``) and of our own modules say nothing: the innermost line outside
+    of them is given.
     """
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     if not frames:
         return ""
-    outside = [frame for frame in frames if "/torch/nn/" not in frame[0] and "/torch/_" not in frame[0]]
+    outside = [frame for frame in frames if not any(inside in frame[0] for inside in _LIBRARIES)]
     path, line = (outside or frames)[-1]
     return f"{path.rsplit('/', 1)[-1]}:{line}"
 

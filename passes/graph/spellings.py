@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from lncompile.lowering import rms_norm as folded_norm_function
 from lncompile.lowering import torch_private
 from lncompile.passes.graph.registry import FUNCTIONS, METHODS, spelled
 from lncompile.passes.graph.sharding import FROM_LOCAL
@@ -330,6 +331,11 @@ def native_group_norm(
 ) -> None: ...
 @spelled(functional.rms_norm, torch.rms_norm, aten.rms_norm.default)
 def rms_norm(input: Any, normalized_shape: Any, weight: Any = None, eps: Any = None) -> None: ...
+@spelled(folded_norm_function)
+def folded_norm(
+    input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: Any = 1e-5, input_dtype: Any = None,
+    output_dtype: Any = None
+) -> None: ...  # fmt: skip
 @spelled(functional.normalize)
 def normalize(input: Any, p: Any = 2.0, dim: Any = 1, eps: Any = 1e-12, out: Any = None) -> None: ...
 @spelled(functional.softmax, torch.softmax, aten.softmax.int, torch_private.ATEN_SOFTMAX, methods="softmax")

@@ -13,8 +13,10 @@ from lncompile.passes.graph.canonical import Operation, value_of
 from lncompile.passes.graph.operands import shape
 from lncompile.passes.graph.sizes import Size
 
-LAYER_NORMS = frozenset({"layer_norm", "native_layer_norm"})
+LAYER_NORMS = frozenset({"layer_norm", "native_layer_norm", "folded_norm"})
 GROUP_NORMS = frozenset({"group_norm", "native_group_norm"})
+# Norms that were folded before (passes/norms/folded_before.py): their input is centered by the model's weights.
+FOLDED_NORMS = frozenset({"folded_norm"})
 # These return (output, mean, 1/σ) and so show the mean of their input to whoever reads it.
 WITH_STATISTICS = frozenset({"native_layer_norm", "native_group_norm"})
 

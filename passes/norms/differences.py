@@ -14,6 +14,7 @@ from torch import fx
 
 from lncompile.passes.graph.canonical import Key, Operation, canonicalise, tensor_of
 from lncompile.passes.graph.operands import WRITTEN, shape
+from lncompile.passes.graph.provenance import is_made_by
 from lncompile.passes.graph.uniform import Number, cancels, number, times
 from lncompile.passes.norms.moments import (
     Moment,
@@ -26,6 +27,9 @@ from lncompile.passes.norms.moments import (
     viewed,
 )
 from lncompile.passes.norms.totals import Total, mean_in_any_shape, summed, total_of
+
+#: The module that centers what it looks up, of a table that is read elsewhere as it is.
+CENTERED_TABLE = "lncompile.nn.CenteredEmbedding"
 
 
 @dataclass(frozen=True)
@@ -241,9 +245,12 @@ def _carries_only(node: fx.Node, square: Subject, subject: Subject) -> bool:
 
 
 def differences_in(graph: fx.Graph) -> Iterator[Difference]:
-    """Yield every difference from a mean in a graph, in order."""
+    """Yield every difference from a mean in a graph, in order.
+
+    Not those of a :data:`CENTERED_TABLE`: that mean is taken out for norms that are folded already.
+    """
     for node in graph.nodes:
-        operation = canonicalise(node)
+        operation = None if is_made_by(node, CENTERED_TABLE) else canonicalise(node)
         difference = None if operation is None else difference_of(operation)
         if difference is not None:
             yield difference

@@ -16,6 +16,7 @@ from lncompile.passes.graph.canonical import Key, Operation, canonicalise, tenso
 from lncompile.passes.graph.effects import find_writes
 from lncompile.passes.graph.operands import shape
 from lncompile.passes.norms.calls import (
+    FOLDED_NORMS,
     GROUP_NORMS,
     LAYER_NORMS,
     is_layer_norm,
@@ -44,6 +45,11 @@ class NormSite:
     def node(self) -> fx.Node:
         """The call's node."""
         return self.operation.node
+
+    @property
+    def folded_before(self) -> bool:
+        """Whether it is folded as it came (``lncompile.nn.RMSNorm``): it needs nothing centered for it."""
+        return self.operation.name in FOLDED_NORMS
 
     @property
     def places(self) -> Sequence[tuple[Operation, Key]]:

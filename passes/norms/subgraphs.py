@@ -15,6 +15,7 @@ from lncompile.lowering import torch_private
 from lncompile.passes.decisions import Reason, Verdict
 from lncompile.passes.graph.bodies import body_at
 from lncompile.passes.graph.copying import copy_graph_module
+from lncompile.passes.norms.folded_before import gather_folded_norms, verdict_of_folded
 from lncompile.passes.norms.sites import list_norms
 
 
@@ -32,9 +33,13 @@ def norms_in_subgraphs(graph_module: fx.GraphModule, followed: Collection[str] =
         for inner in (body for source in node.all_input_nodes if (body := body_at(source)) is not None):
             operator = str(getattr(node.target, "__name__", node.target))
             detail = f"it stands in a graph of its own that {operator} runs, and that is not followed"
+            graph = copy_graph_module(inner).graph
+            gather_folded_norms(graph)
             verdicts.setdefault(node.name, []).extend(
-                Verdict(site.name, site.location, False, "layer_norm", Reason.UNKNOWN_OPERATION, detail, ())
-                for site in list_norms(copy_graph_module(inner).graph)
+                verdict_of_folded(site)
+                if site.folded_before
+                else Verdict(site.name, site.location, False, "layer_norm", Reason.UNKNOWN_OPERATION, detail, ())
+                for site in list_norms(graph)
             )
             for deeper in norms_in_subgraphs(inner).values():
                 verdicts[node.name] += deeper

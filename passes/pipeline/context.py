@@ -120,6 +120,7 @@ class Known:
 
     written_out: Made[Collection[str]] = Made()
     expanded: Made[Collection[str]] = Made()
+    gathered: Made[int] = Made()
     writes: Made[Writes] = Made()
     gradients: Made[Gradients] = Made()
     facts: Made[GraphFacts] = Made()
@@ -210,5 +211,6 @@ class Rewriting:
         gone = self.matrix_vectors.norms | {deferral.site.node for deferral in self.analysis.deferrals}
         fold = set() if placement is None else {site.node for site in placement.folded}
         for site in self.analysis.sites:
-            if site.handwritten is None and site.node not in gone and (site.node in fold) == folded:
+            folds = site.folded_before or site.node in fold
+            if site.handwritten is None and site.node not in gone and folds == folded:
                 yield site

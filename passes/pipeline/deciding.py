@@ -1,7 +1,8 @@
 """The passes that decide: from a copy of the graph to a verdict on every LayerNorm. They look at no weight's values.
 
 Each function is a pass (:mod:`.interface`): what it reads was made by passes before it, what it returns is read by
-those behind it. The first two change the copy, so that norms inside of opaque operators can be seen.
+those behind it. The first three change the copy, so that norms inside of opaque operators, and those folded before, can
+be seen.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from lncompile.passes.decisions import Reason, Verdict
 from lncompile.passes.graph.effects import Writes, examples_of, find_writes
 from lncompile.passes.graph.facts import GraphFacts, is_in_evaluation, trained_parameter, turns_gradients_on
 from lncompile.passes.norms.expand import expand_opaque_layers, find_opaque_layers
+from lncompile.passes.norms.folded_before import gather_folded_norms
 from lncompile.passes.norms.handwritten import Chains, find_handwritten_norms
 from lncompile.passes.norms.regions import find_regions, write_out_regions
 from lncompile.passes.norms.sites import NormSite, find_sites
@@ -52,6 +54,16 @@ def expand(known: Known) -> Collection[str]:
     names = {node.name for node in find_opaque_layers(known.graph)}.intersection(known.opened)
     expand_opaque_layers(known.graph, names)
     return names
+
+
+def _none_gathered(known: Known) -> int:
+    return 0
+
+
+@rewrites(Known.gathered, instead=_none_gathered)
+def gather(known: Known) -> int:
+    """Norms that were folded before, by a fold of the model, become one operation each."""
+    return gather_folded_norms(known.graph)
 
 
 @decides(Known.writes, text=wording.writes)

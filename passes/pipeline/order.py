@@ -18,6 +18,7 @@ from lncompile.passes.pipeline.deciding import (
     deferrals,
     expand,
     facts,
+    gather,
     gradients,
     obstacles,
     one_row,
@@ -44,6 +45,7 @@ from lncompile.passes.pipeline.rewriting import (
 DECIDE: tuple[Pass[Known], ...] = (
     regions,  #        write out the calls of compiled regions
     expand,  #         write out opaque encoder layers
+    gather,  #         norms that were folded before, each as one operation
     writes,  #         what is written to in place
     gradients,  #      whether gradients are wanted
     facts,  #          whose values are parameters

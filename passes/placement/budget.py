@@ -192,7 +192,7 @@ class _Ledger:
 
         The cut counts one copy for all the parts of a parameter. Here each set of parts that a reader wants is one.
         """
-        sites = placement.folded if sites is None else sites
+        sites = placement.centered_for if sites is None else sites
         found: dict[Hashable, Copy] = {}
         # Which sets of axes one reader wants of one operand: the rewrite centers them in one copy.
         wanted: dict[tuple[object, fx.Node], list[Axes]] = defaultdict(list)
@@ -331,7 +331,7 @@ class _Search:
         """Add what other placements do for single sites, as long as that fits and saves more."""
         cones = {}
         for other in others:
-            for site in other.folded:
+            for site in other.centered_for:
                 cone = frozenset(_reached(other, self._variables, [site]))
                 cones[cone, other.streams & cone] = self._ledger.copies(other, [site])
         while True:

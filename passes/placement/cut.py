@@ -44,7 +44,7 @@ class Placement:
     Attributes:
         streams: variables whose tensor is computed centered in place.
         centered: variables of which a centered version is available, streams included.
-        folded: the sites whose input is available centered.
+        folded: the sites whose input is available centered, and those that were folded before.
         saved: memory traffic of one call that is saved, net of the centerings of that call.
     """
 
@@ -52,6 +52,11 @@ class Placement:
     centered: frozenset[VariableKey]
     folded: tuple[NormSite, ...]
     saved: Bytes
+
+    @property
+    def centered_for(self) -> tuple[NormSite, ...]:
+        """The sites that something is centered for: those that fold, but were not folded before."""
+        return tuple(site for site in self.folded if not site.folded_before)
 
 
 @dataclass(frozen=True)
@@ -72,9 +77,9 @@ class Price:
 
 
 def benefit(site: NormSite, costs: CostModel) -> Bytes:
-    """What folding a site saves."""
+    """What folding a site saves; nothing more where it was folded before."""
     tensor = tensor_of(site.input)
-    return NOTHING if tensor is None else costs.norm(tensor)
+    return NOTHING if tensor is None or site.folded_before else costs.norm(tensor)
 
 
 def place(
@@ -149,7 +154,7 @@ def assemble(
     centered: frozenset[VariableKey],
 ) -> Placement:
     """Put a choice of streams and centered variables together: the sites that fold with it, and what it saves."""
-    folded = tuple(site for site in sites if (site.input, site.axes) in centered)
+    folded = tuple(site for site in sites if site.folded_before or (site.input, site.axes) in centered)
     saved = NOTHING
     for site in folded:
         saved += benefit(site, costs)

@@ -62,7 +62,7 @@ def build_streams(
         for difference in site.handwritten.differences
     }
     explorer = _Explorer(facts, costs or CostModel(), differences, beyond_readers)
-    explorer.explore((site.input, site.axes) for site in sites)
+    explorer.explore((site.input, site.axes) for site in sites if not site.folded_before)
     return explorer.variables
 
 

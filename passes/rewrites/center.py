@@ -102,7 +102,7 @@ def rewrite(
         streams[key[0]].append(variables[key])
     for group in streams.values():
         _exchange_operands(graph, group, variables, done)
-    for site in placement.folded:
+    for site in placement.centered_for:
         source = done.centered[(site.input, site.axes)]
         if source is not site.input:
             for operation, place in site.places:

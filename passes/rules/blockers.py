@@ -42,6 +42,7 @@ def explain_consumer(node: fx.Node) -> tuple[Reason, str]:
     """Say why this node, which reads a stream, would notice that its mean is gone."""
     name = _name(node)
     kind = "a normalisation over other axes" if name in _NORMS else _NON_LINEAR.get(name, f"'{name}'")
+    kind = "an RMSNorm" if name == "rms_norm" else kind
     return Reason.VISIBLE, f"the stream is also read by {kind}, which would see that its mean is gone"
 
 

@@ -11,6 +11,7 @@ from torch import fx
 
 from lncompile.passes.decisions import Blocker, Reason, RuntimeCentering, UnrecognisedDifference, Verdict
 from lncompile.passes.graph import provenance
+from lncompile.passes.norms.folded_before import verdict_of_folded
 from lncompile.passes.norms.handwritten import Lookalike
 from lncompile.passes.norms.sites import NormSite, site_name
 from lncompile.passes.placement.costs import NOTHING, CostModel
@@ -50,8 +51,13 @@ def judge(
 
 
 def left_alone(sites: Sequence[NormSite], reason: Reason, detail: str) -> tuple[Verdict, ...]:
-    """Return verdicts for a graph that is compiled untouched for one reason."""
-    return tuple(Verdict(s.name, s.location, False, "layer_norm", reason, detail, ()) for s in sites)
+    """Return verdicts for a graph that is compiled untouched for one reason; what was folded before stays folded."""
+    return tuple(
+        verdict_of_folded(site)
+        if site.folded_before
+        else Verdict(site.name, site.location, False, "layer_norm", reason, detail, ())
+        for site in sites
+    )
 
 
 def describe_lookalikes(lookalikes: Sequence[Lookalike]) -> tuple[UnrecognisedDifference, ...]:
@@ -100,6 +106,8 @@ def say_lowering(
 
 
 def _folded_site(site: NormSite, placement: Placement, variables: Mapping[VariableKey, Variable]) -> Verdict:
+    if site.folded_before:
+        return verdict_of_folded(site)
     parameters, activations = _centered_by((site.input, site.axes), placement, variables)
     places = [f"in {len(parameters)} parameter{'s' if len(parameters) != 1 else ''}"] if parameters else []
     if activations:
@@ -198,7 +206,7 @@ def describe_centerings(
             continue
         served = [
             site
-            for site in placement.folded
+            for site in placement.centered_for
             if variable.node in _centered_by((site.input, site.axes), placement, variables)[1]
         ]
         saved = sum((benefit(site, costs) for site in served), NOTHING)

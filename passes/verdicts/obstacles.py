@@ -78,6 +78,7 @@ def name_obstacles(
         What to name, by the norm's node; nothing of a site where no single obstacle is the reason.
     """
     folded = {site.node for site in placement.folded}
+    sites = [site for site in sites if not site.folded_before]
     if all(site.node in folded for site in sites):
         return {}
     variables = build_streams(sites, facts, costs, beyond_readers=True)

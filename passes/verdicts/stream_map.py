@@ -48,7 +48,7 @@ def map_streams(
     seen: set[VariableKey] = set()
     for index, site in sites.items():
         start = (site.input, site.axes)
-        is_folded = placement is not None and start in placement.centered
+        is_folded = site.folded_before or (placement is not None and start in placement.centered)
         parts[index] = (
             order[site.node],
             StreamPart(PartKind.NORM, site.name, site.location, is_folded, "", (), index),

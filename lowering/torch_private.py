@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch._dynamo
@@ -150,6 +150,17 @@ def source_name(placeholder: fx.Node) -> str | None:
         return None
     name = source.name
     return str(name() if callable(name) else name)
+
+
+class _NameInModel(NamedTuple):
+    """Stands for the source of a placeholder that Dynamo did not make. (Dynamo's own is a function of no arguments.)"""
+
+    name: str
+
+
+def give_name_in_model(placeholder: fx.Node, name: str) -> None:
+    """Say of a placeholder of torch.export's which parameter of the model it is, by its dotted name."""
+    placeholder._dynamo_source = _NameInModel(f"L['self'].{name}")
 
 
 def take_source_of_attribute(placeholder: fx.Node, graph_module: fx.GraphModule, name: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch._dynamo
+import torch.fx.experimental.symbolic_shapes
 from torch import fx
 
 
@@ -98,6 +99,12 @@ def trace_artifact(name: str, payload: Callable[[], str]) -> None:
 
 # Base class of what Dynamo raises to itself (start again with other assumptions, give this frame up, ...).
 DynamoException: type[Exception] = torch._dynamo.exc.TorchDynamoException
+
+# What Dynamo raises where it may not break a graph, and has to.
+CAPTURE_ERRORS: tuple[type[Exception], ...] = (
+    DynamoException,
+    torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode,
+)
 
 
 def code_being_compiled() -> Any:

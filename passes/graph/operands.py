@@ -58,6 +58,9 @@ WRITTEN = "lnfold_written"
 # Set in the meta of nodes that center a parameter in its own dtype (by `rewrite`): along which axes.
 CENTERED_ALONG = "lnfold_centered_along"
 
+# Set in the meta of a parameter's placeholder that is to stay as it is, by whoever asks for an analysis: why, in words.
+KEPT = "lnfold_kept"
+
 # What has no canonical form and is computed element by element too, by the names of torch's functions.
 _COMPARISONS = frozenset(
     "eq ne lt le gt ge and_ or_ xor invert bitwise_and bitwise_or bitwise_not logical_and logical_or logical_not bool "

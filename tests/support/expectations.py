@@ -1,7 +1,8 @@
 """Expected texts that stand in test files, and are written anew when asked.
 
-A test says ``assert_expected(actual, \"\"\"...\"\"\")``. With ``REWRITE_EXPECTATIONS=1`` in the environment the text in the
-file is exchanged for what the test found, so that a change of many of them is reviewed as a difference of the file::
+A test says ``assert_expected(actual, \"\"\"...\"\"\")``. With ``REWRITE_EXPECTATIONS=1`` in the environment the text in
+the file is exchanged for what the test found, so that a change of many of them is reviewed as a difference of
+the file::
 
     REWRITE_EXPECTATIONS=1 pytest tests/rewrites/test_golden.py && git diff tests/rewrites/test_golden.py
 """

@@ -166,7 +166,11 @@ def parse_ours(options: Mapping[str, Any] | None) -> Options:
 
 
 def _names(value: Any) -> tuple[str, ...]:
-    return switches.read_names(value) if isinstance(value, str) else tuple(value)
+    if isinstance(value, str):
+        return switches.read_names(value)
+    if not isinstance(value, tuple | list) or not all(isinstance(name, str) for name in value):
+        raise OptionError(f"option '{PREFIX}disable_passes' takes {_VALUES['disable_passes']}, not {value!r}")
+    return tuple(value)
 
 
 def _check_passes(where: str, names: tuple[str, ...]) -> None:

@@ -49,7 +49,7 @@ def test_a_pass_that_runs_too_early_is_told() -> None:
     """Each pass but the first few reads something of an earlier one, so none can move to the front."""
     graph = captured()
     early = [one.name for one in DECIDE if _runs_alone(one, graph)]
-    assert early == ["regions", "expand", "writes", "gradients"]
+    assert early == ["regions", "expand", "gather", "writes", "gradients"]
     with pytest.raises(NotMadeYet, match="'writes' is read before a pass has made it"):
         Runner().run([one for one in DECIDE if one.name == "facts"], known(graph))
     analysis = graph.analyse()
@@ -68,7 +68,7 @@ def _runs_alone(one: Pass[Known], graph: Captured) -> bool:
 def test_nothing_is_made_twice() -> None:
     graph = captured()
     with pytest.raises(AttributeError, match="'writes' is made twice"):
-        Runner().run([*DECIDE[:3], DECIDE[2]], known(graph))
+        Runner().run([*DECIDE[:4], DECIDE[3]], known(graph))
 
 
 def test_a_pass_without_a_word_on_its_absence_is_no_pass() -> None:
@@ -132,7 +132,7 @@ def test_the_runner_stops_where_it_is_told() -> None:
     runner = Runner(until="sites")
     work = known(graph)
     runner.run(DECIDE, work)
-    assert list(runner.times) == ["regions", "expand", "writes", "gradients", "facts", "chains", "sites"]
+    assert list(runner.times) == ["regions", "expand", "gather", "writes", "gradients", "facts", "chains", "sites"]
     assert len(work.sites) == 2
     with pytest.raises(NotMadeYet, match="variables"):
         _ = work.variables

@@ -72,3 +72,11 @@ def closure(root: fx.Node) -> list[fx.Node]:
 
     visit(root)
     return order
+
+
+def after_definition(node: fx.Node) -> fx.Node:
+    """Return the node before which something computed from ``node`` can stand; never one among the placeholders."""
+    following = node.next
+    while following.op == "placeholder":
+        following = following.next
+    return following

@@ -48,6 +48,7 @@ from lncompile.lowering import emit
 from lncompile.passes.decisions import Blocked
 from lncompile.passes.graph import provenance
 from lncompile.passes.graph.canonical import canonicalise, tensor_of
+from lncompile.passes.graph.expressions import after_definition
 from lncompile.passes.graph.facts import GraphFacts
 from lncompile.passes.norms.sites import NormSite
 from lncompile.passes.placement.costs import NOTHING, Balance, Bytes, CostModel, Device, one_pass
@@ -276,10 +277,11 @@ def absorb(graph: fx.Graph, absorptions: Sequence[Absorption], rounded: Sequence
         return done
     exact = {node: node.args[0] for node in rounded if node.target == "to" and isinstance(node.args[0], fx.Node)}
     made: dict[tuple[fx.Node | None, ...], fx.Node] = {}
+    order = {node: index for index, node in enumerate(graph.nodes)}
     for absorption in absorptions:
         site = absorption.site
         for consumer in absorption.consumers:
-            _absorb_into(graph, consumer, site.weight, site.bias, exact, made, done.products)
+            _absorb_into(graph, consumer, site.weight, site.bias, exact, made, done.products, order)
         site.current().replace({("weight", None): None, ("bias", None): None})
     for node in exact:
         if not node.users and node not in made.values():
@@ -296,6 +298,7 @@ def _absorb_into(
     exact: Mapping[fx.Node, fx.Node],
     made: dict[tuple[fx.Node | None, ...], fx.Node],
     products: dict[fx.Node, fx.Node],
+    order: Mapping[fx.Node, int],
 ) -> None:
     node, operands = consumer.operation.node, consumer.operands
     operation = canonicalise(node)
@@ -305,25 +308,24 @@ def _absorb_into(
     scaled, shifted = weight, bias
     tensor = tensor_of(weight)
     assert tensor is not None  # its shape was read when the consumer was found
-    with graph.inserting_before(node):
-        if scale is not None:
-            scaled = made.get((weight, scale))
-            if scaled is None:
-                wide = exact.get(weight, weight)
+    wide, wide_bias = exact.get(weight, weight), None if bias is None else exact.get(bias, bias)
+    if scale is not None:
+        scaled = made.get((weight, scale))
+        if scaled is None:
+            with graph.inserting_before(_behind_all(order, wide, scale)):
                 name = f"{weight.name}_affine"
                 scaled = emit(graph, name, scale_weight, wide, scale, operands.incoming, tensor.dtype, value=tensor)
-                made[weight, scale] = scaled
-        if shift is not None:
-            shifted = made.get((weight, bias, shift))
-            if shifted is None:
-                like = tensor_of(bias) if bias is not None else tensor.new_empty([tensor.shape[operands.outgoing]])
-                assert like is not None  # a bias is one tensor
-                name = f"{(bias or weight).name}_affine_bias"
-                wide, wide_bias = exact.get(weight, weight), None if bias is None else exact.get(bias, bias)
-                shifted = emit(
-                    graph, name, shift_bias, wide_bias, wide, shift, operands.incoming, like.dtype, value=like
-                )
-                made[weight, bias, shift] = shifted
+            made[weight, scale] = scaled
+    if shift is not None:
+        shifted = made.get((weight, bias, shift))
+        if shifted is None:
+            like = tensor_of(bias) if bias is not None else tensor.new_empty([tensor.shape[operands.outgoing]])
+            assert like is not None  # a bias is one tensor
+            arguments = (wide_bias, wide, shift, operands.incoming, like.dtype)
+            with graph.inserting_before(_behind_all(order, wide_bias, wide, shift)):
+                shifted = emit(graph, f"{(bias or weight).name}_affine_bias", shift_bias, *arguments, value=like)
+            made[weight, bias, shift] = shifted
+    with graph.inserting_before(node):
         if operands.bias is not None:
             operation.replace({(operands.weight, None): scaled, (operands.bias, None): shifted})
         elif shifted is None:
@@ -334,6 +336,11 @@ def _absorb_into(
             node.replace_all_uses_with(product)
             graph.erase_node(node)
             products[node] = product
+
+
+def _behind_all(order: Mapping[fx.Node, int], *sources: fx.Node | None) -> fx.Node:
+    """Where what is computed of some nodes can stand. Not in front of one product: one before it may read the same."""
+    return after_definition(max((source for source in sources if source is not None), key=order.__getitem__))
 
 
 def _product_with_bias(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

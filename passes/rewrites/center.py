@@ -29,6 +29,7 @@ from torch import Tensor, fx
 from lncompile.lowering import emit
 from lncompile.passes.graph.axes import Axes
 from lncompile.passes.graph.canonical import Key, Operation, tensor_of, value_of
+from lncompile.passes.graph.expressions import after_definition
 from lncompile.passes.graph.operands import CENTERED_ALONG
 from lncompile.passes.graph.spellings import aten
 from lncompile.passes.placement.cut import Placement
@@ -124,7 +125,7 @@ def _make_centered(graph: fx.Graph, key: VariableKey, is_stream: bool, variable:
         return
     tensor = tensor_of(node)
     assert tensor is not None  # variables without a single tensor have no centering cost, so are never chosen
-    with graph.inserting_before(_after_definition(node)):
+    with graph.inserting_before(after_definition(node)):
         if variable.parameter is not None:
             centered = _center_weight(graph, variable.parameter, [axes], tensor, done)
         else:
@@ -152,20 +153,12 @@ def _center_weight(graph: fx.Graph, parameter: fx.Node, axes: Sequence[Axes], va
 
 def _recomputed(graph: fx.Graph, node: fx.Node, sources: Mapping[fx.Node, fx.Node]) -> fx.Node:
     """Do a view of a parameter once more, on the centered parameter."""
-    with graph.inserting_before(_after_definition(node)):
+    with graph.inserting_before(after_definition(node)):
         again = graph.node_copy(node)
         again.meta = dict(node.meta)
     for source, centered in sources.items():
         again.replace_input_with(source, centered)
     return again
-
-
-def _after_definition(node: fx.Node) -> fx.Node:
-    """The node before which something computed from ``node`` can stand; never among the placeholders."""
-    following = node.next
-    while following.op == "placeholder":
-        following = following.next
-    return following
 
 
 def _exchange_operands(
@@ -243,7 +236,7 @@ def _centered_along(
     parameter, tensor = parts[0].parameter, tensor_of(operand)
     assert parameter is not None  # an activation is never centered in parts
     assert tensor is not None  # a parameter is one tensor
-    with graph.inserting_before(_after_definition(operand)):
+    with graph.inserting_before(after_definition(operand)):
         return _center_weight(graph, parameter, explicit, tensor, done)
 
 

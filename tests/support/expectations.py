@@ -1,10 +1,9 @@
 """Expected texts that stand in test files, and are written anew when asked.
 
-A test says ``assert_expected(actual, \"\"\"...\"\"\")``. With ``REWRITE_EXPECTATIONS=1`` in the environment the text in
-the file is exchanged for what the test found, so that a change of many of them is reviewed as a difference of
-the file::
+A test calls ``assert_expected`` with what it found and with a literal. With ``REWRITE_EXPECTATIONS=1`` in the
+environment the literal in the file is exchanged for what the test found, so that a change of many can be read there::
 
-    REWRITE_EXPECTATIONS=1 pytest tests/rewrites/test_golden.py && git diff tests/rewrites/test_golden.py
+    REWRITE_EXPECTATIONS=1 pytest tests/rewrites/test_golden_*.py && git diff tests/rewrites
 """
 
 from __future__ import annotations

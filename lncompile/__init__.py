@@ -9,25 +9,28 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lncompile.abtest import ABTest
     from lncompile.explanation import explain, refresh, reports, restore
-    from lncompile.folding import FoldedModule, fold
     from lncompile.integrations import allow_in_accelerate
     from lncompile.lowering.inspect.generated_code import GeneratedCode, generated_code
     from lncompile.options import OptionError, Options
     from lncompile.passes.decisions import Reason, Site
+    from lncompile.plans.capture import Call
+    from lncompile.plans.entries import PlanError
+    from lncompile.plans.fold_plan import FoldPlan
+    from lncompile.plans.planning import fold, plan
     from lncompile.reporting.report import FoldReport
-    from lncompile.signature import CallError
     from lncompile.verification import Verification, verify
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ABTest",
-    "CallError",
+    "Call",
+    "FoldPlan",
     "FoldReport",
-    "FoldedModule",
     "GeneratedCode",
     "OptionError",
     "Options",
+    "PlanError",
     "Reason",
     "Site",
     "Verification",
@@ -36,6 +39,7 @@ __all__ = [
     "explain",
     "fold",
     "generated_code",
+    "plan",
     "refresh",
     "reports",
     "restore",
@@ -47,13 +51,15 @@ __all__ = [
 _MODULES = {
     "abtest": ("ABTest",),
     "explanation": ("explain", "refresh", "reports", "restore"),
-    "folding": ("FoldedModule", "fold"),
     "integrations": ("allow_in_accelerate",),
     "lowering.inspect.generated_code": ("GeneratedCode", "generated_code"),
     "options": ("OptionError", "Options"),
     "passes.decisions": ("Reason", "Site"),
+    "plans.capture": ("Call",),
+    "plans.fold_plan": ("FoldPlan",),
+    "plans.planning": ("fold", "plan"),
+    "plans.entries": ("PlanError",),
     "reporting.report": ("FoldReport",),
-    "signature": ("CallError",),
     "verification": ("Verification", "verify"),
 }
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch._dynamo
+import torch.fx.experimental.symbolic_shapes
 from torch import Tensor, fx
 from torch.utils import _pytree
 
@@ -148,6 +149,17 @@ def source_name(placeholder: fx.Node) -> str | None:
         return None
     name = source.name
     return str(name() if callable(name) else name)
+
+
+class _NameInModel(NamedTuple):
+    """Stands for the source of a placeholder that Dynamo did not make. (Dynamo's own is a function of no arguments.)"""
+
+    name: str
+
+
+def give_name_in_model(placeholder: fx.Node, name: str) -> None:
+    """Say of a placeholder of torch.export's which parameter of the model it is, by its dotted name."""
+    placeholder._dynamo_source = _NameInModel(f"L['self'].{name}")
 
 
 def take_source_of_attribute(placeholder: fx.Node, graph_module: fx.GraphModule, name: str) -> None:
@@ -472,6 +484,12 @@ def static_fake_tensors(values: Sequence[Tensor]) -> list[Tensor]:
 
 # Base class of what Dynamo raises to itself (start again with other assumptions, give this frame up, ...).
 DynamoException: type[Exception] = torch._dynamo.exc.TorchDynamoException
+
+# What Dynamo raises where it may not break a graph, and has to.
+CAPTURE_ERRORS: tuple[type[Exception], ...] = (
+    DynamoException,
+    torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode,
+)
 
 
 def code_being_compiled() -> Any:

@@ -12,8 +12,7 @@ from architectures import randomise
 from torch import Tensor, nn
 
 import lncompile
-from lncompile import analysis, explanation, folding, pipeline, safety_net
-from lncompile.verification import relative_error
+from lncompile import analysis, explanation, pipeline, safety_net
 
 
 class Net(nn.Module):
@@ -44,20 +43,6 @@ def explain_it(model: nn.Module, x: Tensor) -> lncompile.FoldReport:
     return lncompile.explain(model, x)
 
 
-def fold_it(model: nn.Module, x: Tensor) -> lncompile.FoldReport:
-    module = lncompile.fold(model, x)
-    actual, expected = module(x), model(x)
-    assert actual.keys() == expected.keys()
-    assert actual["cache"] is None
-    assert relative_error(actual["y"], expected["y"]) <= 1e-15
-    other = torch.randn(3, 16, dtype=torch.float64)
-    assert relative_error(module(other)["y"], model(other)["y"]) <= 1e-15
-    assert not module.training
-    ours = {value.untyped_storage().data_ptr() for value in module.state_dict().values()}
-    assert not ours & {value.untyped_storage().data_ptr() for value in model.state_dict().values()}
-    return module.report
-
-
 #: What is called, where it fails, what is logged (once for each failure), and how many sites the report has then.
 FAILURES: dict[str, tuple[Callable[..., lncompile.FoldReport], list[tuple[object, str]], list[str], int]] = {
     "explain_deciding": (explain_it, [(pipeline, "analyse")], ["lncompile.explain failed"], 2),
@@ -68,21 +53,6 @@ FAILURES: dict[str, tuple[Callable[..., lncompile.FoldReport], list[tuple[object
         ["lncompile.explain failed"],
         0,
     ),
-    "fold_deciding": (fold_it, [(folding, "analyse")], ["lncompile.fold failed and folds nothing"], 2),
-    "fold_rewriting": (fold_it, [(folding, "transform")], ["lncompile.fold failed and folds nothing"], 2),
-    "fold_reporting": (fold_it, [(folding, "make_report")], ["lncompile.fold failed and folds nothing"], 2),
-    "fold_holding_weights": (
-        fold_it,
-        [(folding, "hold_weights")],
-        ["lncompile.fold failed and folds nothing", "lncompile.fold failed again"],
-        2,
-    ),
-    "fold_reading_results": (
-        fold_it,
-        [(folding, "Returned")],
-        ["lncompile.fold failed and folds nothing", "lncompile.fold failed again"],
-        2,
-    ),
 }
 
 
@@ -90,7 +60,7 @@ FAILURES: dict[str, tuple[Callable[..., lncompile.FoldReport], list[tuple[object
 def test_a_failure_of_ours(name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     call, places, logged, sites = FAILURES[name]
     model, x = net_and_input()
-    assert call.__name__ == "fold_it" or call(model, x).folded == 2
+    assert call(model, x).folded == 2
     for module, attribute in places:
         monkeypatch.setattr(module, attribute, fail)
     with pytest.raises(Exception, match="a bug of ours"):
@@ -173,7 +143,6 @@ class Breaks(nn.Module):
         ("error", ValueError, "a bug of yours"),
         ("input", RuntimeError, "cannot be multiplied|same reduction dim"),
         ("training", ValueError, r"call model\.eval\(\) first"),
-        ("options", lncompile.OptionError, "lnfold.asist"),
     ],
 )
 def test_errors_of_the_caller_are_raised_with_the_net(
@@ -182,18 +151,10 @@ def test_errors_of_the_caller_are_raised_with_the_net(
     monkeypatch.setattr(safety_net, "enabled", True)
     model, x = Breaks(how).double().eval(), torch.randn(3, 16, dtype=torch.float64)
     model.train(how == "training")
-    options = {"lnfold.asist": True} if how == "options" else None
     with pytest.raises(error, match=message), caplog.at_level(logging.WARNING, logger="lncompile"):
-        lncompile.fold(model, x, options=options)
+        lncompile.plan(model, x)
     assert not messages(caplog)
     if how in ("error", "input"):
         for call in (lncompile.explain, lncompile.verify):
             with pytest.raises(Exception, match=message):
                 call(model, x)
-
-
-def test_a_graph_break_is_raised_with_the_net(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(safety_net, "enabled", True)
-    x = torch.randn(16, 16, dtype=torch.float64)
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="graph_break"):
-        lncompile.fold(Breaks("graph break").double().eval(), x)

@@ -20,7 +20,7 @@ from lncompile.lowering import rms_norm, torch_private
 from lncompile.passes.graph import sharding
 from lncompile.passes.graph.bodies import Call, call_of, counterparts
 from lncompile.passes.graph.canonical import canonicalise, tensor_of, value_of
-from lncompile.passes.graph.operands import WRITTEN
+from lncompile.passes.graph.operands import KEPT, WRITTEN
 from lncompile.passes.graph.parameter_expressions import Kind, find_autocast, is_settled, kind_of
 from lncompile.passes.graph.provenance import parameter_name
 
@@ -184,6 +184,8 @@ class GraphFacts:
 
     def _problem_with(self, node: fx.Node, example: Tensor) -> str | None:
         name = parameter_name(node)
+        if node.meta.get(KEPT):
+            return f"parameter '{name}' {node.meta[KEPT]}"
         if node in self.written:
             return f"parameter '{name}' is written to in the graph: {self.written[node]}"
         if torch_private.is_gathered_for_the_call(node):

@@ -56,6 +56,9 @@ WRITTEN = "lnfold_written"
 # Set in the meta of nodes that center a parameter in its own dtype (by `rewrite`): along which axes.
 CENTERED_ALONG = "lnfold_centered_along"
 
+# Set in the meta of a parameter's placeholder that is to stay as it is, by whoever asks for an analysis: why, in words.
+KEPT = "lnfold_kept"
+
 # Elementwise operations by the names of their functions: what is constant along A in all operands is so in the result.
 _ELEMENTWISE = frozenset(
     "add sub mul truediv neg eq ne lt le gt ge and_ or_ xor invert bitwise_and bitwise_or bitwise_not logical_and "

@@ -117,7 +117,7 @@ def find_conflict(streams: Collection[VariableKey]) -> VariableKey | None:
     for key in streams:
         by_node[key[0]].append(key)
     for keys in by_node.values():
-        for one, other in itertools.combinations(sorted(keys, key=lambda key: str(key[1])), 2):
+        for one, other in itertools.combinations(sorted(keys, key=lambda key: repr(key[1])), 2):
             if one[1].overlaps(other[1]):
                 return other
     return None

@@ -95,10 +95,10 @@ def rewrite(
     """
     done = Rewrite(wants_gradient=trained, in_training=in_training)
     order = {node: index for index, node in enumerate(graph.nodes)}
-    for key in sorted(placement.centered, key=lambda key: (order[key[0]], str(key[1]))):
+    for key in sorted(placement.centered, key=lambda key: (order[key[0]], repr(key[1]))):
         _make_centered(graph, key, key in placement.streams, variables[key], done)
     streams: dict[fx.Node, list[Variable]] = defaultdict(list)
-    for key in sorted(placement.streams, key=lambda key: (order[key[0]], str(key[1]))):
+    for key in sorted(placement.streams, key=lambda key: (order[key[0]], repr(key[1]))):
         streams[key[0]].append(variables[key])
     for group in streams.values():
         _exchange_operands(graph, group, variables, done)

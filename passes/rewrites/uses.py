@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
-from torch import Tensor, fx
+from torch import fx
 
 from lncompile.passes.graph.axes import Axes
-from lncompile.passes.graph.canonical import canonicalise, value_of
 from lncompile.passes.graph.expressions import Expression, closure
 from lncompile.passes.graph.facts import written_arguments
 from lncompile.passes.graph.operands import CENTERED_ALONG
@@ -61,24 +60,3 @@ def _living(graph: fx.Graph) -> set[fx.Node]:
                 living.add(source)
                 pending.append(source)
     return living
-
-
-def remove_unread(graph: fx.Graph) -> None:
-    """Take out of a graph what nothing reads: a rewrite leaves products with raw weights behind.
-
-    What it is not sure to be pure stays, such as the beginning and end of a ``vmap``, which no node reads.
-
-    Args:
-        graph: changed in place. Its placeholders stay.
-    """
-    living = _living(graph)
-    for node in reversed(list(graph.nodes)):
-        if node.op != "placeholder" and node not in living and not node.users and _is_value(node):
-            graph.erase_node(node)
-
-
-def _is_value(node: fx.Node) -> bool:
-    """Whether a node is there for its value: a tensor, several, or what a known operation computes."""
-    value = value_of(node)
-    tensors = value if isinstance(value, tuple | list) else [value]
-    return node.op == "get_attr" or canonicalise(node) is not None or any(isinstance(v, Tensor) for v in tensors)

@@ -8,7 +8,6 @@ import numerics
 import pytest
 import torch
 from architectures import ARCHITECTURES, Architecture
-from folded import fold_captured
 from graphs import capture_all
 
 import lncompile
@@ -45,11 +44,6 @@ def test_counts_and_exactness_in_float64(architecture: Architecture, without_ind
     assert sum(report.folded for report in reports) == architecture.folded
     assert sum(len(report.centerings) for report in reports) == architecture.centerings
     assert worst_error(call.result, expected) <= 1e-10
-    folded = fold_captured(model, call)
-    assert folded.counts == (architecture.sites, architecture.folded, architecture.centerings)
-    assert worst_error(folded.module(**inputs), expected) <= 1e-10
-    if architecture.folded:
-        assert worst_error(folded.uncentered(**inputs), expected) > 1e-4, "the control: nothing is centered"
     after = model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items()), "copy mode changed a weight"
     for report in reports:

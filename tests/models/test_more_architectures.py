@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 import numerics
 import pytest
 import torch
-from folded import fold_captured
 from gradients import compare_gradients
 from graphs import capture_all
 from more_architectures import MORE_ARCHITECTURES, Model
@@ -51,34 +49,6 @@ ORACLE_DIFFERS: dict[str, tuple[int, int]] = {
     "x_clip": (7, 9),
 }
 
-#: Models that fold() cannot take because they are not one graph, with what torch says. Dynamo compiles them in pieces.
-NOT_FOLDED_AS_A_WHOLE: dict[str, str] = {
-    # Whether there is any padding.
-    **dict.fromkeys(("longformer", "led"), r"UserError: .*data-dependent expression Eq\(u0, 1\)"),
-    "vilt": "UserError: .*data-dependent expression u0 > 1",
-    # Which experts got a token.
-    **dict.fromkeys(("dbrx", "mixtral", "phimoe", "nllb_moe"), "UserError: .*data-dependent expression u0"),
-    # A random number that decides whether a layer is left out.
-    **dict.fromkeys(("vits_text_encoder", "wav2vec2_adapter"), "UserError: .*data-dependent expression zuf0"),
-    # Sizes of images that are given as a tensor.
-    **dict.fromkeys(("qwen2_vl_vision", "qwen3_vl_vision"), r"GuardOnDataDependentSymNode: .*expression Eq\(u\d, 0\)"),
-    "perceiver_image": r"UserError: .*data-dependent expression Ne\(2\*u0, 0\)",
-    "eomt": "Unsupported: Data-dependent branching",
-    # Dynamo takes the mask for something without a shape.
-    "longt5": "Unsupported: Observed exception",
-}
-
-#: Models that Dynamo compiles in pieces, and captures as a whole if it must: (sites, folded, centerings) of the whole.
-FOLDED_AS_A_WHOLE: dict[str, tuple[int, int, int]] = {
-    "deberta_relative": (5, 1, 0),
-    "siglip2_vision": (6, 5, 0),
-    "vjepa2": (8, 8, 0),
-    "xmod": (7, 1, 0),
-}
-
-#: Those of them with a cast to single precision between a parameter and its norm, which Dynamo leaves to eager.
-SINGLE_PRECISION_AS_A_WHOLE = frozenset({"siglip2_vision"})
-
 
 @dataclass(frozen=True)
 class Measured:
@@ -95,11 +65,6 @@ class Measured:
     folded_in_training: int
     gradient_error: float
     gradient_noise: float
-    fold_refused: str
-    fold_counts: tuple[int, int, int] | None
-    fold_error: float
-    fold_wide_error: float
-    uncentered_error: float | None
 
 
 @functools.cache
@@ -137,13 +102,6 @@ def measure(name: str) -> Measured:
             reports = lncompile.reports(compiled)
             error = worst_error(floating_outputs(call.result), expected)
             wide_error = error
-            folded = fold_captured(model, call)
-            fold_error = worst_error(seeded(folded.module), expected) if folded.module else 0.0
-            fold_wide_error = fold_error
-            uncentered_error = worst_error(seeded(folded.uncentered), expected) if folded.uncentered else None
-            if fold_error > TOLERANCE:
-                with Wide():
-                    fold_wide_error = worst_error(seeded(folded.module), seeded(model))
             if error > TOLERANCE:
                 wide = True
                 with Wide():
@@ -174,11 +132,6 @@ def measure(name: str) -> Measured:
         sum(gradient.folded for gradient in gradients),
         max((gradient.error for gradient in gradients), default=0.0),
         max((gradient.noise for gradient in gradients), default=0.0),
-        folded.refused,
-        folded.counts if folded.module else None,
-        fold_error,
-        fold_wide_error,
-        uncentered_error,
     )
 
 
@@ -224,24 +177,6 @@ def test_exactness_in_float64(architecture: Model) -> None:
 
 
 @each_architecture
-def test_folded_module(architecture: Model) -> None:
-    """A module of its own is as exact as what is compiled, and has as many folded norms."""
-    name, measured = architecture.name, measure(architecture.name)
-    if name in NOT_FOLDED_AS_A_WHOLE:
-        assert re.search(NOT_FOLDED_AS_A_WHOLE[name], measured.fold_refused), measured.fold_refused
-        return
-    assert not measured.fold_refused
-    counts = (architecture.sites, architecture.folded, architecture.centerings)
-    assert measured.fold_counts == FOLDED_AS_A_WHOLE.get(name, counts)
-    if name in SINGLE_PRECISION | SINGLE_PRECISION_AS_A_WHOLE:
-        assert TOLERANCE < measured.fold_error <= ROUNDED
-    else:
-        assert measured.fold_error <= TOLERANCE
-    assert measured.fold_wide_error <= TOLERANCE
-    assert measured.uncentered_error is None or measured.uncentered_error > 1e-4, "the control: nothing is centered"
-
-
-@each_architecture
 def test_oracle_agrees_on_what_folds_into_parameters(architecture: Model) -> None:
     measured = measure(architecture.name)
     assert measured.oracle_sites == architecture.sites
@@ -268,7 +203,6 @@ def test_tables_name_models_that_exist() -> None:
     names = [architecture.name for architecture in MORE_ARCHITECTURES]
     assert len(names) == len(set(names))
     assert SINGLE_PRECISION | ORACLE_DIFFERS.keys() | NOT_IN_BFLOAT16.keys() <= set(names)
-    assert NOT_FOLDED_AS_A_WHOLE.keys() | FOLDED_AS_A_WHOLE.keys() | SINGLE_PRECISION_AS_A_WHOLE <= set(names)
 
 
 @pytest.mark.slow

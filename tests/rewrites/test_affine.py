@@ -214,17 +214,6 @@ def test_models(name: str, without_inductor: None) -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["linear", "linear without a bias gets one", "a weight that is centered too"])
-def test_a_module_of_its_own(name: str) -> None:
-    model = program(ABSORBED[name][0])
-    folded = lncompile.fold(model, IDS, options=ALWAYS)
-    assert relative_error(folded(IDS), model(IDS)) <= 1e-12
-    layers = {name: layer for name, layer in folded.named_modules() if isinstance(layer, nn.Linear)}
-    assert all(layer.bias is not None for layer in layers.values())
-    assert len(layers) == 1
-    assert "norm.weight" not in str(list(folded.state_dict())), "γ is in the layer"
-
-
 def test_autocast(without_inductor: None) -> None:
     model = program(ABSORBED["two readers"][0], torch.float32)
     reference = program(ABSORBED["two readers"][0])(IDS)

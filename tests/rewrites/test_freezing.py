@@ -162,7 +162,6 @@ def test_training_is_not_frozen(without_inductor: None) -> None:
 def test_a_folded_module_is_frozen_later() -> None:
     model = net()
     folded = lncompile.fold(model, IDS)
-    assert (folded.report.folded, folded.report.total) == (2, 2)
-    dict(folded.named_buffers())["folded.calls"].copy_(model.calls)  # it was called in between
+    folded.calls.copy_(model.calls)  # it was called in between
     compiled = torch.compile(folded, backend="inductor")
     torch.testing.assert_close(compiled(IDS), model(IDS), **TOLERANCE)

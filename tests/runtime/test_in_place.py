@@ -435,13 +435,13 @@ def test_an_unknown_value_is_an_error() -> None:
 @without_inductor
 def test_fold_of_a_model_in_place() -> None:
     model = made()
-    expected = model(IDS), model(IDS, True)
+    expected = model(IDS)
     compiled(model)(IDS)
-    folded = lncompile.fold(model, IDS)
-    torch.testing.assert_close(folded(IDS), expected[0], **TOLERANCE)
+    plan = lncompile.plan(model, IDS)
+    assert plan.replace
+    assert not plan.center, "it is done"
+    torch.testing.assert_close(lncompile.fold(model, IDS)(IDS), expected, **TOLERANCE)
     assert kept_in_place(model) == CENTERED
-    torch.testing.assert_close(lncompile.fold(model, IDS, True)(IDS, True), expected[1], **TOLERANCE)
-    assert kept_in_place(model) == set(), "what fold was to return as it was had to be restored"
 
 
 # --- threads ---

@@ -107,12 +107,13 @@ def test_parameters_that_load_themselves(kind: type[Loaded], options: dict[str, 
 
 
 @pytest.mark.parametrize("kind", [Loaded, Traceable])
-def test_a_module_folded_from_parameters_that_load_themselves(kind: type[Loaded]) -> None:
+def test_a_model_whose_parameters_load_themselves_is_folded_in_place(kind: type[Loaded]) -> None:
     model = with_parameters_of(kind)
-    folded = lncompile.fold(model, IDS)
-    torch.testing.assert_close(folded(IDS), model(IDS), **TOLERANCE)
-    assert folded.report.folded == 2
-    assert {type(value) for value in folded.parameters()} == {nn.Parameter}
+    expected = model(IDS)
+    plan = lncompile.plan(model, IDS)
+    assert plan.folded == 2
+    torch.testing.assert_close(plan.apply(model)(IDS), expected, **TOLERANCE)
+    assert {type(value) for value in model.parameters()} == {kind}
 
 
 def test_a_function_of_its_own_is_traced_and_not_applied_again() -> None:

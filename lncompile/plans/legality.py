@@ -1,0 +1,119 @@
+"""Which parameters may be centered: those that every program reads centered, along the same axes, or not at all.
+
+A parameter that cannot be centered is kept, with the reason, and all programs are read anew without it: the norms that
+need it stay, and what only they wanted centered is not wanted any more. Fewer parameters are centered each time, so
+this ends.
+
+A table that an embedding looks up in and that something else reads as it is (a tied head) does not have to be kept:
+what the embedding looks up can be centered apart from its table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from lncompile.passes.graph.axes import Axes
+from lncompile.plans.capture import Program
+from lncompile.plans.holdings import Holdings, Slot
+from lncompile.plans.reading import Reading, lookups_of, read
+
+#: A centering at each call takes one pass over the stream, which is what one norm saves.
+_NORMS_WORTH_A_CENTERING = 2
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What may be centered.
+
+    Attributes:
+        readings: of all programs.
+        centered: along which axes each slot is centered.
+        kept: slots that stay as they are, with why, where a norm wanted them centered.
+        separate: embeddings whose look-up is centered apart from their table.
+    """
+
+    readings: Sequence[Reading]
+    centered: Mapping[Slot, tuple[Axes, ...]]
+    kept: Mapping[Slot, str]
+    separate: frozenset[Slot]
+
+    @property
+    def folded(self) -> int:
+        """How many norms fold."""
+        return sum(reading.folded for reading in self.readings)
+
+
+@dataclass
+class _State:
+    kept: dict[Slot, str]
+    separate: set[Slot] = field(default_factory=set)
+    barred: set[str] = field(default_factory=set)
+
+
+def settle(programs: Sequence[Program], holdings: Holdings, untie: bool) -> Settled:
+    """Decide what is centered.
+
+    Args:
+        programs: the example calls.
+        holdings: what the model holds.
+        untie: whether tied tables may get a copy for their look-up.
+    """
+    state = _State({Slot(name): held.obstacle for name, held in holdings.obstacles()})
+    lookups: set[Slot] = set().union(*(lookups_of(program, holdings) for program in programs))
+    settled = _settle(programs, holdings, lookups, state)
+    worth = 1 if untie else _NORMS_WORTH_A_CENTERING
+    for table in sorted({slot.name for slot in settled.separate}):
+        without = _State(dict(state.kept), set(state.separate), {*state.barred, table})
+        without.separate = {slot for slot in without.separate if slot.name != table}
+        kept_tied = _settle(programs, holdings, lookups, without)
+        gain = settled.folded - kept_tied.folded
+        if gain < worth:
+            settled, state = kept_tied, without
+    return settled
+
+
+def _settle(programs: Sequence[Program], holdings: Holdings, lookups: set[Slot], state: _State) -> Settled:
+    while True:
+        readings = [read(program, holdings, state.kept, state.separate) for program in programs]
+        conflicts = find_conflicts(readings)
+        if not conflicts:
+            break
+        for slot, reason in conflicts.items():
+            own_lookups = {lookup for lookup in lookups if lookup.name == slot.name}
+            if slot.lookup:
+                # That look-up cannot be centered, and so neither can its table.
+                state.separate.discard(slot)
+                state.kept[Slot(slot.name)] = reason
+                lookups = lookups - {slot}
+            elif own_lookups and slot.name not in state.barred and not own_lookups & state.separate:
+                state.separate |= own_lookups
+                state.kept[slot] = reason
+            else:
+                state.kept[slot] = reason
+    centered = {slot: way for reading in readings for slot, ways in reading.wanted.items() for way in ways}
+    separate = frozenset(slot for slot in state.separate if slot in centered)
+    return Settled(readings, centered, state.kept, separate)
+
+
+def find_conflicts(readings: Sequence[Reading]) -> dict[Slot, str]:
+    """Return the slots that some program wants centered and that cannot be, with why, in words.
+
+    Args:
+        readings: of all programs.
+    """
+    conflicts: dict[Slot, str] = {}
+    ways: dict[Slot, set[tuple[Axes, ...]]] = {}
+    for reading in readings:
+        conflicts.update(reading.inexpressible)
+        for slot, wanted in reading.wanted.items():
+            ways.setdefault(slot, set()).update(wanted)
+    for slot, wanted in ways.items():
+        readers = [(number, reading.raw[slot]) for number, reading in enumerate(readings, 1) if slot in reading.raw]
+        if len(wanted) > 1:
+            conflicts[slot] = "would have to be centered in several ways"
+        elif readers:
+            number, reader = readers[0]
+            call = f" in call {number}" if len(readings) > 1 else ""
+            conflicts[slot] = f"is also read as it is{call}: {reader}" if reader else "is read in several ways"
+    return conflicts

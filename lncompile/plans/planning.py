@@ -1,0 +1,205 @@
+"""Making a fold plan, and folding a copy of a model with it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lncompile.lowering import torch_private
+from lncompile.models.stand_ins import is_on_meta
+from lncompile.nn import CenteredEmbedding
+from lncompile.plans.capture import Call, capture, ready_to_capture
+from lncompile.plans.entries import (
+    CenteredLookup,
+    CenteredParameter,
+    Centering,
+    KeptParameter,
+    PlannedNorm,
+    ReplacedNorm,
+    class_name,
+)
+from lncompile.plans.fold_plan import FoldPlan
+from lncompile.plans.holdings import Holdings, form_of
+from lncompile.plans.legality import Settled, settle
+from lncompile.plans.reading import Reading
+
+
+def plan(model: nn.Module, *args: Any, more_calls: Sequence[Call] = (), untie: bool = False, **kwargs: Any) -> FoldPlan:
+    """Decide how a model folds, as data that can be kept, read and applied. The model stays as it is.
+
+    The plan folds every norm that folds in all example calls, by centering parameters. What another call would read of
+    the same parameters is not known: give an example of each way in which the model is called (a prompt and a step of
+    decoding, an encoder and a decoder). A parameter that no example reaches is not touched. Hidden states that a model
+    has inside lose their mean; where an example returns them, that stream does not fold.
+
+    On the meta device a model of any size is planned without its weights.
+
+    Args:
+        model: in evaluation mode.
+        args: an example of what it is called with.
+        more_calls: further examples.
+        untie: whether a tied table that is looked up in gets a centered copy of its own. By default the tie stays, and
+            what is looked up is centered at each call, if two norms or more fold for that.
+        kwargs: as ``args``.
+
+    Returns:
+        The plan. It is empty where nothing folds, or everything is folded already.
+
+    Raises:
+        ValueError: for a model in training mode, or one that cannot be captured as one program.
+
+    Example:
+        >>> plan = lncompile.plan(model, input_ids)
+        >>> print(plan)
+        >>> plan.save("model.fold.json")
+    """
+    model = torch_private.original_callable(model)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"plan() takes a module, not a {type(model).__name__}")
+    if model.training:
+        raise ValueError("the model is in training mode, and folding is for inference: call model.eval() first")
+    calls = [*([Call(*args, **kwargs)] if args or kwargs or not more_calls else []), *more_calls]
+    form = form_of(model)
+    has_values = not is_on_meta(model)
+    with torch.no_grad(), ready_to_capture(model, calls) as ready:
+        holdings = Holdings(model)
+        programs = [capture(model, call) for call in ready]
+        settled = settle(programs, holdings, untie)
+        replace, not_replaced = _norm_modules(settled.readings, holdings)
+        center = _centered(settled, holdings, untie)
+        return FoldPlan(
+            form,
+            tuple(entry for entry in center if not (has_values and entry.is_done(holdings.named(entry.name).tensor))),
+            tuple(replace.values()),
+            _lookups(settled, holdings, untie),
+            _norms(settled.readings, replace, not_replaced, holdings),
+            _kept(settled, holdings),
+            _unreached(settled.readings, holdings),
+        )
+
+
+def fold(
+    model: nn.Module, *args: Any, more_calls: Sequence[Call] = (), untie: bool = False, **kwargs: Any
+) -> nn.Module:
+    """Return a copy of a model with its LayerNorms folded: centered weights, and RMSNorms in the norms' places.
+
+    It is a module of the same class, is called as the model is, and has the same names in its state dict. Save, export,
+    quantize, shard or compile it like the model.
+
+    Args:
+        model: in evaluation mode. It stays as it is.
+        args: an example of what it is called with.
+        more_calls: further examples, see :func:`plan`.
+        untie: as for :func:`plan`.
+        kwargs: as ``args``.
+
+    Raises:
+        ValueError: as for :func:`plan`, and where a weight cannot be written.
+
+    Example:
+        >>> folded = lncompile.fold(model, input_ids)
+        >>> torch.save(folded.state_dict(), "folded.pt")
+    """
+    model = torch_private.original_callable(model)
+    found = plan(model, *args, more_calls=more_calls, untie=untie, **kwargs)
+    return found.apply(copy.deepcopy(model))
+
+
+def _centered(settled: Settled, holdings: Holdings, untie: bool) -> list[CenteredParameter]:
+    entries = []
+    for slot, axes in settled.centered.items():
+        if slot.lookup:
+            continue
+        held = holdings.named(slot.name)
+        centerings = tuple(Centering.of(part) for part in axes)
+        entries.append(CenteredParameter(held.names[0], held.names[1:], tuple(held.tensor.shape), centerings))
+    order = {name: index for index, name in enumerate(dict(holdings.model.named_parameters()))}
+    return sorted(entries, key=lambda entry: order.get(entry.name, len(order)))
+
+
+def _lookups(settled: Settled, holdings: Holdings, untie: bool) -> tuple[CenteredLookup, ...]:
+    entries = []
+    for slot in sorted(settled.separate):
+        held, paths = holdings.named(slot.name), holdings.paths_of(slot.lookup)
+        entries.append(
+            CenteredLookup(
+                paths[0],
+                paths[1:],
+                class_name(holdings.modules[slot.lookup]),
+                slot.name,
+                held.names[1:],
+                tuple(held.tensor.shape),
+                untie,
+                held.tensor.numel() * held.tensor.element_size(),
+            )
+        )
+    return tuple(entries)
+
+
+def _norm_modules(readings: Sequence[Reading], holdings: Holdings) -> tuple[dict[str, ReplacedNorm], dict[str, str]]:
+    """Modules that RMSNorm replaces, all programs agreeing, and why it does not replace others."""
+    obstacles: dict[str, str] = {}
+    found: dict[str, ReplacedNorm] = {}
+    for reading in readings:
+        for path, obstacle in reading.norm_modules.obstacles.items():
+            obstacles.setdefault(path, obstacle)
+        for path, entry in reading.norm_modules.replaceable.items():
+            if found.setdefault(path, entry) != entry:
+                obstacles.setdefault(path, "its calls differ")
+    return {path: entry for path, entry in found.items() if path not in obstacles}, obstacles
+
+
+def _norms(
+    readings: Sequence[Reading],
+    replace: Mapping[str, ReplacedNorm],
+    not_replaced: Mapping[str, str],
+    holdings: Holdings,
+) -> tuple[PlannedNorm, ...]:
+    """Every norm of every call, once: the k-th of a name in one call is the k-th of that name in the others."""
+    norms: dict[tuple[str, int], PlannedNorm] = {}
+    for number, reading in enumerate(readings, 1):
+        seen: dict[str, int] = defaultdict(int)
+        for verdict in reading.verdicts:
+            key = verdict.name, seen[verdict.name]
+            seen[verdict.name] += 1
+            path = verdict.name.partition(":")[0]
+            if isinstance(holdings.modules.get(path), CenteredEmbedding):
+                continue  # its centering and the next norm's root mean square are a LayerNorm, if one looks for it
+            first = holdings.paths_of(path)[0] if path in holdings.modules else path
+            becomes, detail = "layer_norm", verdict.detail
+            if verdict.folded:
+                becomes = "rms_norm" if first in replace else "centered"
+                reason = not_replaced.get(first, "its module does not compute it alone")
+                detail = verdict.detail if becomes == "rms_norm" else f"{verdict.detail}; {reason}"
+            norm = PlannedNorm(verdict.name, verdict.location, becomes, detail)
+            known = norms.get(key)
+            if known is None:
+                norms[key] = norm
+            elif known.folded and not norm.folded:
+                norms[key] = dataclasses.replace(
+                    norm, calls=known.calls + 1, detail=f"{norm.detail} (in call {number})"
+                )
+            else:
+                norms[key] = dataclasses.replace(known, calls=known.calls + 1)
+    return tuple(norms.values())
+
+
+def _kept(settled: Settled, holdings: Holdings) -> tuple[KeptParameter, ...]:
+    untouchable = {name for name, _ in holdings.obstacles()}
+    separate = {slot.name for slot in settled.separate}
+    return tuple(
+        KeptParameter(slot.name, reason)
+        for slot, reason in settled.kept.items()
+        if slot.name not in untouchable | separate
+    )
+
+
+def _unreached(readings: Sequence[Reading], holdings: Holdings) -> tuple[str, ...]:
+    read = {slot.name for reading in readings for slot in reading.read}
+    return tuple(name for name in holdings.parameters() if name not in read)

@@ -47,7 +47,7 @@ class Region(nn.Module):
 
 
 class Everything(nn.Module):
-    """A stream with something for each pass: a region, an opaque layer, norms by hand and folded before, one that stays.
+    """A stream with something for each pass: a region, an opaque layer, norms by hand and folded before, one left.
 
     Of one row its products become sums; of several, scales are deferred.
     """

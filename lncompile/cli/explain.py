@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from lncompile.cli.running import Run
-from lncompile.explanation import explain
 
 
 def run_explain(run: Run, html: Path | None) -> None:
@@ -18,9 +15,7 @@ def run_explain(run: Run, html: Path | None) -> None:
         html: where the picture is written, if it is wanted.
     """
     loaded = run.load()
-    with run.steps.step("Which LayerNorms fold") as say, torch.no_grad():
-        say("capturing the graph")
-        report = explain(run.compile(loaded), *loaded.arguments, **loaded.inputs)
+    report = run.explain(loaded)
     if html is not None:
         html.write_text(report.to_html(loaded.name, loaded.description), encoding="utf-8")
         run.note(f"drawn in {html}")

@@ -2,11 +2,12 @@
 
 The others stand beside it: what Dynamo is doing in :mod:`.torch_private_dynamo`, its graph breaks in
 :mod:`.torch_private_breaks`, the hand-over to Inductor in :mod:`.torch_private_inductor`, Inductor's choices in
-:mod:`.torch_private_choices`, where compiled code is kept in :mod:`.torch_private_caches`, and what only tools use,
-which look at what Inductor generates, in :mod:`.torch_private_codegen`. Nothing outside these modules may import or
-spell a name of torch that starts with an underscore (a test checks it), so that a new torch release is ported by
-reading them. They import nothing of ours but each other, and Triton and the larger parts of torch only inside the
-functions that need them. Run on torch 2.11, 2.13 and 2.15.
+:mod:`.torch_private_choices`, Inductor's C++ compiler in :mod:`.torch_private_compiler`, where compiled code is kept in
+:mod:`.torch_private_caches`, and what only tools use, which look at what Inductor generates, in
+:mod:`.torch_private_codegen`. Nothing outside these modules may import or spell a name of torch that starts with an
+underscore (a test checks it), so that a new torch release is ported by reading them. They import nothing of ours but
+each other, and Triton and the larger parts of torch only inside the functions that need them. Run on torch 2.11, 2.13
+and 2.15.
 """
 
 from __future__ import annotations

@@ -11,13 +11,7 @@ import networkx
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PRIVATE_NAMES = [
-    *(
-        ROOT / "lowering" / f"torch_private{part}.py"
-        for part in ("", "_breaks", "_caches", "_choices", "_dynamo", "_inductor")
-    ),
-    ROOT / "lowering" / "inspect" / "torch_private_codegen.py",
-]
+PRIVATE_NAMES = sorted((ROOT / "lowering").rglob("torch_private*.py"))
 #: The rooms, each of which imports what stands before it, and nothing behind it.
 ROOMS = (
     "lncompile.lowering",

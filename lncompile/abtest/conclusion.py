@@ -18,6 +18,7 @@ def conclude(requests: Requests, alpha: float, minimum_effect: float) -> Conclus
     """
     baseline, candidate = requests.arms
     speedup, counts = requests.measurements.speedup, requests.measurements.counts()
+    minimum_effect = requests.measurements.effect_that_counts(minimum_effect)
     return Conclusion(
         outcome=outcome_of(speedup, minimum_effect),
         baseline=baseline.name,

@@ -36,7 +36,8 @@ class Conclusion:
         buckets: how many kinds of inputs are in it.
         alpha: how often the interval may ever be wrong, as a share of tests.
         p_value: anytime-valid p-value against equal latencies.
-        minimum_effect: the relative difference below which it does not matter.
+        minimum_effect: the relative difference below which it does not matter, or cannot be told from what the place of
+            equal programs in memory makes, whichever is larger.
         outputs_agree: whether all answers compared in shadow mode agree; None if none were.
         comparisons: how many were compared.
         out_of_service: arms that answer no more, with the reason.
@@ -99,7 +100,7 @@ class Conclusion:
             case Outcome.SLOWER:
                 return f"Slower: {measured}."
             case Outcome.EQUIVALENT:
-                return f"No difference above {100 * self.minimum_effect:g}%: {measured}."
+                return f"No difference above {100 * self.minimum_effect:.3g}%: {measured}."
             case Outcome.UNDECIDED:
                 if self.speedup.low is None:
                     return f"Undecided: {self.requests:,} requests of {self.baseline} and {self.candidate} are too few."

@@ -13,6 +13,8 @@ Up to five things are compared, none of which keeps a parameter alive:
   changes, also one for another part of the same storage.
 * *values*, likewise: a few elements of each, for writes that torch does not count (:mod:`.weight_samples`). They are
   read by address, so they are read last: the parameters live and are where they were.
+
+Where values are looked at, all of this is one call of a function in C (:mod:`.host_look`), if there is a compiler.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lncompile.lowering import torch_private
+from lncompile.lowering import HostWords, torch_private
+from lncompile.runtime.host_look import look_at
 from lncompile.runtime.parameter_counters import counters_of
 from lncompile.runtime.parameter_identity import watch
 from lncompile.runtime.weight_samples import WeightSamples, lies_within, local
@@ -94,8 +97,11 @@ class ParameterState:
             state = own()
             if state is not None and state._addresses is not _ENDED:
                 state._addresses = _ENDED
+                if state._look is not None:
+                    state._look.end()
                 ended(state)
 
+        self._look: HostWords | None = None
         # Held while memory is read by address: another thread may exchange a parameter's storage, which would free it.
         storages = [local(tensor).untyped_storage() for tensor in tensors]
         self._addresses = addresses_of(tensors)
@@ -106,6 +112,10 @@ class ParameterState:
         is_whole = values and all(map(lies_within, map(local, tensors), storages))
         self._samples = WeightSamples(tensors) if is_whole else None
         self._values = values
+        if self._samples is not None:
+            self._look = look_at(tensors, self._samples.in_host)
+            if self._look is not None and self._samples.are_all_in_host:
+                self.is_current = self._look.are_same  # type: ignore[assignment,method-assign]  # asked at every call
         del storages
 
     def is_current(self, tensors: tuple[Tensor, ...]) -> bool:
@@ -116,6 +126,8 @@ class ParameterState:
                 and self._counters.are_same(tensors)
                 and self._storages[0]() is local(tensors[0]).untyped_storage()
             )
+        if self._samples is not None and self._look is not None:
+            return self._look.are_same(tensors) and not self._samples.differ_on_devices()
         held = self._hold(tensors)
         return held is not None and self._samples is not None and not self._samples.differ()
 
@@ -135,6 +147,8 @@ class ParameterState:
         held = self._hold(tensors)
         if held is not None and self._samples is not None:
             self._samples.record()
+            if self._look is not None:
+                self._look.record()
 
     def has_storages_of(self, tensors: tuple[Tensor, ...]) -> bool:
         """Whether these tensors have the same storages, freed or not: a closer look than each call can pay for."""

@@ -7,11 +7,11 @@ parameter where it is and change its elements, so a few elements at fixed, scatt
 What is unseen: a write that leaves every sampled element of every weight of a graph as it was. If a write changes each
 element with probability ``f``, it is unseen with probability::
 
-    (1 - f)^k        k = the number of places in all weights of the graph, about 1000
+    (1 - f)^k        k = the number of elements looked at in all weights of the graph, about 2000 in float32
 
-so a write to whole tensors cannot be missed. A write to a single row of a table that has ``V`` rows changes no other
-weight and meets one of the table's ``p`` places (4 to 16) with probability ``p / V``: that needs the version counter,
-or :func:`lncompile.refresh`.
+so a write to whole tensors cannot be missed. Of one weight alone 12 to 32 elements are looked at (float32), at 3 to 8
+places. A write to a single row of a table that has ``V`` rows changes no other weight and meets one of the table's
+``p`` places with probability ``p / V``: that needs the version counter, or :func:`lncompile.refresh`.
 
 On a CPU the look is one gather from memory by address and one comparison, and its answer holds for the call behind it.
 On a GPU a kernel of one or two programs is launched before each call and sets a flag in pinned memory; the next call
@@ -43,7 +43,9 @@ log = logging.getLogger("lncompile")
 _WORD = 4
 # Places in each weight: at least, at most, and in all weights together where that lies between. A place costs a miss of
 # the cache, about 50 ns on a CPU.
-_LEAST, _MOST, _TOGETHER = 4, 16, 1024
+_LEAST, _MOST, _TOGETHER = 3, 8, 512
+# Bytes that are read at a place, aligned, so that they are in one line of the cache: more of them cost no other miss.
+_BLOCK = 16
 # Knuth's multiplicative hash: scatters the places, so that they do not all stand at the beginning of a row or a head.
 _SCATTER = 2654435761
 _LITTLE = sys.byteorder == "little"
@@ -72,14 +74,14 @@ def word_places(tensor: Tensor, places: int) -> dict[int, int]:
 
     Args:
         tensor: strided, with memory of its own; views and transposed tensors as well.
-        places: how many elements; all of them where there are fewer.
+        places: how many elements; all of them where there are fewer. Of a contiguous tensor those beside them as well.
 
     Returns:
         For each address of a word a mask: in a flat buffer of half precision a word may be shared with a neighbour.
 
     Example:
-        >>> list(word_places(torch.zeros(8, 8), 4).values())
-        [4294967295, 4294967295, 4294967295, 4294967295]
+        >>> len(word_places(torch.zeros(64, 64), 4)), len(word_places(torch.zeros(64, 64).t(), 4))
+        (16, 4)
     """
     count, size = tensor.numel(), tensor.element_size()
     places = min(places, count)
@@ -93,9 +95,12 @@ def word_places(tensor: Tensor, places: int) -> dict[int, int]:
             index, position = divmod(index, length)
             offset += position * stride
         start = tensor.data_ptr() + offset * size
-        # Two words for a double; one for two elements of half precision, whose neighbours count as well.
-        first, last = (begin, close) if close else (start, start + size)
-        for word in range(start - start % _WORD, start + size, _WORD):
+        if close:  # what stands beside the element is the tensor's as well, as far as the tensor goes
+            first, last, unit = begin, close, _BLOCK
+        else:
+            first, last, unit = start, start + size, _WORD
+        block = start - start % unit
+        for word in range(max(block, first - first % _WORD), min(max(block + unit, start + size), last), _WORD):
             own = range(max(word, first) - word, min(word + _WORD, last) - word)
             words[word] = words.get(word, 0) | sum(0xFF << 8 * (byte if _LITTLE else _WORD - 1 - byte) for byte in own)
     return words
@@ -128,6 +133,9 @@ class WeightSamples:
     Args:
         tensors: with memory in the host or on a GPU; those on other devices are not looked at.
 
+    Attributes:
+        in_host: the addresses of the words in the host's memory, and which bits of each count.
+
     Example:
         >>> weight = torch.zeros(8, 8)
         >>> samples = WeightSamples([weight])
@@ -144,6 +152,7 @@ class WeightSamples:
                 found = word_places(tensor, places)
                 words = (_Word(address, mask, index) for address, mask in found.items())
                 by_device.setdefault(tensor.device, []).extend(words)
+        self.in_host = [(word.address, word.mask) for word in by_device.get(torch.device("cpu"), [])]
         self._memories = [memory for memory in itertools.starmap(_memory, by_device.items()) if memory is not None]
         if len(self._memories) == 1:
             self.differ = self._memories[0].differ  # type: ignore[method-assign]  # this is asked at every call
@@ -155,6 +164,16 @@ class WeightSamples:
         """
         seen = [memory.differ() for memory in self._memories]  # all of them: each starts its next look
         return any(seen)
+
+    def differ_on_devices(self) -> bool:
+        """As :meth:`differ`, of what is not in the host's memory."""
+        seen = [memory.differ() for memory in self._memories if not isinstance(memory, _HostMemory)]
+        return any(seen)
+
+    @property
+    def are_all_in_host(self) -> bool:
+        """Whether there is nothing to look at on other devices."""
+        return all(isinstance(memory, _HostMemory) for memory in self._memories)
 
     def record(self) -> None:
         """Take all elements as they are now for what is expected."""

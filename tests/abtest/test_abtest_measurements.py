@@ -200,6 +200,25 @@ def test_a_difference_below_minimum_effect_never_makes_a_winner(time: SimulatedT
     assert not verdict.speedup.low <= 1 <= verdict.speedup.high
 
 
+@pytest.mark.parametrize(("seconds", "outcome"), [(1e-4, Outcome.EQUIVALENT), (1e-2, Outcome.FASTER)])
+def test_of_short_calls_a_difference_that_places_in_memory_make_is_no_winner(
+    time: SimulatedTime, seconds: float, outcome: Outcome
+) -> None:
+    """2.5% is more than ``minimum_effect``. Of a call of 100 µs it is 2.5 µs; the control is a call of 10 ms."""
+    random = numpy.random.default_rng(5)
+
+    def latency(scale: float) -> Callable[[Any], float]:
+        return lambda _: seconds * scale * (1.0 + 0.01 * float(random.standard_normal()))
+
+    ab = lncompile.ABTest(arms=arms(time.arm(latency(1.025)), time.arm(latency(1.0))), bucket=lambda *_: "all")
+    for number in range(3000):
+        ab(number)
+        assert number % 16 or ab.verdict().winner in (None, "new")
+    verdict = ab.verdict()
+    assert verdict.outcome is outcome
+    assert verdict.minimum_effect == pytest.approx(max(0.02, 3e-6 / (1.025 * seconds)), rel=0.02)
+
+
 def test_a_lucky_mix_decides_nothing(time: SimulatedTime) -> None:
     """Keys send all long requests to one arm. Latencies of the arms differ tenfold; of like requests, not at all."""
     random = numpy.random.default_rng(1)

@@ -281,10 +281,12 @@ def test_weights_without_elements() -> None:
     assert folded(compiled) == 1
 
 
-def test_a_look_holds_what_it_reads() -> None:
+def test_a_look_by_numpy_holds_what_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     """While memory is read by address its storage is held: another thread may exchange a parameter's meanwhile."""
+    from lncompile.runtime import parameter_state
     from lncompile.runtime.parameter_state import ParameterState
 
+    monkeypatch.setattr(parameter_state, "look_at", lambda *_: None)
     weight = nn.Parameter(torch.zeros(4, 4))
     state = ParameterState((weight,), values=True)
     held = []

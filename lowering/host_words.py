@@ -1,0 +1,169 @@
+"""Words of the host's memory at listed addresses, compared with what they were in one go, by a small function in C.
+
+It is called before each call of a model, when the model's own work has pushed everything out of the cache. So what
+costs time is waiting for memory: each number is asked for well before it is read, so that many are under way at once.
+NumPy's gather does that too, but what surrounds it in Python waits for one thing after the other.
+
+The words stand in groups, and those of one group say that the memory of the next one's is still there (a tensor says
+which storage it has, a storage where its elements are). The caller's thread holds the interpreter's lock all the time,
+so no other thread frees what is read.
+
+    items: tensors of the call ──► are they these? ──► group 1 ──► group 2 ──► ...
+
+The function is compiled when it is first asked for, with the C++ compiler that Inductor uses on a CPU, and kept in
+Inductor's cache folder. Where there is no compiler callers read words with NumPy.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import itertools
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lncompile.lowering import torch_private_compiler
+
+log = logging.getLogger("lncompile")
+
+_SOURCE = r"""
+#include <stdint.h>
+
+typedef struct { const volatile uint32_t *address; uint32_t mask; uint32_t expected; } Word;
+typedef struct {
+    const void *const *items; int64_t count;      /* which objects */
+    const Word *words; const int64_t *ends; int64_t groups;
+} Expected;
+
+enum { AHEAD = 32 };  /* how many words are under way at once; a core can wait for 10 to 50 */
+
+extern "C" int64_t difference(const void *const *items, const Expected *expected) {
+    for (int64_t i = 0; i < expected->count; i++)
+        if (items[i] != expected->items[i]) return -1;
+    const Word *words = expected->words;
+    int64_t begin = 0;
+    for (int64_t group = 0; group < expected->groups; group++) {
+        int64_t end = expected->ends[group];
+        for (int64_t i = begin; i < end && i < begin + AHEAD; i++) __builtin_prefetch((const void *)words[i].address);
+        for (int64_t i = begin; i < end; i++) {
+            if (i + AHEAD < end) __builtin_prefetch((const void *)words[i + AHEAD].address);
+            if ((*words[i].address & words[i].mask) != words[i].expected) return group + 1;
+        }
+        begin = end;
+    }
+    return 0;
+}
+"""
+_WORD = np.dtype([("address", np.uint64), ("mask", np.uint32), ("expected", np.uint32)])
+
+
+class _Expected(ctypes.Structure):
+    _fields_ = (
+        ("items", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("words", ctypes.c_void_p),
+        ("ends", ctypes.c_void_p),
+        ("groups", ctypes.c_int64),
+    )
+
+
+class HostWords:
+    """The words of some objects as they were when this was made.
+
+    Args:
+        items: the objects, alive whenever this is asked.
+        groups: for each group the addresses of its 4-byte words, aligned, and the bits of each that count. While the
+            words of a group are what they were, the memory of the next group's is there.
+
+    Raises:
+        NotImplementedError: where :func:`can_compare` says no.
+
+    Example:
+        >>> words = HostWords((weight,), [[(weight.data_ptr(), 0xFFFFFFFF)]])
+        >>> words.are_same((weight,))
+        True
+    """
+
+    def __init__(self, items: tuple[Any, ...], groups: Sequence[Sequence[tuple[int, int]]]) -> None:
+        compare = _comparison()
+        if compare is None:
+            raise NotImplementedError("words cannot be compared in C here")
+        self._compare = compare
+        self._items = np.array([id(item) for item in items], dtype=np.uint64)
+        self._words = np.zeros(sum(map(len, groups)), dtype=_WORD)
+        self._words["address"] = [address for group in groups for address, _ in group]
+        self._words["mask"] = [mask for group in groups for _, mask in group]
+        self._ends = np.array(list(itertools.accumulate(map(len, groups))), dtype=np.int64)
+        self._expected = _Expected(
+            self._items.ctypes.data, len(items), self._words.ctypes.data, self._ends.ctypes.data, len(groups)
+        )
+        self._address = ctypes.addressof(self._expected)
+        self.record()
+
+    def record(self) -> None:
+        """Take the words as they are now for what is expected."""
+        addresses, masks = self._words["address"].tolist(), self._words["mask"].tolist()
+        read = ctypes.c_uint32.from_address
+        self._words["expected"] = [read(address).value & mask for address, mask in zip(addresses, masks, strict=True)]
+
+    def are_same(self, items: tuple[Any, ...]) -> bool:
+        """Whether these are the same objects and every word is what it was."""
+        return not self._compare(id(items) + tuple.__basicsize__, self._address)
+
+    def end(self) -> None:
+        """Never be the same again."""
+        self._items[:] = 0
+
+
+def can_compare() -> bool:
+    """Whether words can be compared in C here: there is a compiler, and an interpreter whose lock keeps memory."""
+    return _comparison() is not None
+
+
+@functools.cache
+def _comparison() -> Any:
+    gil: Any = getattr(sys, "_is_gil_enabled", lambda: True)
+    if (
+        sys.implementation.name != "cpython"
+        or sys.byteorder != "little"
+        or not gil()
+        or np.dtype(np.intp).itemsize != 8
+    ):
+        return None
+    sample = (object(), object())
+    if ctypes.string_at(id(sample) + tuple.__basicsize__, 16) != np.array(list(map(id, sample)), "<u8").tobytes():
+        return None
+    try:
+        # PyDLL, and not CDLL: the interpreter's lock is held during the call.
+        function: Any = ctypes.PyDLL(str(_library())).difference
+    except Exception as error:  # Inductor has exceptions of its own for a compiler that is not there
+        log.debug("weights are looked at by NumPy, because no function in C can be compiled: %s", error)
+        return None
+    function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_void_p), ctypes.c_int64
+    return function
+
+
+def _library() -> Path:
+    """The compiled function, from the cache or from the compiler. Several processes may be here at once."""
+    compiler = torch_private_compiler.cpp_compiler()
+    digest = hashlib.sha256(f"{compiler}\n{os.uname().machine}\n{_SOURCE}".encode()).hexdigest()[:16]
+    folder = Path(torch_private_compiler.inductor_cache_folder()) / "lncompile"
+    library = folder / f"host_words_{digest}.so"
+    if not library.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            source, made = Path(scratch, "host_words.cpp"), Path(scratch, "host_words.so")
+            source.write_text(_SOURCE)
+            command = [compiler, "-O2", "-shared", "-fPIC", "-o", str(made), str(source)]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+            made.replace(library)
+    return library

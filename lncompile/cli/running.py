@@ -275,7 +275,7 @@ def _printed(text: str, asked: Asked) -> str:
 def _sentence(error: BaseException, asked: Asked, run: Run | None) -> str:
     """What went wrong and what can be done about it."""
     if run is not None:
-        from lncompile.cli.memory import is_out_of_memory, out_of_memory  # it needs torch, which is there by now
+        from lncompile.cli.out_of_memory import is_out_of_memory, out_of_memory  # it needs torch, which is there by now
         from lncompile.comparisons.processes import ProcessError
 
         if isinstance(error, ProcessError) and not error.out_of_memory:

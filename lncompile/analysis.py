@@ -213,18 +213,18 @@ def _analyse_expanded(
         budgeted = place_within(limit, sites, variables, assist, costs, facts.trained)
         placement = budgeted.placement
     folded, centered = placement.folded, parameters_centered_for(placement, variables)
-    # What keeps copies of further weights is done by itself only where centered ones are copies, none short of memory.
-    are_copies = options.weights == "copy" and options.memory_budget is None
-    defer = options.defer if are_copies or options.defer != "auto" else "off"
+    # What keeps copies of further weights is done by itself only where memory is not short.
+    may_copy = options.memory_budget is None
+    defer = options.defer if may_copy or options.defer != "auto" else "off"
     sums = functools.partial(torch_private_inductor.writes_products_as_sums, inductor)
     one_row, inside = plan_matrix_vectors(
-        options.matrix_vector, are_copies, copy.graph, folded, centered, facts, costs, sums
+        options.matrix_vector, may_copy, copy.graph, folded, centered, facts, costs, sums
     )
     rest = tuple(site for site in folded if site.node not in inside)
     generated = functools.partial(torch_private_inductor.generates_products, inductor)
     deferrals, scales = plan_deferrals(defer, options.absorb_affine, rest, centered, facts, costs, generated)
     deferred = {deferral.site.node: deferral.absorption for deferral in deferrals}
-    mode = options.absorb_affine if are_copies or options.absorb_affine != "auto" else "off"
+    mode = options.absorb_affine if may_copy or options.absorb_affine != "auto" else "off"
     absorptions, affine = plan_absorptions(mode, rest, centered, facts, costs, deferred)
     absorptions = (*absorptions, *deferred.values())
     # One rewrite for each product.

@@ -27,10 +27,10 @@ from lncompile.passes.graph.expressions import Expression
 from lncompile.passes.graph.provenance import parameter_name
 from lncompile.passes.graph.sharding import local_bytes
 from lncompile.passes.rewrites.uses import remove_unread
-from lncompile.pipeline import make_report, uses_in
+from lncompile.pipeline import make_report
 from lncompile.reporting.report import FoldReport
 from lncompile.returned import Returned, Size
-from lncompile.runtime.materialize import Stored, give_back
+from lncompile.runtime.materialize import Stored
 from lncompile.signature import Signature
 from lncompile.transform import transform
 
@@ -179,7 +179,6 @@ def fold_capture(model: nn.Module, capture: Capture, options: Options) -> Folded
         reason = safety_net.log_failure("lncompile.fold failed and folds nothing", error)
     report = safety_net.report_untouched(capture.graph_module, reason)
     try:
-        give_back((value, None) for value in capture.example_inputs)
         return _module(model, capture, _Rewritten(copy_graph_module(capture.graph_module), (), report))
     except Exception as error:
         safety_net.log_failure("lncompile.fold failed again, with nothing folded, and copies the model", error)
@@ -205,7 +204,6 @@ def _rewrite(capture: Capture, options: Options) -> _Rewritten:
     graph_module, inputs = capture.graph_module, capture.example_inputs
     analysis = analyse(graph_module, inputs, options)
     transformed = transform(analysis, options)
-    give_back((inputs[position], axes) for position, axes in uses_in(graph_module, transformed).items())
     values: dict[tuple[Any, ...], Tensor] = {}
     for expression in transformed.expressions:
         if (expression.code, expression.leaves) not in values:
@@ -265,7 +263,6 @@ def _return_what_is_asked_for(
     """Let a graph return what stands in the model's result, and nothing that the model keeps for itself."""
     (output,) = (node for node in graph.nodes if node.op == "output")
     (present,) = output.args
-    give_back((constant, None) for constant in returned.constants)
     for number, constant in enumerate(returned.constants):
         if id(constant) not in weights:
             with graph.inserting_before(next(iter(graph.nodes))):

@@ -26,9 +26,8 @@ from lncompile.passes.norms.rms_norms import count_rms_norms
 from lncompile.passes.rewrites.uses import Use, uses_of
 from lncompile.passes.verdicts.judge import describe_centerings
 from lncompile.reporting.report import FoldReport
-from lncompile.runtime.materialize import Materializer, Stored, give_back
-from lncompile.runtime.ownership import Ownership, Reader
-from lncompile.runtime.parameter_identity import parameters_of
+from lncompile.runtime.materialize import Materializer, Stored
+from lncompile.runtime.parameter_identity import ParameterReference, parameters_of
 from lncompile.transform import Transformed, transform
 
 
@@ -41,14 +40,14 @@ class Prepared:
         materializer: supplies the values of its extra inputs; None where it has none.
         values: an example of them, none of which is one of the graph's other inputs.
         report: what was decided.
-        reader: what is known of how the compiled graph reads its parameters, to be kept as long as it lives.
+        parameters: those among its inputs, by position.
     """
 
     graph_module: fx.GraphModule | None
     materializer: Materializer | None
     values: tuple[Tensor, ...]
     report: FoldReport
-    reader: Reader
+    parameters: Mapping[int, ParameterReference]
 
 
 def prepare(
@@ -61,8 +60,7 @@ def prepare(
 
     Args:
         graph_module: the graph Dynamo captured; it is not changed.
-        example_inputs: the value of each placeholder. Of the parameters among them those are overwritten that options
-            and ``ownership`` allow.
+        example_inputs: the value of each placeholder.
         options: our options.
         inductor: what differs from Inductor's own configuration.
     """
@@ -70,10 +68,7 @@ def prepare(
     analysis = analyse(graph_module, example_inputs, options, inductor)
     untouched = analysis.placement is None and (options.nonfoldable == "inductor" or not analysis.sites)
     transformed = None if untouched else transform(analysis, options)
-    uses = uses_in(graph_module, transformed)
-    # What is read as it is here was perhaps overwritten for another graph.
-    give_back((example_inputs[position], axes) for position, axes in uses.items())
-    materializer = _materializer(graph_module, transformed, options, uses)
+    materializer = _materializer(graph_module, transformed, options)
     values, stored = materializer.begin(example_inputs)
     report = make_report(graph_module, analysis, transformed, stored, time.perf_counter() - started)
     return Prepared(
@@ -82,7 +77,7 @@ def prepare(
         # A parameter that is its own centered weight would be one input twice, and be compiled as if it always were.
         tuple(_apart(value) if any(value is other for other in example_inputs) else value for value in values),
         report,
-        Reader(parameters_of(graph_module.graph, example_inputs), uses),
+        parameters_of(graph_module.graph, example_inputs),
     )
 
 
@@ -106,7 +101,7 @@ def prepare_frozen(
     lifted = lift_weights(graph_module)
     if not lifted.tensors:
         return prepare(graph_module, example_inputs, options, inductor)
-    options = dataclasses.replace(options, weights="copy", check="off")
+    options = dataclasses.replace(options, check="off")
     weights = tuple(lifted.tensors.values())
     prepared = prepare(lifted.graph_module, [*example_inputs, *weights], options, inductor)
     if prepared.graph_module is not None:
@@ -120,12 +115,11 @@ def plan(
     options: Options,
     inductor: Mapping[str, Any] = MappingProxyType({}),
 ) -> FoldReport:
-    """Say what :func:`prepare` would do, without a look at weights that would not be asked for, and without a write."""
+    """Say what :func:`prepare` would do, without a look at weights that would not be asked for."""
     started = time.perf_counter()
     analysis = analyse(graph_module, example_inputs, options, inductor)
     transformed = None if analysis.placement is None else transform(analysis, options)
-    uses = uses_in(graph_module, transformed)
-    stored = _materializer(graph_module, transformed, options, uses).plan(example_inputs)
+    stored = _materializer(graph_module, transformed, options).plan(example_inputs)
     if transformed is not None:
         placeholders = [node for node in transformed.graph_module.graph.nodes if node.op == "placeholder"]
         stored = tuple(
@@ -149,14 +143,11 @@ def uses_in(graph_module: fx.GraphModule, transformed: Transformed | None) -> di
     return uses_of(transformed.graph_module.graph, transformed.expressions, count, transformed.in_graph)
 
 
-def _materializer(
-    graph_module: fx.GraphModule, transformed: Transformed | None, options: Options, uses: Mapping[int, Use]
-) -> Materializer:
+def _materializer(graph_module: fx.GraphModule, transformed: Transformed | None, options: Options) -> Materializer:
     """What supplies the extra inputs of a rewritten graph; it has supplied none yet."""
     expressions = transformed.expressions if transformed else ()
-    ownership = Ownership(graph_module, uses) if options.weights == "inplace" and expressions else None
     names = [parameter_name(node) for node in graph_module.graph.nodes if node.op == "placeholder"]
-    return Materializer(expressions, names, options.check, ownership)
+    return Materializer(expressions, names, options.check)
 
 
 def make_report(
@@ -212,9 +203,7 @@ def _centered_outside(
     for expression, kept in zip(expressions, stored, strict=True):
         name = " · ".join(parameter_name(placeholders[leaf]) for leaf in expression.leaves)
         variant = hashlib.sha256(expression.code.encode()).hexdigest()[:8]
-        weights[expression.code, expression.leaves] = WeightRewrite(
-            name, kept.bytes, kept.storage, kept.detail, variant
-        )
+        weights[expression.code, expression.leaves] = WeightRewrite(name, kept.bytes, kept.storage, variant)
     return list(weights.values())
 
 

@@ -91,24 +91,6 @@ def means_of(weight: Tensor, axes: Axes) -> Tensor:
     return torch.mean(unfolded, over, True)
 
 
-def add_means(weight: Tensor, means: Tensor, axes: Axes) -> Tensor:
-    """Put means back into a centered weight: what :func:`center_weight` took out, up to one rounding of its result.
-
-    Args:
-        weight: the centered weight, of any floating dtype.
-        means: from :func:`means_of` of the original.
-        axes: as there.
-
-    Returns:
-        A new tensor in float64: the caller rounds it once, whatever was put back.
-    """
-    unfolded, factors, _ = _unfold(weight.to(EXACT), axes)
-    shifted = torch.add(unfolded, means)
-    if axes.partial:
-        shifted = torch.where(_chosen(weight, factors)[0], shifted, unfolded)
-    return _fold(shifted, axes)
-
-
 def is_centered(weight: Tensor, axes: Axes | Sequence[Axes]) -> bool:
     """Whether a weight is centered already, to the rounding of its dtype: then centering it again changes nothing.
 

@@ -13,20 +13,18 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import sys
-from collections.abc import Sequence
 from typing import Any
 
-import recording
 import torch
-from one_process import SPEEDUPS_ARE, answer_task, compiled_in_order, in_processes, time_case
+from one_process import answer_task, compiled_in_order, measured_case, run_on_devices, time_case
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional
 
 import lncompile
-from lncompile.comparisons.machine import describe_machine
 from lncompile.lowering.inspect.generated_code import generated_code
 from lncompile.models.loading import randomise
 
@@ -91,81 +89,48 @@ def carry_out(task: dict[str, Any]) -> dict[str, Any]:
     return {**timed, "launches": launches}
 
 
-def run(device: str, widths: Sequence[int], rows: Sequence[int], seconds: float, console: Console) -> dict[str, Any]:
+def run(device: str, chosen: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Measure all shapes on one device and print a row for each.
 
     Args:
         device: ``"cpu"`` or ``"cuda"``.
-        widths: of the stream.
-        rows: numbers of tokens.
-        seconds: for each shape.
+        chosen: ``widths`` of the stream, ``rows``: numbers of tokens, ``seconds`` for each shape.
         console: where to print.
 
     Returns:
         Everything measured, ready for JSON.
     """
-    machine, measured = describe_machine(device), recording.commit()
     cases = []
-    table = Table(title=f"a norm scaled behind the up-projection, {machine['device']}", box=None, pad_edge=False)
+    table = Table(title=f"a norm scaled behind the up-projection, {device}", box=None, pad_edge=False)
     for header in ("dtype", "rows x width", f"{STOCK} ms", "launches", *(f"{a} over {b}" for a, b in COMPARISONS)):
         table.add_column(header)
-    for dtype in DTYPES:
+    for dtype, width, rows in itertools.product(DTYPES, chosen.widths, chosen.rows):
         name = str(dtype).removeprefix("torch.")
-        for width in widths:
-            for count in rows:
-                console.print(f"measuring {name} {count}x{width} ...")
-                case = {"width": width, "rows": count, "dtype": name, "device": device}
-                timings, found = in_processes(__file__, case, list(CANDIDATES), seconds)
-                launches = found["launches"]
-                ratios = {f"{a} over {b}": timings.speedup(a, b) for a, b in COMPARISONS}
-                cases.append(
-                    {
-                        "dtype": name,
-                        "rows": count,
-                        "width": width,
-                        "launches": launches,
-                        "rounds": timings.rounds,
-                        "load_average_after": describe_machine(device)["load_average"],
-                        "speedups": {key: vars(ratio) for key, ratio in ratios.items()},
-                        "timings": timings.to_dict(),
-                    }
-                )
-                table.add_row(
-                    name,
-                    f"{count}x{width}",
-                    f"{1e3 * timings.median(STOCK):.3f}",
-                    " ".join(str(launches[candidate]["generated"]) for candidate in (STOCK, OFF, ON)),
-                    *(str(ratio) for ratio in ratios.values()),
-                )
+        console.print(f"measuring {name} {rows}x{width} ...")
+        case = {"width": width, "rows": rows, "dtype": name, "device": device}
+        timings, found, measured = measured_case(__file__, case, list(CANDIDATES), COMPARISONS, chosen.seconds)
+        launches = found["launches"]
+        cases.append({"dtype": name, "rows": rows, "width": width, "launches": launches, **measured})
+        table.add_row(
+            name,
+            f"{rows}x{width}",
+            f"{1e3 * timings.median(STOCK):.3f}",
+            " ".join(str(launches[candidate]["generated"]) for candidate in (STOCK, OFF, ON)),
+            *(str(timings.speedup(a, b)) for a, b in COMPARISONS),
+        )
     console.print(table)
     return {
-        "benchmark": "deferral",
-        "measured": recording.now(),
-        "commit": measured,
-        "machine": machine,
         "model": "residual add, LayerNorm, Linear(d, 4d), GELU, Linear(4d, d), residual add, LayerNorm; random weights",
-        "speedups_are": SPEEDUPS_ARE,
         "cases": cases,
     }
 
 
-def main() -> int:
-    """Run the benchmark as a command."""
-    parser = argparse.ArgumentParser(description="lnfold.defer: 'on' against 'off'.")
-    parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS, help="of the stream")
-    parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="tokens")
-    parser.add_argument("--seconds", type=float, default=10.0, help="for each shape (default: 10)")
-    parser.add_argument("--threads", type=int, help="CPU threads; one is steadier on a machine shared with others")
-    chosen = parser.parse_args()
-    if chosen.threads is not None:
-        torch.set_num_threads(chosen.threads)
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-    with torch.no_grad():
-        for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
-            found = run(device, chosen.widths, chosen.rows, chosen.seconds, console)
-            console.print(f"written to {recording.write(f'deferral-{device}', found)}", soft_wrap=True)
-    return 0
-
+OPTIONS: dict[str, dict[str, Any]] = {
+    "--widths": {"type": int, "nargs": "+", "default": WIDTHS, "help": "of the stream"},
+    "--rows": {"type": int, "nargs": "+", "default": ROWS, "help": "tokens"},
+    "--seconds": {"type": float, "default": 10.0, "help": "for each shape (default: 10)"},
+}
 
 if __name__ == "__main__":
-    sys.exit(0 if answer_task(carry_out) else main())
+    if not answer_task(carry_out):
+        sys.exit(run_on_devices("deferral", "lnfold.defer: 'on' against 'off'.", OPTIONS, run))

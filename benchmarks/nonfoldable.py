@@ -14,17 +14,16 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import itertools
 import sys
 from typing import Any
 
-import recording
 import torch
-from one_process import SPEEDUPS_ARE, answer_task, compiled_in_order, in_processes, time_case
+from one_process import answer_task, compiled_in_order, measured_case, run_on_devices, time_case
 from rich.console import Console
 from rich.table import Table
 
 import lncompile
-from lncompile.comparisons.machine import describe_machine
 from lncompile.models.loading import randomise
 
 SHAPES = ((1, 128), (8, 128))
@@ -76,82 +75,43 @@ def carry_out(task: dict[str, Any]) -> dict[str, Any]:
     return {**timed, "folded": report.folded, "sites": report.total}
 
 
-def run(device: str, layers: int, seconds: float, console: Console) -> dict[str, Any]:
+def run(device: str, chosen: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Measure all cases on one device and print a row for each.
 
     Args:
         device: ``"cpu"`` or ``"cuda"``.
-        layers: of the encoder.
-        seconds: for each case.
+        chosen: ``layers`` of the encoder, ``seconds`` for each case.
         console: where to print.
 
     Returns:
         Everything measured, ready for JSON.
     """
-    machine, measured = (
-        describe_machine(device),
-        recording.commit(),
-    )  # now: the tree may change while this takes its minutes
     cases = []
-    table = Table(title=f"nonfoldable sites on {machine['device']}, {layers} layers", box=None, pad_edge=False)
+    table = Table(title=f"nonfoldable sites on {device}, {chosen.layers} layers", box=None, pad_edge=False)
     for header in ("dtype", "batch", "folded", "inductor ms", "eager ms", *(f"{a} over {b}" for a, b in COMPARISONS)):
         table.add_column(header)
-    for dtype in DTYPES:
-        for batch, length in SHAPES:
-            name = str(dtype).removeprefix("torch.")
-            console.print(f"measuring {name} {batch}x{length} ...")
-            case = {"layers": layers, "dtype": name, "batch": batch, "length": length, "device": device}
-            timings, found = in_processes(__file__, case, list(CANDIDATES), seconds)
-            ratios = {f"{a} over {b}": timings.speedup(a, b) for a, b in COMPARISONS}
-            cases.append(
-                {
-                    "dtype": name,
-                    "batch": batch,
-                    "length": length,
-                    "folded": found["folded"],
-                    "sites": found["sites"],
-                    "rounds": timings.rounds,
-                    "load_average_after": describe_machine(device)["load_average"],
-                    "speedups": {key: vars(ratio) for key, ratio in ratios.items()},
-                    "timings": timings.to_dict(),
-                }
-            )
-            table.add_row(
-                name,
-                f"{batch}x{length}",
-                f"{found['folded']} of {found['sites']}",
-                *(f"{1e3 * timings.median(f'nonfoldable={choice}'):.2f}" for choice in ("inductor", "eager")),
-                *(str(ratio) for ratio in ratios.values()),
-            )
+    for dtype, (batch, length) in itertools.product(DTYPES, SHAPES):
+        name = str(dtype).removeprefix("torch.")
+        console.print(f"measuring {name} {batch}x{length} ...")
+        case = {"layers": chosen.layers, "dtype": name, "batch": batch, "length": length, "device": device}
+        timings, found, measured = measured_case(__file__, case, list(CANDIDATES), COMPARISONS, chosen.seconds)
+        cases.append({"dtype": name, "batch": batch, "length": length, **found, **measured})
+        table.add_row(
+            name,
+            f"{batch}x{length}",
+            f"{found['folded']} of {found['sites']}",
+            *(f"{1e3 * timings.median(f'nonfoldable={choice}'):.2f}" for choice in ("inductor", "eager")),
+            *(str(timings.speedup(a, b)) for a, b in COMPARISONS),
+        )
     console.print(table)
-    return {
-        "benchmark": "nonfoldable",
-        "measured": recording.now(),
-        "commit": measured,
-        "machine": machine,
-        "model": f"BertModel, BertConfig's sizes with {layers} layers, random weights",
-        "speedups_are": SPEEDUPS_ARE,
-        "cases": cases,
-    }
+    return {"model": f"BertModel, BertConfig's sizes with {chosen.layers} layers, random weights", "cases": cases}
 
 
-def main() -> int:
-    """Run the benchmark as a command."""
-    parser = argparse.ArgumentParser(description="lnfold.nonfoldable: 'inductor' against 'eager'.")
-    parser.add_argument("--layers", type=int, default=4, help="encoder layers (default: 4)")
-    parser.add_argument("--seconds", type=float, default=20.0, help="for each case (default: 20)")
-    parser.add_argument("--threads", type=int, help="CPU threads; one is steadier on a machine shared with others")
-    chosen = parser.parse_args()
-    if chosen.threads is not None:
-        torch.set_num_threads(chosen.threads)
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-    with torch.no_grad():
-        for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
-            found = run(device, chosen.layers, chosen.seconds, console)
-            path = recording.write(f"nonfoldable-{device}", found)
-            console.print(f"written to {path}", soft_wrap=True)
-    return 0
-
+OPTIONS: dict[str, dict[str, Any]] = {
+    "--layers": {"type": int, "default": 4, "help": "encoder layers (default: 4)"},
+    "--seconds": {"type": float, "default": 20.0, "help": "for each case (default: 20)"},
+}
 
 if __name__ == "__main__":
-    sys.exit(0 if answer_task(carry_out) else main())
+    if not answer_task(carry_out):
+        sys.exit(run_on_devices("nonfoldable", "lnfold.nonfoldable: 'inductor' against 'eager'.", OPTIONS, run))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import sys
@@ -9,9 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import recording
 import torch
+from rich.console import Console
 
 from lncompile.comparisons.even_terms import compile_apart, settle
+from lncompile.comparisons.machine import describe_machine
 from lncompile.comparisons.processes import RepeatedTimings, orders, run_processes
 from lncompile.comparisons.timing import PairedTimings, measure
 from lncompile.lowering import torch_private_caches, torch_private_dynamo
@@ -98,3 +102,71 @@ def in_processes(
         PairedTimings({name: tuple(result["seconds"][name]) for name in sorted(names)}) for result in results
     )
     return RepeatedTimings(timings), {key: value for key, value in results[0].items() if key != "seconds"}
+
+
+def measured_case(
+    script: str,
+    case: Mapping[str, Any],
+    names: Sequence[str],
+    comparisons: Sequence[tuple[str, str]],
+    seconds: float,
+) -> tuple[RepeatedTimings, dict[str, Any], dict[str, Any]]:
+    """Measure a case and put what every result says of one together.
+
+    Args:
+        script: as for :func:`in_processes`.
+        case: likewise, with the ``device``.
+        names: of the candidates.
+        comparisons: what is compared with what: (candidate, baseline).
+        seconds: of all processes together.
+
+    Returns:
+        The timings, what the first process found besides, and the case's part of the JSON.
+    """
+    timings, found = in_processes(script, case, names, seconds)
+    return (
+        timings,
+        found,
+        {
+            "rounds": timings.rounds,
+            "load_average_after": describe_machine(case["device"])["load_average"],
+            "speedups": {f"{a} over {b}": vars(timings.speedup(a, b)) for a, b in comparisons},
+            "timings": timings.to_dict(),
+        },
+    )
+
+
+def run_on_devices(
+    name: str,
+    description: str,
+    options: Mapping[str, Mapping[str, Any]],
+    run: Callable[[str, argparse.Namespace, Console], dict[str, Any]],
+) -> int:
+    """Run a benchmark as a command: on the CPU and, where there is one, on a GPU; a result each.
+
+    Args:
+        name: of the benchmark, and of its results.
+        description: for the help.
+        options: of the command besides ``--threads``, as argparse takes them.
+        run: measures on one device and prints; returns what it found, ready for JSON.
+
+    Returns:
+        The exit code.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    for option, settings in options.items():
+        parser.add_argument(option, **settings)
+    parser.add_argument("--threads", type=int, help="CPU threads; one is steadier on a machine shared with others")
+    chosen = parser.parse_args()
+    if chosen.threads is not None:
+        torch.set_num_threads(chosen.threads)
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    with torch.no_grad():
+        for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
+            # Before it begins: the tree may change while this takes its minutes.
+            head = {"benchmark": name, "machine": describe_machine(device), "commit": recording.commit()}
+            cases = run(device, chosen, console)
+            found = {**head, "measured": recording.now(), "speedups_are": SPEEDUPS_ARE, **cases}
+            path = recording.write(f"{name}-{device}", found)
+            console.print(f"written to {path}", soft_wrap=True)
+    return 0

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lncompile.abtest import ABTest
-    from lncompile.explanation import explain, refresh, reports, restore
+    from lncompile.explanation import explain, refresh, reports
     from lncompile.integrations import allow_in_accelerate
     from lncompile.lowering.inspect.generated_code import GeneratedCode, generated_code
     from lncompile.options import OptionError, Options
@@ -42,7 +42,6 @@ __all__ = [
     "plan",
     "refresh",
     "reports",
-    "restore",
     "verify",
 ]
 
@@ -50,7 +49,7 @@ __all__ = [
 # as one of these names, or importing it would put the module in the name's place.
 _MODULES = {
     "abtest": ("ABTest",),
-    "explanation": ("explain", "refresh", "reports", "restore"),
+    "explanation": ("explain", "refresh", "reports"),
     "integrations": ("allow_in_accelerate",),
     "lowering.inspect.generated_code": ("GeneratedCode", "generated_code"),
     "options": ("OptionError", "Options"),

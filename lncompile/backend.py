@@ -18,13 +18,11 @@ from torch import fx
 from lncompile import safety_net
 from lncompile.lowering import persistent_norms, torch_private, torch_private_dynamo, torch_private_inductor
 from lncompile.options import Options, parse_options
-from lncompile.passes.rewrites.uses import Use
 from lncompile.pipeline import prepare, prepare_frozen
 from lncompile.reporting import log_lines
 from lncompile.reporting.report import FoldReport
-from lncompile.runtime.materialize import Materializer, give_back
-from lncompile.runtime.ownership import Reader
-from lncompile.runtime.parameter_identity import parameters_of
+from lncompile.runtime.materialize import Materializer
+from lncompile.runtime.parameter_identity import ParameterReference, parameters_of
 from lncompile.runtime.renewals import tell_again
 from lncompile.runtime.unfolded import Unfolded, given_up
 from lncompile.versions import warn_if_untested
@@ -37,7 +35,7 @@ class CompiledGraph:
     decided: FoldReport
     code: Any
     arguments: Mapping[str, Any]
-    reader: Reader
+    parameters: Mapping[int, ParameterReference]
     materializer: Materializer | None = None
     number: int = field(default_factory=itertools.count().__next__)
 
@@ -49,7 +47,9 @@ class CompiledGraph:
 
     def served(self) -> set[int]:
         """Ids of the parameters it was compiled with and, where Dynamo reused the code, called with since."""
-        return self.reader.parameters() | (self.materializer.seen() if self.materializer else set())
+        identities = (parameter.identity() for parameter in self.parameters.values())
+        own = {identity for identity in identities if identity is not None}
+        return own | (self.materializer.seen() if self.materializer else set())
 
 
 compiled_graphs: weakref.WeakSet[CompiledGraph] = weakref.WeakSet()
@@ -97,7 +97,7 @@ def lnfold(
     _publish(report)
     if prepared.graph_module is None:
         compiled = torch_private_inductor.inductor_compile(graph_module, example_inputs, inductor_config)
-        return _remember(compiled, report, arguments, prepared.reader)
+        return _remember(compiled, report, arguments, prepared.parameters)
     try:
         inputs = [*example_inputs, *prepared.values]
         static = torch_private.static_fake_tensors(prepared.values)
@@ -111,7 +111,7 @@ def lnfold(
             raise
         return _untouched(graph_module, example_inputs, inductor_config, arguments, error)
     unfolded = Unfolded(graph_module, inductor_config) if prepared.materializer else None
-    return _remember(compiled, report, arguments, prepared.reader, prepared.materializer, unfolded)
+    return _remember(compiled, report, arguments, prepared.parameters, prepared.materializer, unfolded)
 
 
 def _reset() -> None:
@@ -136,12 +136,8 @@ def _untouched(
     """Log our failure and do what stock torch.compile does."""
     reason = safety_net.log_failure("lnfold failed and compiles this graph as stock torch.compile would", error)
     report = safety_net.report_untouched(graph_module, reason)
-    # It is not known which of its weights this graph reads as they were before they were centered for another one.
-    uses: dict[int, Use] = dict.fromkeys(range(len(example_inputs)))
-    give_back((value, None) for value in example_inputs)
-    reader = Reader(parameters_of(graph_module.graph, example_inputs), uses)
     compiled = torch_private_inductor.inductor_compile(graph_module, example_inputs, config)
-    return _remember(compiled, report, arguments, reader)
+    return _remember(compiled, report, arguments, parameters_of(graph_module.graph, example_inputs))
 
 
 def _publish(report: FoldReport) -> None:
@@ -161,7 +157,7 @@ def _remember(
     compiled: Callable[..., Any],
     report: FoldReport,
     arguments: Mapping[str, Any],
-    reader: Reader,
+    parameters: Mapping[int, ParameterReference],
     materializer: Materializer | None = None,
     unfolded: Unfolded | None = None,
 ) -> Callable[..., Any]:
@@ -170,7 +166,7 @@ def _remember(
     Where there are no weights to supply, Dynamo gets what Inductor made, so that a call costs what it costs with stock.
     """
     code = torch_private_dynamo.code_being_compiled()
-    record = CompiledGraph(report, code, arguments, reader, materializer)
+    record = CompiledGraph(report, code, arguments, parameters, materializer)
     compiled_graphs.add(record)
     compiled = torch_private_dynamo.innermost_function(compiled)
     if materializer is not None and unfolded is not None and materializer.expressions:

@@ -21,9 +21,7 @@ from lncompile.pipeline import plan
 from lncompile.reporting.captured import inside, norms_outside, with_paths
 from lncompile.reporting.model_reports import Reports
 from lncompile.reporting.report import FoldReport, merge
-from lncompile.runtime.in_place import restore_for_good
 from lncompile.runtime.materialize import forget_all
-from lncompile.runtime.parameter_identity import Place, held_by
 
 
 def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> FoldReport:
@@ -214,8 +212,6 @@ def _same_source(code: Any, function: Any) -> bool:
 def refresh() -> None:
     """Forget every centered weight, so that the next call of each compiled model computes them anew.
 
-    Weights that :func:`restore` restored may be centered in place again.
-
     Graphs whose weights changed at nearly every call fold again.
 
     Needed after a write that torch does not count and that leaves nearly all elements as they are, such as
@@ -223,33 +219,3 @@ def refresh() -> None:
     that is not looked for. All others are noticed by themselves.
     """
     forget_all()
-
-
-def restore(model: Callable[..., Any]) -> tuple[str, ...]:
-    """Put the means back that ``lnfold.weights="inplace"`` took out of a model's parameters.
-
-    Each element is what it was up to one rounding: centering rounded it to half a unit in its own last place, restoring
-    rounds once more. A parameter that was written to since, or converted, stays as it is. Compiled models go on: they
-    use copies of centered weights from then on, until :func:`refresh`.
-
-    Args:
-        model: a module, compiled or not.
-
-    Returns:
-        The names of the parameters that were restored.
-
-    Raises:
-        TypeError: if it is no module.
-
-    Example:
-        >>> compiled = torch.compile(model, backend="lnfold", options={"lnfold.weights": "inplace"}); compiled(x)
-        >>> lncompile.restore(model)
-        ('transformer.h.0.attn.c_proj.weight', ...)
-    """
-    module = torch_private_dynamo.original_callable(model)
-    if not isinstance(module, torch.nn.Module):
-        raise TypeError(f"restore() takes the module whose weights are to be restored, not a {type(module).__name__}")
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
-    places = (Place(holder, name) for holder in module.modules() for name in held_by(holder))
-    restored = restore_for_good(module.parameters(), places)
-    return tuple(names[id(parameter)] for parameter in restored)

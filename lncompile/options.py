@@ -27,9 +27,6 @@ class Options:
     """Options of ours, with their defaults.
 
     Attributes:
-        weights: where centered weights live. ``"copy"``: beside the model, whose own weights stay untouched;
-            ``"inplace"``: in the model's own parameters, wherever nothing else reads them. The model computes the
-            same in eager; :func:`lncompile.restore` undoes it. With ``check="off"`` they must not be written to then.
         nonfoldable: what runs at a site that does not fold. ``"inductor"``: its own layer_norm, as stock torch.compile
             compiles it; ``"eager"``: ATen's eager LayerNorm kernel.
         assist: whether an activation may be centered at run time. ``"auto"``: where that lets more norms fold than it
@@ -45,7 +42,7 @@ class Options:
             torch does not count needs :func:`lncompile.refresh`; ``"off"``: not at all, centered weights are those of
             the first call with a set of parameters until :func:`lncompile.refresh`.
         absorb_affine: whether γ and β of a folded norm go into the linear layers that read it. ``"auto"``: where those
-            weights are copied anyway (so with ``weights="copy"`` and without a budget) and a call moves fewer bytes;
+            weights are copied anyway (so without a budget) and a call moves fewer bytes;
             ``"on"``: wherever it can be done, at a copy of each such weight; ``"off"``: nowhere.
         defer: whether the scale of a folded norm moves behind the products that read it, so that the normalised tensor
             is never written. ``"auto"``: where no kernel is added and a call saves more traffic than the absorbing
@@ -61,7 +58,6 @@ class Options:
             right. Those that the environment variable ``LNCOMPILE_DISABLE_PASSES`` names are switched off as well.
     """
 
-    weights: str = "copy"
     nonfoldable: str = "inductor"
     assist: str = "auto"
     training: str = "auto"
@@ -87,7 +83,6 @@ class Options:
 
 # What each option takes, or, for one that takes more than can be listed, in words.
 _VALUES: dict[str, tuple[Any, ...] | str] = {
-    "weights": ("copy", "inplace"),
     "nonfoldable": ("inductor", "eager"),
     "assist": ("auto", "off"),
     "training": ("auto", "on", "off"),

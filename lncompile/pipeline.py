@@ -32,9 +32,8 @@ from lncompile.passes.pipeline.runner import Runner
 from lncompile.passes.rewrites.uses import Use, uses_of
 from lncompile.passes.verdicts.judge import describe_centerings
 from lncompile.reporting.report import FoldReport
-from lncompile.runtime.materialize import Materializer, Stored, give_back
-from lncompile.runtime.ownership import Ownership, Reader
-from lncompile.runtime.parameter_identity import parameters_of
+from lncompile.runtime.materialize import Materializer, Stored
+from lncompile.runtime.parameter_identity import ParameterReference, parameters_of
 from lncompile.transform import Transformed, transform
 
 
@@ -47,14 +46,14 @@ class Prepared:
         materializer: supplies the values of its extra inputs; None where it has none.
         values: an example of them, none of which is one of the graph's other inputs.
         report: what was decided.
-        reader: what is known of how the compiled graph reads its parameters, to be kept as long as it lives.
+        parameters: those among its inputs, by position.
     """
 
     graph_module: fx.GraphModule | None
     materializer: Materializer | None
     values: tuple[Tensor, ...]
     report: FoldReport
-    reader: Reader
+    parameters: Mapping[int, ParameterReference]
 
 
 @dataclass(frozen=True)
@@ -65,14 +64,12 @@ class Outcome:
         captured: the graph as Dynamo handed it out.
         analysis: what was decided.
         transformed: the rewritten graph; None where the graph stays as it came.
-        uses: how the graph, as it came or rewritten, reads its inputs.
         times: how long each pass took.
     """
 
     captured: fx.GraphModule
     analysis: Analysis
     transformed: Transformed | None
-    uses: Mapping[int, Use]
     times: tuple[PassTime, ...]
 
     @property
@@ -99,8 +96,7 @@ def run(
     analysis = analyse(graph_module, example_inputs, options, inductor, runner)
     untouched = analysis.placement is None and (options.nonfoldable == "inductor" or not analysis.sites)
     transformed = None if untouched else transform(analysis, options, runner)
-    uses = uses_in(graph_module, transformed)
-    return Outcome(graph_module, analysis, transformed, uses, tuple(runner.times.values()))
+    return Outcome(graph_module, analysis, transformed, tuple(runner.times.values()))
 
 
 def prepare(
@@ -113,15 +109,12 @@ def prepare(
 
     Args:
         graph_module: the graph Dynamo captured; it is not changed.
-        example_inputs: the value of each placeholder. Of the parameters among them those are overwritten that options
-            and ``ownership`` allow.
+        example_inputs: the value of each placeholder.
         options: our options.
         inductor: what differs from Inductor's own configuration.
     """
     started = time.perf_counter()
     outcome = run(graph_module, example_inputs, options, inductor)
-    # What is read as it is here was perhaps overwritten for another graph.
-    give_back((example_inputs[position], axes) for position, axes in outcome.uses.items())
     materializer = _materializer(outcome, options)
     values, stored = materializer.begin(example_inputs)
     report = make_report(outcome, stored, time.perf_counter() - started)
@@ -131,7 +124,7 @@ def prepare(
         # A parameter that is its own centered weight would be one input twice, and be compiled as if it always were.
         tuple(_apart(value) if any(value is other for other in example_inputs) else value for value in values),
         report,
-        Reader(parameters_of(graph_module.graph, example_inputs), outcome.uses),
+        parameters_of(graph_module.graph, example_inputs),
     )
 
 
@@ -155,7 +148,7 @@ def prepare_frozen(
     lifted = lift_weights(graph_module)
     if not lifted.tensors:
         return prepare(graph_module, example_inputs, options, inductor)
-    options = dataclasses.replace(options, weights="copy", check="off")
+    options = dataclasses.replace(options, check="off")
     weights = tuple(lifted.tensors.values())
     prepared = prepare(lifted.graph_module, [*example_inputs, *weights], options, inductor)
     if prepared.graph_module is not None:
@@ -169,7 +162,7 @@ def plan(
     options: Options,
     inductor: Mapping[str, Any] = MappingProxyType({}),
 ) -> FoldReport:
-    """Say what :func:`prepare` would do, without a look at weights that would not be asked for, and without a write."""
+    """Say what :func:`prepare` would do, without a look at weights that would not be asked for."""
     started = time.perf_counter()
     outcome = run(graph_module, example_inputs, options, inductor)
     stored = _materializer(outcome, options).plan(example_inputs)
@@ -199,9 +192,8 @@ def uses_in(graph_module: fx.GraphModule, transformed: Transformed | None) -> di
 def _materializer(outcome: Outcome, options: Options) -> Materializer:
     """What supplies the extra inputs of a rewritten graph; it has supplied none yet."""
     expressions, graph_module = outcome.expressions, outcome.captured
-    ownership = Ownership(graph_module, outcome.uses) if options.weights == "inplace" and expressions else None
     names = [parameter_name(node) for node in graph_module.graph.nodes if node.op == "placeholder"]
-    return Materializer(expressions, names, options.check, ownership)
+    return Materializer(expressions, names, options.check)
 
 
 def make_report(outcome: Outcome, stored: Sequence[Stored], seconds: float) -> FoldReport:
@@ -259,9 +251,7 @@ def _centered_outside(
     for expression, kept in zip(expressions, stored, strict=True):
         name = " · ".join(parameter_name(placeholders[leaf]) for leaf in expression.leaves)
         variant = hashlib.sha256(expression.code.encode()).hexdigest()[:8]
-        weights[expression.code, expression.leaves] = WeightRewrite(
-            name, kept.bytes, kept.storage, kept.detail, variant
-        )
+        weights[expression.code, expression.leaves] = WeightRewrite(name, kept.bytes, kept.storage, variant)
     return list(weights.values())
 
 

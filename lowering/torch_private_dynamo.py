@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 import torch._dynamo
 import torch.fx.experimental.symbolic_shapes
-from torch import fx
 
 
 def innermost_function(compiled: Callable[..., Any]) -> Callable[..., Any]:
@@ -155,12 +154,6 @@ def scope_being_compiled() -> dict[str, Any]:
     return {} if root is None else {"L": root.f_locals, "G": root.f_globals}
 
 
-def is_whole_frame(graph_module: fx.GraphModule) -> bool:
-    """Whether the graph Dynamo handed out is a whole frame's: no graph break, no piece that DDP cut out."""
-    reason = getattr(graph_module, "compile_subgraph_reason", None)
-    return reason is not None and not reason.graph_break
-
-
 def codes_of_call(module: torch.nn.Module) -> set[Any]:
     """Return the code objects whose frames are whole calls of a module: its forward's, and torch's around it."""
     codes: set[Any] = {torch.nn.Module._call_impl.__code__, torch.nn.Module._wrapped_call_impl.__code__}
@@ -170,13 +163,3 @@ def codes_of_call(module: torch.nn.Module) -> set[Any]:
         codes.add(getattr(function, "__code__", None))
         function = getattr(function, "__wrapped__", None)
     return codes - {None}
-
-
-def is_compiled_by_itself(module: torch.nn.Module) -> bool:
-    """Whether `module.compile()` was called for this very module."""
-    return getattr(module, "_compiled_call_impl", None) is not None
-
-
-def is_compiled_wrapper(module: torch.nn.Module) -> bool:
-    """Whether a module is what torch.compile made around another."""
-    return isinstance(module, torch._dynamo.OptimizedModule)

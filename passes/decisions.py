@@ -224,17 +224,14 @@ class WeightRewrite:
     Attributes:
         name: the parameter's, or those of the parameters it is computed from.
         bytes: what it takes of memory beside the model (in the graph: of memory of the step).
-        storage: where the centered weight is. ``"copy"``: beside the model; ``"inplace"``: in the parameter, and beside
-            the model only the means that undoing it takes; ``"centered"``: in the parameter, which came centered;
-            ``"graph"``: nowhere, it is computed at every step of a training.
-        detail: why it is a copy, where weights were to be centered in place.
+        storage: where the centered weight is. ``"copy"``: beside the model; ``"centered"``: in the parameter, which
+            came centered; ``"graph"``: nowhere, it is computed at every step of a training.
         variant: tells several copies of one parameter apart, centered along other axes or in another dtype.
     """
 
     name: str
     bytes: int
     storage: str
-    detail: str = ""
     variant: str = ""
 
 

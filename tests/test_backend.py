@@ -254,7 +254,7 @@ def test_inductor_refusing_our_graph_compiles_the_untouched_one(
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"lnfold.weights": "nope"}, "option 'lnfold.weights' takes 'copy' or 'inplace', not 'nope'"),
+        ({"lnfold.check": "nope"}, "option 'lnfold.check' takes 'values' or 'versions' or 'off', not 'nope'"),
         ({"lnfold.nonfoldable": True}, "option 'lnfold.nonfoldable' takes 'inductor' or 'eager', not True"),
         ({"lnfold.asist": "auto"}, "unknown option 'lnfold.asist' (did you mean 'lnfold.assist'?)"),
         ({"lnfold.assist": True}, "option 'lnfold.assist' takes 'auto' or 'off', not True: write 'auto'"),

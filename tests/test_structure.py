@@ -140,7 +140,7 @@ def test_private_torch_names_stand_in_their_modules(path: Path) -> None:
     assert not private
 
 
-@pytest.mark.parametrize("path", modules("lncompile", "passes", "lowering", "examples"), ids=str)
+@pytest.mark.parametrize("path", modules("lncompile", "passes", "lowering", "benchmarks", "examples"), ids=str)
 def test_modules_can_be_read_in_a_sitting(path: Path) -> None:
     text = path.read_text()
     assert len(text.splitlines()) <= 400

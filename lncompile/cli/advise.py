@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch
-
-from lncompile.cli.running import Run, place_of
+from lncompile.cli.running import Run
 from lncompile.comparisons.answer import Answer
-from lncompile.comparisons.latency import compare_in_processes
-from lncompile.comparisons.machine import describe_machine
-from lncompile.explanation import explain
 from lncompile.verification import verify
 
 
@@ -25,13 +20,9 @@ def run_advise(run: Run, seconds: float, processes: int) -> Answer:
     Returns:
         The answer, which was shown.
     """
-    machine_before = describe_machine(run.device or "cpu")
-    loaded = run.load()
-    machine = {**describe_machine(place_of(loaded)), "load_average": machine_before["load_average"]}
+    loaded, machine = run.load_on_described_machine()
     weight_bytes = sum(parameter.nbytes for parameter in loaded.model.parameters())
-    with run.steps.step("Which LayerNorms fold") as say, torch.no_grad():
-        say("capturing the graph")
-        report = explain(run.compile(loaded), *loaded.arguments, **loaded.inputs)
+    report = run.explain(loaded)
     answer = Answer(
         loaded.name, loaded.description, machine, weight_bytes, report, mode=run.asked.mode, options=run.options
     )
@@ -40,19 +31,7 @@ def run_advise(run: Run, seconds: float, processes: int) -> Answer:
             verification = verify(run.compile(loaded), *loaded.arguments, progress=say, **loaded.inputs)
         answer = dataclasses.replace(answer, verification=verification)
     if report.folded and answer.stays_exact:
-        run.free_weights()
-        with run.steps.step(f"Latency: {processes} processes, {seconds:g} s of calls") as say:
-            latency = compare_in_processes(
-                loaded.name,
-                run.loading_by_name(),
-                mode=run.asked.mode,
-                options=run.options,
-                limit=True,
-                seconds=seconds,
-                processes=processes,
-                machine=machine,
-                progress=say,
-            )
+        latency = run.measure(loaded, machine, seconds, processes, limit=True)
         answer = dataclasses.replace(answer, latency=latency)
     run.show(loaded, answer.to_dict(), answer)
     return answer

@@ -11,25 +11,9 @@ import typer
 from lncompile import __version__
 from lncompile.cli.group import command_group
 from lncompile.cli.interrupts import importing
-from lncompile.cli.parameters import (
-    AsJson,
-    Asked,
-    Batch,
-    Device,
-    DtypeName,
-    Graphs,
-    Html,
-    Mode,
-    ModelName,
-    OptionPairs,
-    Plot,
-    Seed,
-    Tokens,
-    TokensOfRequests,
-    Traceback,
-)
-from lncompile.cli.running import running
-from lncompile.models.names import RANDOM_GPT2
+from lncompile.cli.parameters import Graphs, Html, Plot, TokensOfRequests
+from lncompile.cli.running import Run
+from lncompile.cli.shared_parameters import command_on
 
 app = typer.Typer(
     name="lncompile",
@@ -78,129 +62,61 @@ Processes = Annotated[
 ]
 
 
-@app.command()
-def advise(
-    model: ModelName = RANDOM_GPT2,
-    batch: Batch = None,
-    tokens: Tokens = None,
-    dtype: DtypeName = None,
-    device: Device = None,
-    seed: Seed = None,
-    mode: Mode = None,
-    option: OptionPairs = None,
-    seconds: Annotated[
-        float, typer.Option("--seconds", "-s", min=0.0, metavar="S", help="How long to measure.")
-    ] = 20.0,
-    processes: Processes = 4,
-    as_json: AsJson = False,
-    show_traceback: Traceback = False,
-) -> None:
+Seconds = Annotated[float, typer.Option("--seconds", "-s", min=0.0, metavar="S", help="How long to measure.")]
+command = command_on(app)
+
+
+@command(steps=4)
+def advise(run: Run, seconds: Seconds = 20.0, processes: Processes = 4) -> bool:
     """Say whether to use lnfold: use it, no gain, or not possible, and why.
 
     This is what "lncompile MODEL" does. The exit code is 1 if predictions would get worse.
     """
-    asked = Asked("advise", model, batch, tokens, dtype, device, seed, mode, option, as_json, show_traceback)
-    with running(asked, steps=4) as run:
-        with importing():
-            from lncompile.cli.advise import run_advise
-        answer = run_advise(run, seconds, processes)
-    if not answer.stays_exact:
-        raise typer.Exit(1)
+    with importing():
+        from lncompile.cli.advise import run_advise
+    return run_advise(run, seconds, processes).stays_exact
 
 
-@app.command()
-def explain(
-    model: ModelName = RANDOM_GPT2,
-    batch: Batch = None,
-    tokens: Tokens = None,
-    dtype: DtypeName = None,
-    device: Device = None,
-    seed: Seed = None,
-    mode: Mode = None,
-    option: OptionPairs = None,
-    html: Html = None,
-    graphs: Graphs = None,
-    as_json: AsJson = False,
-    show_traceback: Traceback = False,
-) -> None:
+@command(steps=2)
+def explain(run: Run, html: Html = None, graphs: Graphs = None) -> bool:
     """Say of every LayerNorm whether it folds, and why not.
 
     Compiles nothing. With --device meta it needs no memory for weights.
     """
-    asked = Asked(
-        "explain", model, batch, tokens, dtype, device, seed, mode, option, as_json, show_traceback, (("--html", html),)
-    )
-    with running(asked, steps=2) as run:
-        with importing():
-            from lncompile.cli.explain import run_explain
-        run_explain(run, html, graphs)
+    with importing():
+        from lncompile.cli.explain import run_explain
+    run_explain(run, html, graphs)
+    return True
 
 
-@app.command()
-def verify(
-    model: ModelName = RANDOM_GPT2,
-    batch: Batch = None,
-    tokens: Tokens = None,
-    dtype: DtypeName = None,
-    device: Device = None,
-    seed: Seed = None,
-    mode: Mode = None,
-    option: OptionPairs = None,
-    as_json: AsJson = False,
-    show_traceback: Traceback = False,
-) -> None:
+@command(steps=2)
+def verify(run: Run) -> bool:
     """Compare predictions with a float64 reference.
 
     Those of eager, stock torch.compile and lnfold. The exit code is 1 if lnfold's are worse, or not finite.
     """
-    asked = Asked("verify", model, batch, tokens, dtype, device, seed, mode, option, as_json, show_traceback)
-    with running(asked, steps=2) as run:
-        with importing():
-            from lncompile.cli.verify import run_verify
-        passed = run_verify(run)
-    if not passed:
-        raise typer.Exit(1)
+    with importing():
+        from lncompile.cli.verify import run_verify
+    return run_verify(run)
 
 
-@app.command()
-def bench(
-    model: ModelName = RANDOM_GPT2,
-    batch: Batch = None,
-    tokens: Tokens = None,
-    dtype: DtypeName = None,
-    device: Device = None,
-    seed: Seed = None,
-    mode: Mode = None,
-    option: OptionPairs = None,
-    seconds: Annotated[
-        float, typer.Option("--seconds", "-s", min=0.0, metavar="S", help="How long to measure.")
-    ] = 20.0,
-    processes: Processes = 4,
-    as_json: AsJson = False,
-    show_traceback: Traceback = False,
-) -> None:
+@command(steps=3)
+def bench(run: Run, seconds: Seconds = 20.0, processes: Processes = 4) -> bool:
     """Measure latency, call by call in turn, in several processes.
 
     Of eager, stock torch.compile and lnfold: medians, ratios and their 95% intervals over processes. Where lnfold
     changes nothing it says so and measures nothing.
     """
-    asked = Asked("bench", model, batch, tokens, dtype, device, seed, mode, option, as_json, show_traceback)
-    with running(asked, steps=3) as run:
-        with importing():
-            from lncompile.cli.bench import run_bench
-        run_bench(run, seconds, processes)
+    with importing():
+        from lncompile.cli.bench import run_bench
+    run_bench(run, seconds, processes)
+    return True
 
 
-@app.command()
+@command(steps=3)
 def ab(
-    model: ModelName = RANDOM_GPT2,
-    batch: Batch = None,
+    run: Run,
     tokens: TokensOfRequests = None,
-    dtype: DtypeName = None,
-    device: Device = None,
-    seed: Seed = None,
-    mode: Mode = None,
-    option: OptionPairs = None,
     seconds: Annotated[
         float, typer.Option("--seconds", "-s", min=0.0, metavar="S", help="Stop undecided after this long.")
     ] = 60.0,
@@ -211,23 +127,13 @@ def ab(
         float, typer.Option(min=0.0, max=10.0, metavar="X", help="Relative difference in latency that matters.")
     ] = 0.02,
     plot: Plot = None,
-    as_json: AsJson = False,
-    show_traceback: Traceback = False,
-) -> None:
+) -> bool:
     """Try lnfold out on simulated requests.
 
     Each is answered by stock torch.compile or by lnfold at random, until it is known which one is faster: what
     lncompile.ABTest does in a server. The exit code is 1 if lnfold fails, returns different outputs, or is slower by
     more than --minimum-effect.
     """
-    lengths = list(dict.fromkeys(tokens or ()))
-    first = lengths[0] if lengths else None
-    asked = Asked(
-        "ab", model, batch, first, dtype, device, seed, mode, option, as_json, show_traceback, (("--plot", plot),)
-    )
-    with running(asked, steps=3) as run:
-        with importing():
-            from lncompile.cli.ab import run_ab
-        regression = run_ab(run, lengths, seconds, shadow, minimum_effect, plot)
-    if regression:
-        raise typer.Exit(1)
+    with importing():
+        from lncompile.cli.ab import run_ab
+    return not run_ab(run, list(dict.fromkeys(tokens or ())), seconds, shadow, minimum_effect, plot)

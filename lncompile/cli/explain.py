@@ -5,11 +5,8 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-import torch
-
 from lncompile.cli.parameters import InputError
 from lncompile.cli.running import Run
-from lncompile.explanation import explain
 from lncompile.graph_observers import watched_by
 from lncompile.reporting.graphs import GraphDirectory
 
@@ -24,9 +21,8 @@ def run_explain(run: Run, html: Path | None, graphs: Path | None) -> None:
     """
     watched = contextlib.nullcontext() if graphs is None else watched_by(_directory(graphs))
     loaded = run.load()
-    with run.steps.step("Which LayerNorms fold") as say, torch.no_grad(), watched:
-        say("capturing the graph")
-        report = explain(run.compile(loaded), *loaded.arguments, **loaded.inputs)
+    with watched:
+        report = run.explain(loaded)
     if graphs is not None:
         run.note(f"graphs after each pass in {graphs}; {graphs / 'index.txt'} says which pass changed what")
     if html is not None:

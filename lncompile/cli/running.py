@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     import torch
 
     from lncompile.abtest.simulation import Request
+    from lncompile.comparisons.latency import Latency
     from lncompile.models.loading import LoadedModel
     from lncompile.progress import Steps
+    from lncompile.reporting.report import FoldReport
 
 
 @dataclass
@@ -80,6 +82,52 @@ class Run:
         elif tokens is not None:
             loaded = inputs_of_length(loaded, self.asked.batch, tokens, self.asked.seed)
         return loaded.arguments, loaded.inputs
+
+    def explain(self, loaded: LoadedModel) -> FoldReport:
+        """Find out which LayerNorms fold, as a step."""
+        import torch
+
+        from lncompile.explanation import explain
+
+        with self.steps.step("Which LayerNorms fold") as say, torch.no_grad():
+            say("capturing the graph")
+            return explain(self.compile(loaded), *loaded.arguments, **loaded.inputs)
+
+    def load_on_described_machine(self) -> tuple[LoadedModel, dict[str, Any]]:
+        """Load the model, and describe the machine that it runs on as it was before: nothing of ours loads it."""
+        from lncompile.comparisons.machine import describe_machine
+
+        before = describe_machine(self.device or "cpu")
+        loaded = self.load()
+        return loaded, {**describe_machine(place_of(loaded)), "load_average": before["load_average"]}
+
+    def measure(
+        self, loaded: LoadedModel, machine: Mapping[str, Any], seconds: float, processes: int, limit: bool = False
+    ) -> Latency:
+        """Measure latency in processes of its own, as a step. The model's weights are freed.
+
+        Args:
+            loaded: the model.
+            machine: that it runs on.
+            seconds: how long.
+            processes: how many processes measure.
+            limit: whether the model without its norms is measured as well.
+        """
+        from lncompile.comparisons.latency import compare_in_processes
+
+        self.free_weights()
+        with self.steps.step(f"Latency: {processes} processes, {seconds:g} s of calls") as say:
+            return compare_in_processes(
+                loaded.name,
+                self.loading_by_name(),
+                mode=self.asked.mode,
+                options=self.options,
+                limit=limit,
+                seconds=seconds,
+                processes=processes,
+                machine=machine,
+                progress=say,
+            )
 
     def free_weights(self) -> None:
         """Free the memory of the model, whose shapes stay: processes that measure load it themselves."""
@@ -227,7 +275,7 @@ def _printed(text: str, asked: Asked) -> str:
 def _sentence(error: BaseException, asked: Asked, run: Run | None) -> str:
     """What went wrong and what can be done about it."""
     if run is not None:
-        from lncompile.cli.memory import is_out_of_memory, out_of_memory  # it needs torch, which is there by now
+        from lncompile.cli.out_of_memory import is_out_of_memory, out_of_memory  # it needs torch, which is there by now
         from lncompile.comparisons.processes import ProcessError
 
         if isinstance(error, ProcessError) and not error.out_of_memory:

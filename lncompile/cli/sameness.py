@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
 from lncompile.cli.running import Run
-from lncompile.explanation import explain
 from lncompile.models.loading import LoadedModel
 from lncompile.options import arms, parse_options
 from lncompile.reporting.report import FoldReport
@@ -26,9 +23,7 @@ def changes_nothing(run: Run, loaded: LoadedModel) -> tuple[bool, FoldReport]:
     Returns:
         Whether lnfold leaves the model's graphs as they are, and which LayerNorms fold.
     """
-    with run.steps.step("Which LayerNorms fold") as say, torch.no_grad():
-        say("capturing the graph")
-        report = explain(run.compile(loaded), *loaded.arguments, **loaded.inputs)
+    report = run.explain(loaded)
     options, ours = parse_options(run.asked.mode, run.options)
     given = arms(run.asked.mode, run.options)["inductor"]
     _, stocks = parse_options(given.get("mode"), given.get("options"))

@@ -91,7 +91,6 @@ def _memory(report: FoldReport) -> str:
     words = f" ({report.extra_bytes / 2**20:.1f} MiB beside the model"
     counted = Counter(weight.storage for weight in report.weights)
     for storage, what in (
-        ("inplace", "in place"),
         ("centered", "centered before"),
         ("graph", "centered at every step"),
     ):
@@ -124,12 +123,6 @@ def remedies(report: FoldReport) -> list[str]:
 
 def notes(report: FoldReport) -> Iterator[str]:
     """What else there is to say of a report, below its sites."""
-    details: dict[str, list[str]] = {}
-    for weight in report.weights:
-        if weight.detail:
-            details.setdefault(weight.detail, []).append(weight.name)
-    for detail, names in details.items():
-        yield f"a copy, not in place: {some(names)}: {detail}"
     for centering in report.centerings:
         yield f"centered at run time after {centering.after} ({centering.location}): {centering.detail}"
     if report.norms_outside:

@@ -3,19 +3,18 @@
 Each centered parameter expression of the graph was cut out into a small graph of its own (:mod:`.expressions`), and a
 placeholder took its place. At each call a :class:`Materializer` supplies the values, computed under
 ``torch.no_grad()`` from the parameters *that arrive in this call* and kept while these are the same tensors and nobody
-writes to them (``parameter_state``). A parameter that holds its centered weight itself, because it was written there
-(``in_place``) or came centered, is passed as it is. Nothing is baked in: Dynamo reuses one compiled graph for several
-parameter sets, and in-place updates, ``load_state_dict`` or a swapped Parameter cause no recompile.
+writes to them (``parameter_state``). A parameter that came centered is passed as it is. Nothing is baked in: Dynamo
+reuses one compiled graph for several parameter sets, and in-place updates, ``load_state_dict`` or a swapped Parameter
+cause no recompile.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import logging
 import operator
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,17 +25,14 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.overrides import has_torch_function
 
 from lncompile.lowering import torch_private
-from lncompile.passes.graph.axes import Axes
 from lncompile.passes.graph.expressions import Expression
 from lncompile.passes.graph.sharding import local_bytes
 from lncompile.passes.rewrites.arithmetic import is_centered
-from lncompile.runtime import in_place
 from lncompile.runtime.cuda_streams import CudaStreamOrder
-from lncompile.runtime.ownership import Ownership, Survey
 from lncompile.runtime.parameter_identity import LifetimeReference, watch
 from lncompile.runtime.parameter_state import ParameterState, addresses_of, version_of
 from lncompile.runtime.renewals import Renewals, say_given_up, say_written_unseen
-from lncompile.runtime.shared_values import Entry, shared_values
+from lncompile.runtime.shared_values import Entry, lock, shared_values
 from lncompile.runtime.weight_samples import lies_within, local
 
 log = logging.getLogger("lncompile")
@@ -47,15 +43,13 @@ class Stored:
     """How the value of an expression is kept.
 
     Attributes:
-        storage: ``"copy"`` beside the model, ``"inplace"`` in the parameter, ``"centered"``: the parameter as it came.
-        bytes: what that takes of memory; in place it is what undoing it takes.
-        detail: in words, why there is a copy where the parameter was to be written to.
+        storage: ``"copy"`` beside the model, ``"centered"``: the parameter as it came.
+        bytes: what that takes of memory.
         version: of the parameter, where that is what holds the value.
     """
 
     storage: str
     bytes: int
-    detail: str = ""
     version: int | None = None
 
 
@@ -64,16 +58,9 @@ _materializers: weakref.WeakSet[Materializer] = weakref.WeakSet()
 
 def forget_all() -> None:
     """Forget every materialised tensor: the next call of each compiled graph computes its own anew."""
-    in_place.allow_again()
     for materializer in list(_materializers):
         materializer.begin_anew()
     shared_values.clear()
-
-
-def give_back(uses: Iterable[tuple[Any, tuple[Axes, ...] | None]]) -> None:
-    """Restore what a new graph is about to read in another way than it was written (``in_place.give_back``)."""
-    if in_place.give_back(uses):
-        _forget_sets()
 
 
 def _forget_sets() -> None:
@@ -148,7 +135,6 @@ class Materializer:
         names: of the graph's placeholders, for messages.
         check: how every call looks whether a parameter has changed since its values were computed: by ``"values"``, by
             ``"versions"``, or not at all (``"off"``), where a set of parameters is recognised by which ones they are.
-        ownership: where parameters are to be overwritten with their centered weights, says which may be.
 
     Attributes:
         keeps_up: whether values last for more than a few calls. Where they did not, no more are supplied until the
@@ -160,14 +146,12 @@ class Materializer:
         expressions: Sequence[Expression],
         names: Sequence[str] = (),
         check: str = "values",
-        ownership: Ownership | None = None,
     ) -> None:
         self.expressions = tuple(expressions)
         self.keeps_up = True
         self._names = tuple(names)
         self._check = check != "off"
         self._samples = check == "values"
-        self._ownership = ownership
         self._renewals = Renewals()
         self._leaves = tuple(sorted({leaf for expression in expressions for leaf in expression.leaves}))
         self._choose_leaves = chooser(self._leaves)
@@ -200,7 +184,7 @@ class Materializer:
         self, arguments: Sequence[Any], leaves: tuple[Tensor, ...], known: _ParameterSet | None
     ) -> Sequence[Tensor] | None:
         """The values for parameters that were not seen before or have changed."""
-        with torch_private.as_plain_tensors(), in_place.lock:
+        with torch_private.as_plain_tensors(), lock:
             current = self._sets.get(addresses_of(leaves))
             if current is not None and current is not known and current.is_current(leaves):
                 return current.take(arguments)  # another thread was faster
@@ -276,24 +260,23 @@ class Materializer:
 
         values: list[Entry | int] = []
         kept: list[Stored] = []
-        survey = Survey()
         anything_outdated = False
-        with in_place.lock, torch_private.as_plain_tensors():
+        with lock, torch_private.as_plain_tensors():
             # Before the values are computed, see Entry.
             state = ParameterState(leaves, forget, values=self._samples and are_real)
             for index, expression in enumerate(self.expressions):
-                stored = self._in_parameter(index, arguments, survey)
-                if stored.version is not None:
+                held = self._held(index, arguments)
+                if held is not None and held.version is not None:
                     (leaf,) = expression.leaves
                     values.append(leaf)
-                    state.expect(self._leaves.index(leaf), stored.version, leaves)
+                    kept.append(held)
+                    state.expect(self._leaves.index(leaf), held.version, leaves)
                 else:
                     given = tuple(arguments[leaf] for leaf in expression.leaves)
                     entry, outdated = shared_values.get(expression, given)
                     values.append(entry)
+                    kept.append(Stored("copy", local_bytes(entry.value)))
                     anything_outdated |= outdated
-                    stored = dataclasses.replace(stored, bytes=local_bytes(entry.value))
-                kept.append(stored)
         if anything_outdated:
             log.debug("a weight was written to through .data: every compiled graph computes its centered weights anew")
             _forget_sets()
@@ -302,69 +285,26 @@ class Materializer:
         return fresh
 
     def plan(self, arguments: Sequence[Any]) -> tuple[Stored, ...]:
-        """Say how the values would be kept for these arguments, without computing or writing any.
+        """Say how the values would be kept for these arguments, without computing any.
 
         The bytes of copies are left out: nothing is computed that has any.
         """
-        survey = Survey()
-        planned = []
-        for index, expression in enumerate(self.expressions):
-            first = arguments[expression.leaves[0]]
-            with in_place.lock:
-                held = self._held(index, arguments)
-                obstacle = None if held is not None else self._obstacle(index, arguments, survey)
-            if held is not None:
-                planned.append(held)
-            elif obstacle is None:
-                planned.append(Stored("inplace", in_place.bytes_kept(first, expression.centered_along or ())))
-            else:
-                planned.append(Stored("copy", 0, obstacle))
-        return tuple(planned)
-
-    def _in_parameter(self, index: int, arguments: Sequence[Any], survey: Survey) -> Stored:
-        """Have a parameter hold the value of an expression, if it does already or may; else it is to be a copy."""
-        held = self._held(index, arguments)
-        if held is not None:
-            return held
-        for parameter in (arguments[leaf] for leaf in self.expressions[index].leaves):
-            if in_place.written(parameter) is not None:
-                # For another graph, in another way than this one needs it, which was not known when that was compiled.
-                in_place.restore_for_good([parameter], survey.owners(parameter))
-        obstacle = self._obstacle(index, arguments, survey)
-        if obstacle is not None:
-            return Stored("copy", 0, obstacle)
-        expression = self.expressions[index]
-        record = in_place.write(arguments[expression.leaves[0]], expression.centered_along or ())
-        if record is None:
-            return Stored("copy", 0, "somebody else wrote to it at the same time")
-        return Stored("inplace", record.nbytes, version=record.version)
+        with lock:
+            held = [self._held(index, arguments) for index in range(len(self.expressions))]
+        return tuple(Stored("copy", 0) if kept is None else kept for kept in held)
 
     def _held(self, index: int, arguments: Sequence[Any]) -> Stored | None:
         """How a parameter holds the value of an expression; None if it does not."""
         axes = self.expressions[index].centered_along
         # Without the check a copy outlives changes of the parameter, which holds nothing but the latest.
-        if axes is None or (self._ownership is None and not self._check):
+        if axes is None or not self._check:
             return None
         parameter = arguments[self.expressions[index].leaves[0]]
         if torch_private.is_opaque_tensor(parameter) or torch_private.fake_mode_of([parameter]) is not None:
             return None
-        record = in_place.written(parameter)
-        if record is not None:
-            # Centered in another way for another graph, it is a weight like any other here.
-            return Stored("inplace", record.nbytes, version=record.version) if record.axes == axes else None
         with torch_private.as_plain_tensors():
             version = version_of(parameter)
             return Stored("centered", 0, version=version) if is_centered(parameter.detach(), axes) else None
-
-    def _obstacle(self, index: int, arguments: Sequence[Any], survey: Survey) -> str | None:
-        """Why a parameter may not be overwritten with the value of an expression; "" where nobody asked for it."""
-        if self._ownership is None:
-            return ""
-        expression = self.expressions[index]
-        if expression.centered_along is None:
-            return "it is not a parameter in its own dtype but computed from parameters"
-        leaf = expression.leaves[0]
-        return self._ownership.obstacle(leaf, arguments[leaf], survey)
 
 
 def _forget_after_step(optimizer: Optimizer, *_: object) -> None:

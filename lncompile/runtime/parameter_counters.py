@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lncompile.lowering import places_of, tensor_layout, torch_private
 from lncompile.passes.graph.sharding import is_sharded
-from lncompile.runtime.memory import HALF_WORDS, WORDS, index_of_half_word, index_of_word
+from lncompile.runtime.memory_words import HALF_WORDS, WORDS, index_of_half_word, index_of_word
 from lncompile.runtime.weight_samples import local
 
 

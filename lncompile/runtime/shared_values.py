@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from typing import Any
 
@@ -10,9 +11,11 @@ from torch import Tensor
 
 from lncompile.lowering import torch_private_dynamo
 from lncompile.passes.graph.expressions import Expression
-from lncompile.runtime import in_place
 from lncompile.runtime.parameter_state import ParameterState
 from lncompile.runtime.weight_samples import local
+
+#: Held while values are computed and put together.
+lock = threading.RLock()
 
 
 class Entry:
@@ -41,7 +44,7 @@ class SharedValues:
         not called for a while, is not to inherit what others made before a write that torch did not count.
         """
         key = (expression.code, *(id(leaf) for leaf in leaves))
-        with in_place.lock:
+        with lock:
             fresh = Entry(expression, leaves)
             torch_private_dynamo.count("materialized")
             # An id() is used again after its owner is freed; the entry's state knows.
@@ -54,7 +57,7 @@ class SharedValues:
 
     def clear(self) -> None:
         """Share none of the present ones any more."""
-        with in_place.lock:
+        with lock:
             self._entries.clear()
 
 

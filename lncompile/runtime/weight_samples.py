@@ -34,7 +34,7 @@ from torch import Tensor
 
 from lncompile.lowering import compare_words, record_words, torch_private
 from lncompile.passes.graph.sharding import is_sharded
-from lncompile.runtime.memory import HALF_WORDS, index_of_half_word
+from lncompile.runtime.memory_words import HALF_WORDS, index_of_half_word
 
 log = logging.getLogger("lncompile")
 

@@ -76,14 +76,14 @@ def is_constant_along(node: fx.Node, axes: Axes) -> bool:
     if node.meta.get(WRITTEN):
         return False
     operation = canonicalise(node)
-    if operation is not None and has(operation, Trait.BROADCASTS):
+    if operation is not None and has(operation, Trait.EXPANDS | Trait.TILES):
         source = operation["input"]
         if not isinstance(source, fx.Node):
             return False
         sizes = shape(source)
         if all(sizes[d - axes.rank] == 1 for d in axes.normalised_dimensions if d >= axes.rank - len(sizes)):
             return True
-        return operation.name != "repeat" and len(sizes) == axes.rank and is_constant_along(source, axes)
+        return has(operation, Trait.EXPANDS) and len(sizes) == axes.rank and is_constant_along(source, axes)
     elementwise = has(operation, Trait.ADDS | Trait.SCALES | Trait.NEGATES | Trait.CASTS)
     if operation is not None and operation.in_place:
         return False

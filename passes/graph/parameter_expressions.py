@@ -73,7 +73,7 @@ def autocast_effect(node: fx.Node) -> AutocastEffect | None:
         return None
     if has(operation, _UNTOUCHED):
         return AutocastEffect.UNTOUCHED
-    if operation is not None and (has(operation, Trait.BROADCASTS) or operation.name == "zeros"):
+    if operation is not None and (has(operation, Trait.EXPANDS | Trait.TILES) or operation.name == "zeros"):
         return AutocastEffect.ENLARGING
     name = _name(node)
     if name in _CONSTANT_NAMES:

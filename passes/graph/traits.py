@@ -26,8 +26,10 @@ class Trait(enum.Flag):
     RESHAPES = enum.auto()
     #: The same elements, their dimensions in another order.
     PERMUTES = enum.auto()
-    #: Every element, as often as a larger shape asks for.
-    BROADCASTS = enum.auto()
+    #: Along dimensions of a single element that element, as often as a larger shape asks for.
+    EXPANDS = enum.auto()
+    #: The whole tensor, several times beside itself.
+    TILES = enum.auto()
     #: The elements at some indices of some dimensions.
     CUTS = enum.auto()
     #: Several cuts along one dimension at once, as a tuple.
@@ -55,7 +57,7 @@ class Trait(enum.Flag):
 
 
 #: What hands on the values of its input and may change their shape and dtype, and nothing else.
-VIEWS = Trait.CASTS | Trait.RESHAPES | Trait.PERMUTES | Trait.BROADCASTS
+VIEWS = Trait.CASTS | Trait.RESHAPES | Trait.PERMUTES | Trait.EXPANDS | Trait.TILES
 
 _OPERATIONS = {
     Trait.PASSES: "identity",
@@ -63,7 +65,8 @@ _OPERATIONS = {
     Trait.CASTS: "cast to type_as",
     Trait.RESHAPES: "view reshape view_as flatten unflatten squeeze unsqueeze",
     Trait.PERMUTES: "permute transpose t mT movedim",
-    Trait.BROADCASTS: "expand expand_as repeat",
+    Trait.EXPANDS: "expand expand_as",
+    Trait.TILES: "repeat",
     Trait.CUTS: "getitem narrow slice select",
     Trait.SPLITS: "split chunk unbind",
     Trait.ROTATES: "roll flip",

@@ -15,6 +15,7 @@ from torch import fx
 from lncompile.passes.graph.canonical import Key, Operation, canonicalise, tensor_of
 from lncompile.passes.graph.operands import WRITTEN, shape
 from lncompile.passes.graph.provenance import is_made_by
+from lncompile.passes.graph.traits import Trait, has
 from lncompile.passes.graph.uniform import Number, cancels, number, times
 from lncompile.passes.norms.moments import (
     Moment,
@@ -101,7 +102,7 @@ def difference_of(operation: Operation) -> Difference | None:
 def expanded(node: fx.Node) -> fx.Node:
     """What a node repeats along dimensions of size 1, as broadcasting would; itself for anything else."""
     operation = settled(node)
-    if operation is None or operation.name not in ("expand", "expand_as"):
+    if operation is None or not has(operation, Trait.EXPANDS):
         return node
     source = operation["input"]
     return source if isinstance(source, fx.Node) else node

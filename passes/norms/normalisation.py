@@ -165,7 +165,7 @@ def _scale_of(operation: Operation, value: fx.Node) -> object:
 def has_one_value_along(node: fx.Node, axes: Axes) -> bool:
     """Whether an operand that broadcasts against a tensor has one value for all elements that share a mean."""
     operation = canonicalise(node)
-    if operation is not None and operation.name in ("expand", "expand_as") and isinstance(operation["input"], fx.Node):
+    if operation is not None and has(operation, Trait.EXPANDS) and isinstance(operation["input"], fx.Node):
         node = operation["input"]
     try:
         sizes = shape(node)

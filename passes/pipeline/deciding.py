@@ -143,9 +143,9 @@ def _centered_for(known: Known) -> Mapping[fx.Node, Collection[fx.Node]]:
     return {} if known.placed is None else known.placed.centered
 
 
-def _are_copies(known: Known) -> bool:
-    """Whether centered weights are copies, none short of memory: only then is a further copy made unasked."""
-    return known.options.weights == "copy" and known.options.memory_budget is None
+def _may_copy(known: Known) -> bool:
+    """Whether a further copy of a weight may be made unasked: memory is not short."""
+    return known.options.memory_budget is None
 
 
 def _no_sums(known: Known) -> OneRow:
@@ -158,7 +158,7 @@ def one_row(known: Known) -> OneRow:
     sums = functools.partial(torch_private_inductor.writes_products_as_sums, known.inductor)
     products, inside = plan_matrix_vectors(
         "off" if known.placed is None else known.options.matrix_vector,
-        _are_copies(known),
+        _may_copy(known),
         known.graph,
         known.folded,
         _centered_for(known),
@@ -182,7 +182,7 @@ def deferrals(known: Known) -> Deferred:
     """Which folded norms hand their rows to the products behind them unscaled."""
     options = known.options
     planned, words = plan_deferrals(
-        options.defer if _are_copies(known) or options.defer != "auto" else "off",
+        options.defer if _may_copy(known) or options.defer != "auto" else "off",
         "off" if "absorb" in known.off else options.absorb_affine,
         _not_in_sums(known),
         _centered_for(known),
@@ -201,7 +201,7 @@ def _nothing_absorbed(known: Known) -> AffineAbsorbed:
 def absorptions(known: Known) -> AffineAbsorbed:
     """Which folded norms hand γ and β to the products behind them; those of deferred norms are decided already."""
     options, deferred = known.options, known.deferred.absorptions
-    mode = options.absorb_affine if _are_copies(known) or options.absorb_affine != "auto" else "off"
+    mode = options.absorb_affine if _may_copy(known) or options.absorb_affine != "auto" else "off"
     planned, words = plan_absorptions(
         mode, _not_in_sums(known), _centered_for(known), known.facts, known.costs, deferred
     )

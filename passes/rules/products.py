@@ -142,17 +142,21 @@ def _within_a_block(factors: Dimension, size: Size) -> bool:
     return bool(size % span == 0)
 
 
+def _channels_of(operation: Operation) -> tuple[tuple[Size, ...], int, int]:
+    """The shape of a convolution's result, the dimension of its channels, and into how many groups they are cut."""
+    result, groups = result_shape(operation), operation["groups"]
+    if not isinstance(groups, int):
+        raise Blocked(Reason.UNKNOWN_OPERATION, "a convolution whose number of groups is not a plain number")
+    return result, len(result) - (len(shape(operation["weight"])) - 2) - 1, groups
+
+
 @linear_rule("convolution")
 def convolution(operation: Operation) -> Sequence[Linear]:
     """``C(W * x + b) = (CW) * x + Cb`` over output channels, weight axis 0.
 
     Each group of a grouped convolution reads other inputs, so only an A inside one group is legal.
     """
-    result, weight = result_shape(operation), shape(operation["weight"])
-    channel = len(result) - (len(weight) - 2) - 1
-    groups = operation["groups"]
-    if not isinstance(groups, int):
-        raise Blocked(Reason.UNKNOWN_OPERATION, "a convolution whose number of groups is not a plain number")
+    result, channel, groups = _channels_of(operation)
     per_group = result[channel] // groups
 
     def carrier(name: str) -> AxisMap:
@@ -184,13 +188,9 @@ def transposed_convolution(operation: Operation) -> Sequence[Linear]:
     The weight of a grouped one is ``[in, out / groups, ...]``: axis 1 holds the channels of one group, and the groups
     stand along axis 0. An A inside each group is an A inside axis 1, the same one for all groups.
     """
-    result, weight = result_shape(operation), shape(operation["weight"])
-    channel = len(result) - (len(weight) - 2) - 1
-    groups = operation["groups"]
-    if not isinstance(groups, int):
-        raise Blocked(Reason.UNKNOWN_OPERATION, "a convolution whose number of groups is not a plain number")
+    result, channel, groups = _channels_of(operation)
     per_group = result[channel] // groups
-    to_channels = one_dimension(weight, 1, result, channel, "convolution")
+    to_channels = one_dimension(shape(operation["weight"]), 1, result, channel, "convolution")
 
     def forward(axes: Axes) -> Axes | None:
         spread = to_channels.forward(axes)
@@ -213,7 +213,7 @@ def transposed_convolution(operation: Operation) -> Sequence[Linear]:
             raise Blocked(
                 Reason.DIFFERENT_AXES, "a grouped convolution mixes only within a group, the norm goes across them"
             )
-        dimensions = list(Axes.of(weight, ()).dimensions)
+        dimensions = list(Axes.of(shape(operation["weight"]), ()).dimensions)
         dimensions[1] = cut.dimensions[1]
         return Axes(tuple(dimensions))
 

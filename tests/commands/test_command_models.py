@@ -164,7 +164,7 @@ def test_sizes_of_a_configuration_are_known_where_it_cannot_be_loaded(tmp_path, 
         return load(*arguments, **named) if named.get("device") == "meta" else fail_to_allocate()
 
     monkeypatch.setattr("lncompile.models.loading.load_model", without_memory)
-    monkeypatch.setattr("lncompile.cli.memory.load_model", load)
+    monkeypatch.setattr("lncompile.cli.out_of_memory.load_model", load)
     error = assert_refused("explain", tmp_path / "config.json", says=("the weights take 117.9 kB in float32",))
     assert "--dtype" not in error, "random weights are made in float32 first"
     assert "--device meta" in error

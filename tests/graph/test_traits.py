@@ -106,7 +106,7 @@ def test_same_elements_elsewhere(name: str) -> None:
     assert not torch.equal(result.flatten(), X.flatten()), "a call that tells"
 
 
-@pytest.mark.parametrize("name", sorted(with_trait(Trait.BROADCASTS | Trait.JOINS)))
+@pytest.mark.parametrize("name", sorted(with_trait(Trait.EXPANDS | Trait.TILES | Trait.JOINS)))
 def test_every_element_equally_often(name: str) -> None:
     (result,) = results(name)
     counts = torch.unique(result, return_counts=True)[1]

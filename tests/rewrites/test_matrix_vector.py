@@ -160,12 +160,11 @@ def test_not_where_rows_are_dynamic_nor_in_training() -> None:
 
 
 def test_copies_only_where_weights_are_copied() -> None:
-    """A weight that is kept as ``[in, out]`` is left alone in place and within a budget; others need no copy."""
+    """A weight that is kept as ``[in, out]`` is left alone within a budget; others need no copy."""
     for name, expected in (("addmm of [in, out]", 1), ("linear and gelu", 2)):
         captured = capture(block(SUMS[name][0]), ONE)
-        for options in (Options(weights="inplace"), Options(memory_budget=1.0)):
-            asked = Options(weights=options.weights, memory_budget=options.memory_budget, matrix_vector="on")
-            assert len(captured.analyse(asked).matrix_vectors.products) == expected
+        asked = Options(memory_budget=1.0, matrix_vector="on")
+        assert len(captured.analyse(asked).matrix_vectors.products) == expected
 
 
 def test_long_sums_for_few_outputs_are_left() -> None:

@@ -9,14 +9,12 @@ from typing import Any
 import pytest
 import torch
 from architectures import randomise
-from test_ownership import CENTERED, IDS, IN_PLACE, TOLERANCE, Stream, made
+from streams import CENTERED, IDS, TOLERANCE, Stream, made
 from torch import Tensor, nn
 from torch.utils import _pytree
 
 import lncompile
-from lncompile.runtime import in_place
 
-MODES = [pytest.param({}, id="copy"), pytest.param(IN_PLACE, id="inplace")]
 aten: Any = torch.ops.aten
 
 
@@ -85,13 +83,12 @@ def check(model: nn.Module, function: Any, folded: int, total: int, *args: Any) 
     return report
 
 
-@pytest.mark.parametrize("options", MODES)
 @pytest.mark.parametrize("kind", [Loaded, Traceable])
-def test_parameters_that_load_themselves(kind: type[Loaded], options: dict[str, str]) -> None:
+def test_parameters_that_load_themselves(kind: type[Loaded]) -> None:
     model = with_parameters_of(kind)
-    function = torch.compile(model, backend="lnfold", options=options)
+    function = torch.compile(model, backend="lnfold")
     report = check(model, function, 2, 2)
-    assert {weight.storage for weight in report.weights} == {options.get("lnfold.weights", "copy")}
+    assert {weight.storage for weight in report.weights} == {"copy"}
     assert {weight.name for weight in report.weights} == CENTERED
     assert {type(value) for value in model.parameters()} == {kind}
     assert lncompile.explain(function, IDS).folded == 2
@@ -101,9 +98,6 @@ def test_parameters_that_load_themselves(kind: type[Loaded], options: dict[str, 
     lncompile.refresh()
     check(model, function, 2, 2)
     assert (model(IDS) - before).abs().max() > 1e-3
-    if options:
-        assert set(lncompile.restore(model)) == CENTERED
-        check(model, function, 2, 2)
 
 
 @pytest.mark.parametrize("kind", [Loaded, Traceable])
@@ -170,17 +164,15 @@ class Quantized(Tensor):
         return function(*_pytree.tree_map(plain, args), **_pytree.tree_map(plain, kwargs or {}))
 
 
-@pytest.mark.parametrize("options", MODES)
-def test_a_wrapper_is_left_alone_with_a_reason(options: dict[str, str]) -> None:
+def test_a_wrapper_is_left_alone_with_a_reason() -> None:
     model = made()
     values = torch.randint(-100, 100, (8, 8), dtype=torch.int8)
     model.branch.weight = nn.Parameter(Quantized(values, 0.01), requires_grad=False)
-    report = check(model, torch.compile(model, backend="lnfold", options=options, fullgraph=True), 1, 2)
+    report = check(model, torch.compile(model, backend="lnfold", fullgraph=True), 1, 2)
     (site,) = [site for site in report.sites if not site.folded]
     assert site.reason is lncompile.Reason.UNSUPPORTED_WEIGHT
     assert "Quantized" in site.detail
     assert torch.equal(model.branch.weight.values_, values)
-    assert (in_place.written(model.table.weight) is not None) == bool(options)
 
 
 # --- ragged inputs, sizes without a number ---

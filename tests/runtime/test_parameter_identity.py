@@ -13,17 +13,15 @@ from typing import Any
 import pytest
 import torch
 from architectures import randomise
-from test_ownership import CENTERED, IDS, IN_PLACE, TOLERANCE, Stream, made
+from streams import CENTERED, IDS, TOLERANCE, Stream, made
 from torch import Tensor, nn
 
 import lncompile
-from lncompile.runtime import in_place, parameter_identity
+from lncompile.runtime import parameter_identity
 from lncompile.runtime.parameter_identity import ParameterReference, Place
 from lncompile.runtime.parameter_state import ParameterState
 
 pytestmark = pytest.mark.usefixtures("without_inductor")
-
-MODES = [pytest.param({}, id="copy"), pytest.param(IN_PLACE, id="inplace")]
 
 
 @pytest.fixture
@@ -46,12 +44,11 @@ def check(function: Callable[..., Tensor], model: nn.Module, folded: int = 2) ->
 # --- what torch is let do ---
 
 
-@pytest.mark.parametrize("options", MODES)
 @pytest.mark.usefixtures("swapping")
-def test_conversions_and_loads_that_swap(options: dict[str, str]) -> None:
+def test_conversions_and_loads_that_swap() -> None:
     model = made()
     objects = list(model.parameters())
-    function = torch.compile(model, backend="lnfold", options=options)
+    function = torch.compile(model, backend="lnfold")
     answers = [check(function, model)]
     other = randomise(Stream().double(), seed=3).state_dict()
     model.load_state_dict(other)
@@ -79,11 +76,10 @@ def test_a_graph_that_folds_nothing_is_found_after_a_swap() -> None:
     assert [(report.folded, report.total) for report in lncompile.reports(function)] == [(0, 1)]
 
 
-@pytest.mark.parametrize("options", MODES)
 @pytest.mark.parametrize("calls", ["inference", "training", "other sizes"])
-def test_no_parameter_has_weak_references(calls: str, options: dict[str, str]) -> None:
+def test_no_parameter_has_weak_references(calls: str) -> None:
     model = made()
-    function = torch.compile(model, backend="lnfold", options=options)
+    function = torch.compile(model, backend="lnfold")
     for ids in (IDS, IDS[:1], IDS[:, :3])[: 3 if calls == "other sizes" else 1]:
         with torch.set_grad_enabled(calls == "training"):
             function(ids)
@@ -93,10 +89,9 @@ def test_no_parameter_has_weak_references(calls: str, options: dict[str, str]) -
 
 
 @pytest.mark.parametrize("name", sorted(CENTERED))
-@pytest.mark.parametrize("options", MODES)
-def test_swapped_by_hand(options: dict[str, str], name: str) -> None:
+def test_swapped_by_hand(name: str) -> None:
     model = made()
-    function = torch.compile(model, backend="lnfold", options=options)
+    function = torch.compile(model, backend="lnfold")
     before = check(function, model)
     replacement = nn.Parameter(torch.randn_like(model.get_parameter(name)))
     torch.utils.swap_tensors(model.get_parameter(name), replacement)
@@ -107,12 +102,11 @@ def test_swapped_by_hand(options: dict[str, str], name: str) -> None:
 # --- none is mistaken for another ---
 
 
-@pytest.mark.parametrize("options", MODES)
 @pytest.mark.parametrize("name", ["table.weight", "branch.weight", "branch.bias"])
-def test_another_parameter_in_the_same_place_on_the_same_storage(name: str, options: dict[str, str]) -> None:
+def test_another_parameter_in_the_same_place_on_the_same_storage(name: str) -> None:
     """A parameter is freed, its storage is not, and the next one has its address, its memory and its version."""
     model = made()
-    function = torch.compile(model, backend="lnfold", options=options)
+    function = torch.compile(model, backend="lnfold")
     before = check(function, model)
     path, _, last = name.rpartition(".")
     module = model.get_submodule(path)
@@ -217,61 +211,3 @@ def test_places(kind: str) -> None:
     assert found[id(model.shift)] == (model, "shift")
     assert found[id(model.loose[0])] is None
     assert found[id(value)] is None
-
-
-# --- in place: what other graphs read ---
-
-
-@pytest.mark.parametrize("how", ["swapped", "assigned"])
-def test_a_graph_that_reads_a_weight_as_it_is_is_known_after_a_load(how: str, request: pytest.FixtureRequest) -> None:
-    model = made()
-    function = torch.compile(model, backend="lnfold", options=IN_PLACE)
-    torch.testing.assert_close(function(IDS, True), model(IDS, True), **TOLERANCE)
-    if how == "swapped":
-        request.getfixturevalue("swapping")
-    model.load_state_dict(randomise(Stream().double(), seed=3).state_dict(), assign=how == "assigned")
-    gc.collect()
-    expected = model(IDS), model(IDS, True)
-    for _ in range(2):
-        torch.testing.assert_close(function(IDS), expected[0], **TOLERANCE)
-        torch.testing.assert_close(function(IDS, True), expected[1], **TOLERANCE)
-    details = [weight.detail for report in lncompile.reports(function) for weight in report.weights]
-    assert len(details) == 3
-    assert all("another compiled graph" in words for words in details)
-
-
-@pytest.mark.usefixtures("swapping")
-@pytest.mark.parametrize("how", ["converted", "loaded", "assigned"])
-def test_what_was_restored_stays_as_it_is_after(how: str) -> None:
-    model = made()
-    function = torch.compile(model, backend="lnfold", options=IN_PLACE)
-    check(function, model)
-    assert set(lncompile.restore(model)) == CENTERED
-    if how == "converted":
-        model.float().double()
-    else:
-        model.load_state_dict(randomise(Stream().double(), seed=3).state_dict(), assign=how == "assigned")
-    gc.collect()
-    before = copy.deepcopy(model.state_dict())
-    check(function, model)
-    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
-    lncompile.refresh()
-    check(function, model)
-    assert {name for name, value in model.named_parameters() if in_place.written(value) is not None} == CENTERED
-
-
-@pytest.mark.parametrize("part", [slice(None), slice(2, 5)], ids=["all", "a part"])
-def test_a_graph_that_reads_a_storage_under_another_parameter(part: slice) -> None:
-    model = made()
-    expected = model(IDS)
-    function = torch.compile(model, backend="lnfold", options=IN_PLACE)
-    table = model.table.weight.detach().clone()
-    check(function, model)
-    assert in_place.written(model.table.weight) is not None
-    other = nn.Embedding.from_pretrained(model.table.weight.data[part])
-    ids = torch.tensor([0, 1, 2])
-    torch.testing.assert_close(
-        torch.compile(other, backend="lnfold", options=IN_PLACE)(ids), table[part][ids], **TOLERANCE
-    )
-    torch.testing.assert_close(model.table.weight.detach(), table, **TOLERANCE)
-    torch.testing.assert_close(function(IDS), expected, **TOLERANCE)

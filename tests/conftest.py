@@ -15,6 +15,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     _cache = tempfile.TemporaryDirectory(prefix="lncompile-tests-")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = _cache.name
 
+# Dynamo looks for garbage behind every compilation: a tenth of the time where compilations are small and many.
+os.environ["TORCH_DYNAMO_RUN_GC_AFTER_COMPILE"] = "0"
 # Tracing models makes objects by the hundred thousand, and Python's thresholds are for programs with a few: looking for
 # garbage took an eighth of the time. (gc.freeze() would take less, but under it nothing is centered in place.)
 gc.set_threshold(50_000, 20, 50)

@@ -9,29 +9,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import sys
 from pathlib import Path
-
-import pytest
-import torch
-from latency_suite import QUICK, tiny, without_norms
-from places import ROOT
-
-from lncompile.comparisons.machine import describe_machine
-from lncompile.comparisons.processes import RepeatedTimings
-from lncompile.comparisons.timing import PairedTimings
-from lncompile.lowering.inspect import torch_private_codegen
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import equal_programs
 import latency
+import pytest
+import torch
+from latency_suite import QUICK, tiny, without_norms
 from suite import measurement, peers, repeated, workloads
 from suite.candidates import ALL_RECIPES, BASELINE, CANDIDATE, EAGER, LIMIT, PEERS, RECIPES, Recipe
 from suite.measurement import Settings, WrongAnswer, measure_workload
 from suite.presentation import draw
 from suite.repeated import combine
 from suite.workloads import SUITES
+
+from lncompile.comparisons.machine import describe_machine
+from lncompile.comparisons.processes import RepeatedTimings
+from lncompile.comparisons.timing import PairedTimings
+from lncompile.lowering.inspect import torch_private_codegen
 
 
 @pytest.fixture

@@ -8,26 +8,20 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import sys
 
 import pytest
 import torch
 from latency_suite import ARCHITECTURES, WORKLOADS, tiny, without_norms
-from places import ROOT
-from torch import nn
-
-import lncompile
-from lncompile.lowering.inspect.triton_without_gpu import triton_for_sm90
-from lncompile.models.loading import randomise
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
 from suite import peers
 from suite.candidates import FOR_ONE_ROW
 from suite.decoding import decode_step
 from suite.workloads import SUITES
+from torch import nn
 
+import lncompile
 from lncompile.comparisons.no_norm import no_norm, with_small_weights
+from lncompile.lowering.inspect.triton_without_gpu import triton_for_sm90
+from lncompile.models.loading import randomise
 
 #: Parameters in millions, as their authors and the hub count them.
 PARAMETERS = {

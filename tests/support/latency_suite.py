@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import copy
-import sys
-
-from places import ROOT
-from torch import nn
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from suite import workloads
 from suite.measurement import Settings
 from suite.workloads import SUITES
+from torch import nn
 
 WORKLOADS = {(suite, workload.name): workload for suite, members in SUITES.items() for workload in members}
 ARCHITECTURES = {workload.architecture.name: workload.architecture for workload in WORKLOADS.values()}

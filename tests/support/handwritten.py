@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 
 import pytest
 import torch
+from graphs import CapturedCall, capture_all
 from spelled_means import D, Norm
 from torch import Tensor, nn
 
 import lncompile
+from lncompile.backend import lnfold
 from lncompile.verification import relative_error
 
 
@@ -30,15 +34,17 @@ def named(norms: list[Norm]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("norm", norms, ids=lambda norm: norm.__name__)
 
 
-def compiled_and_checked(model: nn.Module, value: Tensor, **options: bool) -> Callable[..., Tensor]:
+def compiled_and_checked(model: nn.Module, value: Tensor, **options: bool) -> CapturedCall:
     """Compile a randomised model with ``lnfold``, and call it before and after an update of its parameters."""
     settings = {f"lnfold.{name}": choice for name, choice in options.items()}
-    compiled = torch.compile(model, backend="lnfold", fullgraph=True, options=settings)
-    assert relative_error(compiled(value), model(value)) <= 1e-12
+    parameter_name, *_ = inspect.signature(model.forward).parameters
+    call = capture_all(model, functools.partial(lnfold, options=settings), **{parameter_name: value})
+    assert call.is_whole
+    assert relative_error(call.result, model(value)) <= 1e-12
     for parameter in model.parameters():
         parameter.mul_(0.9).add_(0.05)
-    assert relative_error(compiled(value), model(value)) <= 1e-12
-    return compiled
+    assert relative_error(call.compiled(**call.inputs), model(value)) <= 1e-12
+    return call
 
 
 def counts(compiled: Callable[..., Tensor]) -> tuple[int, int, int]:

@@ -160,7 +160,7 @@ def test_help_in_80_columns(command):
         ("explain", "nowhere/config.json"),
         ("explain", "no_such_module:make"),
         ("explain", "--nonsense"),
-        ("explain", "gpt2", "--option", "lnfold.asist=false"),
+        ("explain", "gpt2", "--option", "lnfold.asist=off"),
         ("explain", "gpt2", "--html", "."),
         ("verify", "gpt2", "--device", "meta"),
         ("--version",),

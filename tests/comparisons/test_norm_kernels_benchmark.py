@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import functools
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-from places import ROOT
-
-from lncompile.lowering.inspect.generated_code import GeneratedCode
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
 import norm_kernels
 import norm_kernels_on_cpu
+import pytest
 import recording
+import torch
+
+from lncompile.lowering.inspect.generated_code import GeneratedCode
 
 
 def test_kinds_compute_one_thing(without_inductor: None) -> None:

@@ -13,7 +13,8 @@ from unittest import mock
 
 import pytest
 import torch
-from parallel_programs import PROGRAMS, WORLD, run
+from parallel_models import WORLD
+from parallel_programs import PROGRAMS, run
 from torch import distributed
 from torch_versions import IS_OLD
 

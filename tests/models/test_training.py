@@ -181,7 +181,7 @@ def test_a_table_with_sparse_gradients_keeps_them() -> None:
     assert "sparse gradient" in report.sites[0].detail
 
 
-def test_gradients_turned_on_inside_of_the_graph_are_training() -> None:
+def test_gradients_turned_on_inside_of_the_graph_are_training(without_inductor: None) -> None:
     class Inner(nn.Module):
         """Gradients wanted in a call that is made without them."""
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from architectures import randomise
 from false_friends import FALSE_FRIENDS, centered_only
-from spellings import SPELLINGS, D, Norm, cohere
-from test_handwritten import Image, Model, named
+from handwritten import Image, Model, named
+from spelled_means import D, Norm
+from spellings import SPELLINGS, cohere
 from torch import Tensor, nn
 from torch.nn import functional
 

@@ -172,8 +172,16 @@ def no_autocast_inside(m: Block, x: Tensor) -> Tensor:
      (lambda m, x: m.group_norm(x), 1), (lambda m, x: functional.layer_norm(x, (D,), m.weight, m.bias), 1)],
     ids=["float32_weights", "float32_weights_of_groups", "autocast_inside", "no_autocast_inside", "groups", "layer"],
 )  # fmt: skip
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize(
+    ("dtype", "autocast"),
+    [
+        pytest.param(torch.float32, True, id="float32-autocast"),
+        pytest.param(torch.bfloat16, False, id="bfloat16"),
+        # What has one kind of cast or none: less than those above.
+        pytest.param(torch.float32, False, id="float32", marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, True, id="bfloat16-autocast", marks=pytest.mark.slow),
+    ],
+)
 def test_precision_is_that_of_inductor(
     norm: Callable[[Block, Tensor], Tensor], folded: int, dtype: torch.dtype, autocast: bool
 ) -> None:

@@ -34,7 +34,7 @@ IDS = torch.tensor([1, 5, 2])
 
 def test_absorb() -> None:
     """``W diag(γ)`` and ``b + Wβ``: the norm hands out the normalised row."""
-    before, after = before_and_after("absorb", ready(Block()), IDS, rows(), absorb_affine=True)
+    before, after = before_and_after("absorb", ready(Block()), IDS, rows(), absorb_affine="on")
     assert_expected(
         before,
         """

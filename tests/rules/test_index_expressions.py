@@ -5,8 +5,8 @@ from __future__ import annotations
 import operator
 import random
 
-import pytest
 import torch
+from each import check_each
 from torch import Tensor, fx
 
 from lncompile.passes.decisions import Blocked
@@ -72,8 +72,14 @@ def traced(index: tuple[object, ...], value: Tensor, result: Tensor) -> fx.Node:
     return node
 
 
-@pytest.mark.parametrize("seed", range(300))
-def test_the_axes_go_where_torch_takes_them(seed: int) -> None:
+SEEDS = range(300)
+
+
+def test_the_axes_go_where_torch_takes_them() -> None:
+    check_each(SEEDS, check_axes)
+
+
+def check_axes(seed: int) -> None:
     choose = random.Random(seed)
     index = random_index(choose)
     value = torch.randn(SIZES, dtype=torch.float64)
@@ -94,9 +100,12 @@ def test_the_axes_go_where_torch_takes_them(seed: int) -> None:
         assert reading.carriers["input", None].backward(moved) == axes
 
 
-@pytest.mark.parametrize("seed", range(300))
-def test_the_part_that_is_taken_can_be_centered_alone(seed: int) -> None:
+def test_the_part_that_is_taken_can_be_centered_alone() -> None:
     """Centering just what is taken, in the source, centers the result; the rest of the source stays as it is."""
+    check_each(SEEDS, check_part)
+
+
+def check_part(seed: int) -> None:
     choose = random.Random(seed)
     index = random_index(choose)
     value = torch.randn(SIZES, dtype=torch.float64)
@@ -124,7 +133,7 @@ def test_the_part_that_is_taken_can_be_centered_alone(seed: int) -> None:
 
 def test_most_of_them_pass() -> None:
     passed = 0
-    for seed in range(300):
+    for seed in SEEDS:
         index = random_index(random.Random(seed))
         value = torch.randn(SIZES)
         operation = canonicalise(traced(index, value, value[index]))

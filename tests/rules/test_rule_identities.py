@@ -1,240 +1,26 @@
-"""The identities of the rule table, checked number by number on every operation of every case of ``test_rules``.
-
-A rule promises two things of an operation, for every set of axes ``A`` of its result:
-
-* *upwards*: with each carrier centered along the axes that ``backward`` names (or zero where it names none), the
-  operation puts out its result centered along ``A``;
-* *downwards*: a shift of one carrier that is constant along an axis set ``B`` shifts the result by something constant
-  along ``forward(B)``, and by nothing where that is None.
-
-Here both are computed for all axes, whole dimensions and parts of them, and compared. Nothing is folded and no case
-says what to expect: the table is the specification and the test.
-"""
+"""What does not notice a shift, checked number by number; and that every rule and every invariance is checked."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from architectures import randomise
 from graphs import Captured, capture
-from rule_case import Around
-from test_rules import CASES, OF_SEVERAL_PROCESSES, extra_inputs
+from rule_cases import CASES, OF_SEVERAL_PROCESSES
+from rule_identities import axis_sets, shift_along
 from torch import Tensor, fx
 from torch.nn import functional
 
-from lncompile.passes.decisions import Blocked
 from lncompile.passes.graph.axes import Axes
-from lncompile.passes.graph.canonical import Key, Operation, canonicalise
+from lncompile.passes.graph.canonical import canonicalise
 from lncompile.passes.graph.effects import examples_of, find_writes
-from lncompile.passes.graph.factors import Factor
 from lncompile.passes.graph.facts import GraphFacts
-from lncompile.passes.graph.operands import WRITTEN
-from lncompile.passes.norms.differences import difference_of
-from lncompile.passes.norms.totals import summed
 from lncompile.passes.placement.streams import build_streams
-from lncompile.passes.rewrites.arithmetic import center_weight
-from lncompile.passes.rules import INVARIANCES, RULES, ZERO_MEANS
-from lncompile.passes.rules.readings import follow_reading, resolve_reading
+from lncompile.passes.rules import INVARIANCES, RULES
 from lncompile.passes.rules.writes import can_be_read
-
-
-class Values(fx.Interpreter):
-    """The value of every node, as it was when the node was computed."""
-
-    def __init__(self, captured: Captured) -> None:
-        super().__init__(captured.graph_module, garbage_collect_values=False)
-        self.known: dict[fx.Node, Any] = {}
-        self.run(*[self._copied(value) for value in captured.example_inputs])
-
-    @staticmethod
-    def _copied(value: Any) -> Any:
-        return value.detach().clone() if isinstance(value, Tensor) else value
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        self.known[n] = self._copied(value) if isinstance(value, Tensor) else value
-        return value
-
-    def again(self, node: fx.Node, replaced: dict[Key, Tensor | float], operation: Operation) -> Any:
-        """Compute a node once more with other operands, on copies of them."""
-        scratch = fx.Graph()
-        copies: dict[fx.Node, fx.Node] = {}
-        values: dict[str, Any] = {}
-
-        def placeholder(value: Any) -> fx.Node:
-            new = scratch.placeholder(f"value_{len(values)}")
-            values[new.name] = self._copied(value)
-            return new
-
-        for source in node.all_input_nodes:
-            copies[source] = placeholder(self.known[source])
-        copy = scratch.node_copy(node, copies.__getitem__)
-        copied = canonicalise_like(operation, copy)
-        with scratch.inserting_before(next(iter(scratch.nodes))):
-            replacements = {key: placeholder(v) if isinstance(v, Tensor) else v for key, v in replaced.items()}
-        copied.replace(replacements)
-        scratch.output(copy)
-        order = [n.name for n in scratch.nodes if n.op == "placeholder"]
-        return fx.Interpreter(fx.GraphModule(self.module, scratch)).run(*[values[name] for name in order])
-
-
-def canonicalise_like(operation: Operation, node: fx.Node) -> Operation:
-    """The same operation, of a copy of its node."""
-    return Operation(node, operation.name, operation.arguments, operation.places, operation.in_place)
-
-
-def axis_sets(shape: tuple[int, ...]) -> Iterator[Axes]:
-    """Every non-empty set of whole dimensions, and of each dimension its divisors, inside, outside, and chosen."""
-    dimensions = [index for index, size in enumerate(shape) if size > 1]
-    for count in range(1, len(dimensions) + 1):
-        for chosen in itertools.combinations(dimensions, count):
-            yield Axes.of(shape, chosen)
-    for index in dimensions:
-        size = shape[index]
-        for inner in (n for n in range(2, size) if size % n == 0):
-            for factors in (
-                (Factor(size // inner, False), Factor(inner, True)),
-                (Factor(size // inner, True), Factor(inner, False)),
-                (Factor(size // inner, False, (0,)), Factor(inner, True)),
-            ):
-                own = list(Axes.of(shape, ()).dimensions)
-                own[index] = factors
-                yield Axes(tuple(own))
-            # As a group norm has it: a part of this dimension with all that follow.
-            behind = range(index + 1, len(shape))
-            if any(shape[other] > 1 for other in behind):
-                own = list(Axes.of(shape, behind).dimensions)
-                own[index] = (Factor(size // inner, False), Factor(inner, True))
-                yield Axes(tuple(own))
-
-
-def shift_along(value: Tensor, axes: Axes, generator: torch.Generator) -> Tensor:
-    """Something constant along ``A`` and random elsewhere, zero where nothing is chosen."""
-    noise = torch.randn(value.shape, generator=generator, dtype=torch.float64)
-    return noise - center_weight(noise, axes)
-
-
-def is_exact(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dtype == torch.float64
-
-
-def operand_of(operation: Operation, key: Key) -> Any:
-    name, index = key
-    return operation[name] if index is None else operation[name][index]
-
-
-def check(values: Values, operation: Operation) -> bool:
-    """Check all that the table says of one operation; whether a rule of its own said anything."""
-    checked = False
-    node = operation.node
-    result = values.known[node]
-    is_alone = is_exact(result)
-    generator = torch.Generator().manual_seed(0)
-    if is_alone and operation.name in ZERO_MEANS:
-        for axes in axis_sets(tuple(result.shape)):
-            if ZERO_MEANS[operation.name](operation, axes):
-                torch.testing.assert_close(center_weight(result, axes), result, rtol=1e-9, atol=1e-9)
-    if is_alone and operation.name in RULES:
-        for axes in axis_sets(tuple(result.shape)):
-            checked |= check_upwards(values, operation, axes)
-    for operand in {operand for _, operand in operation.operands()}:
-        value = values.known[operand]
-        if is_alone and is_exact(value):
-            for axes in axis_sets(tuple(value.shape)):
-                check_downwards(values, operation, operand, axes, generator)
-    return checked
-
-
-def readings_of(operation: Operation) -> list[Any]:
-    try:
-        return list(RULES[operation.name](operation))
-    except Blocked:
-        return []
-
-
-def check_upwards(values: Values, operation: Operation, axes: Axes) -> bool:
-    """Whether some reading holds for the axes, and if so check that it keeps its promise."""
-    checked = False
-    result = values.known[operation.node]
-    for reading in readings_of(operation):
-        try:
-            resolved = resolve_reading(operation, reading, axes)
-        except Blocked:
-            continue
-        if not all(is_exact(values.known[need]) for need in resolved.needs):
-            continue  # a tuple of pieces (checked where it was cut), or a cast from another dtype
-        replaced: dict[Key, Tensor | float] = {}
-        for key in reading.carriers:
-            operand = operand_of(operation, key)
-            if operand is None:
-                continue
-            if key in resolved.zeros:
-                tensor = values.known[operand] if isinstance(operand, fx.Node) else None
-                replaced[key] = torch.zeros_like(tensor) if isinstance(tensor, Tensor) else 0.0
-            else:
-                replaced[key] = center_weight(values.known[operand], resolved.needs[operand])
-        actual = values.again(operation.node, replaced, operation)
-        torch.testing.assert_close(actual, center_weight(result, axes), rtol=1e-9, atol=1e-9)
-        checked = True
-    return checked
-
-
-def check_downwards(
-    values: Values, operation: Operation, operand: fx.Node, axes: Axes, generator: torch.Generator
-) -> None:
-    keys = [key for key, other in operation.operands() if other is operand]
-    result = values.known[operation.node]
-    shift = shift_along(values.known[operand], axes, generator)
-    shifted: dict[Key, Tensor | float] = dict.fromkeys(keys, values.known[operand] + shift)
-    if operation.name in INVARIANCES and isinstance(result, Tensor):
-        try:
-            unnoticed = all(INVARIANCES[operation.name](operation, key, axes) for key in keys)
-        except Blocked:
-            unnoticed = False
-        # A mean and the difference from it are invariant together only: that is what test_handwritten checks.
-        if unnoticed and summed(operation) is None and difference_of(operation) is None:
-            actual = values.again(operation.node, shifted, operation)
-            torch.testing.assert_close(actual, result, rtol=1e-9, atol=1e-9, equal_nan=True)
-    if operation.name not in RULES or not isinstance(result, Tensor):
-        return
-    for reading in readings_of(operation):
-        if not all(key in reading.carriers for key in keys):
-            continue
-        try:
-            moved = follow_reading(operation, reading, keys, axes)
-        except Blocked:
-            continue
-        change = values.again(operation.node, shifted, operation) - result
-        expected = torch.zeros_like(change) if moved is None else change - center_weight(change, moved)
-        torch.testing.assert_close(change, expected, rtol=1e-8, atol=1e-8)
-
-
-# Their pieces are checked where they are taken.
-TUPLES = frozenset({"split", "chunk", "unbind", "multi_head_attention"})
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_identities(name: str) -> None:
-    case = CASES[name]
-    module = randomise(Around(case.operation, case.norm).double())
-    captured = capture(module, torch.randn(2, 5, 7, dtype=torch.float64), extra_inputs())
-    find_writes(captured.graph_module.graph, can_be_read=can_be_read)  # marks what is written to
-    values = Values(captured)
-    checked: set[str] = set()
-    for node in captured.graph_module.graph.nodes:
-        operation = canonicalise(node)
-        # What is written to has other values than those it was made with: test_streams is about that.
-        written = any(other.meta.get(WRITTEN) for other in (node, *node.all_input_nodes))
-        if operation is not None and not written:
-            checked |= {operation.name} if check(values, operation) else set()
-    named = set(case.rules.split())
-    assert case.reason is not None or named & TUPLES or named <= checked
-
 
 # What does not notice a shift: functions of a tensor [4, 6, 6], by the names of the invariances they show.
 SINKS: dict[str, tuple[str, Callable[[Tensor], Any]]] = {
@@ -326,4 +112,3 @@ def test_every_invariance_and_every_rule_is_checked() -> None:
     assert set(INVARIANCES) - {"getitem"} <= {each for names, _ in SINKS.values() for each in names.split()}
     in_cases = {rule for case in CASES.values() for rule in case.rules.split()}
     assert set(RULES) - OF_SEVERAL_PROCESSES <= in_cases
-    assert in_cases >= TUPLES

@@ -10,7 +10,7 @@ import pytest
 import torch
 from architectures import randomise
 from graphs import capture
-from test_rules import OF_SEVERAL_PROCESSES
+from rule_cases import OF_SEVERAL_PROCESSES
 from torch import Tensor, distributed, fx, nn
 from torch_versions import IS_OLD
 

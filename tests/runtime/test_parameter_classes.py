@@ -84,7 +84,9 @@ def check(model: nn.Module, function: Any, folded: int, total: int, *args: Any) 
 
 
 @pytest.mark.parametrize("kind", [Loaded, Traceable])
-def test_parameters_that_load_themselves(kind: type[Loaded]) -> None:
+def test_parameters_that_load_themselves(kind: type[Loaded], request: pytest.FixtureRequest) -> None:
+    if kind is Traceable:  # Inductor gets the same graph of both
+        request.getfixturevalue("without_inductor")
     model = with_parameters_of(kind)
     function = torch.compile(model, backend="lnfold")
     report = check(model, function, 2, 2)
@@ -250,7 +252,12 @@ class Counted(Branched):
 
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("limits", [{}, {"lnfold.memory_budget": 10**6}, {"lnfold.defer": "on"}])
-def test_sizes_that_the_data_decides(dynamic: bool | None, limits: dict[str, Any]) -> None:
+def test_sizes_that_the_data_decides(
+    dynamic: bool | None, limits: dict[str, Any], request: pytest.FixtureRequest
+) -> None:
+    """Without options through Inductor, which has to take what is rewritten; what options decide is the graph's."""
+    if limits:
+        request.getfixturevalue("without_inductor")
     value = torch.randn(9, 8, dtype=torch.float64)
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True):
         for kind, inputs in ((Selected, [(value,), (-value,)]), (Counted, [(value, torch.tensor(n)) for n in (1, 5)])):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from spellings import EPS, D, Norm, scaled_by
+from spelled_means import EPS, D, Norm, scaled_by
 from torch import Tensor
 from torch.nn import functional
 

@@ -15,13 +15,18 @@ from typing import Any
 
 import hypothesis
 import random_layers
+import random_other_norms
 import torch
 from hypothesis import strategies as st
+from programs import Program, Unusable
 from random_instructions import linear
 from random_norms import add_layer_norm
-from random_programs import INSTRUCTIONS, Program, Unusable, Writer
+from random_programs import INSTRUCTIONS, Writer
 
-__all__ = ["INSTRUCTIONS", "Program", "programs", "random_layers", "random_program", "statistics", "write_program"]
+__all__ = [
+    "INSTRUCTIONS", "Program", "programs", "random_layers", "random_other_norms", "random_program", "statistics",
+    "write_program",
+]  # fmt: skip
 
 # --- the strategy --------------------------------------------------------------------------------------------------------
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from programs import SMALLEST_VARIANCE, Unusable
 from random_instructions import convolution
-from random_programs import SMALLEST_VARIANCE, Unusable, Writer, instruction, usable
+from random_programs import Writer, instruction, usable
 
 
 @instruction("norm", 4)

@@ -234,13 +234,14 @@ class ModelForm:
         class_name: the model's class.
         tensors: the shape of everything in its state dict, by name.
         modules: the class of each module, by path.
-        settings: flags and words that modules keep as attributes, ``{"decoder.layers.0": {"is_decoder": True}}``.
+        settings: flags that modules keep as attributes, ``{"decoder.layers.0": {"do_layer_norm_before": True}}``: they
+            say what a module computes where its parameters and its class do not.
     """
 
     class_name: str
     tensors: Mapping[str, tuple[int, ...]]
     modules: Mapping[str, str]
-    settings: Mapping[str, Mapping[str, bool | str]]
+    settings: Mapping[str, Mapping[str, bool]]
 
 
 def class_name(value: Any) -> str:

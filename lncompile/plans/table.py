@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from lncompile.plans.fold_plan import FoldPlan
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?=\.|$)")
+# How many parameters a norm's fold takes grows from layer to layer, and the table lists them.
+_COUNT = re.compile(r"^centered in \d+ parameters?(; )?")
 _BECOMES = {
     "rms_norm": "RMSNorm",
     "centered": "stays a LayerNorm, on a centered stream",
@@ -46,7 +48,7 @@ def lines(plan: FoldPlan) -> Iterable[Any]:
         yield Text()
         yield _table(
             ("norm", "", "why"),
-            _alike([(norm.name, _BECOMES[norm.becomes], norm.detail) for norm in plan.norms]),
+            _alike([(norm.name, _BECOMES[norm.becomes], _COUNT.sub("", norm.detail)) for norm in plan.norms]),
         )
     if plan.kept:
         yield Text()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lncompile.lowering import torch_private
 from lncompile.nn import CenteredEmbedding, RMSNorm
-from lncompile.passes.graph.sharding import is_sharded
+from lncompile.passes.graph.sharding import is_sharded, sharded_like, whole_of
 from lncompile.passes.rewrites.arithmetic import add_means
 from lncompile.plans.entries import CenteredLookup, CenteredParameter, Centering, PlanError, ReplacedNorm
 from lncompile.plans.holdings import form_of
@@ -31,12 +31,7 @@ def apply(plan: FoldPlan, model: nn.Module) -> nn.Module:
     with torch.no_grad():
         exchanges = _exchanges(plan, modules)
         tables = _own_tables(plan, modules, tensors)
-        writes = [
-            (entry, tensors[entry.name], entry.means(tensors[entry.name]))
-            for entry in plan.center
-            if not entry.is_done(tensors[entry.name])
-        ]
-        _write(writes)
+        _write(list(_means(plan, tensors)))
         _put_tables(model, tables)
         _exchange(model, exchanges)
     return model
@@ -216,6 +211,19 @@ def _put_tables(model: nn.Module, tables: Sequence[tuple[nn.Embedding, nn.Parame
 _Write = tuple[CenteredParameter, Tensor, Sequence[Tensor]]
 
 
+def _means(plan: FoldPlan, tensors: dict[str, Tensor]) -> Iterator[_Write]:
+    """The means of each parameter that is not centered yet. Those of a sharded one are of the whole tensor."""
+    for entry in plan.center:
+        whole = _whole(tensors[entry.name])
+        if not entry.is_done(whole):
+            yield entry, tensors[entry.name], entry.means(whole)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A tensor, gathered from all processes where it is sharded."""
+    return whole_of(tensor) if is_sharded(tensor) else tensor
+
+
 def _write(writes: Sequence[_Write]) -> None:
     """Take the means out of parameters. A failure puts them back, up to one rounding."""
     done: list[_Write] = []
@@ -231,7 +239,8 @@ def _write(writes: Sequence[_Write]) -> None:
 
 def _shift(entry: CenteredParameter, tensor: Tensor, means: Sequence[Tensor]) -> None:
     """Add a number to each group of elements, in float64, and round once."""
-    value = tensor
+    value = _whole(tensor)
     for axes, mean in zip(entry.axes(), means, strict=True):
         value = add_means(value, mean, axes)
-    tensor.copy_(value)
+    value = value.to(tensor.dtype)
+    tensor.copy_(sharded_like(tensor, value) if is_sharded(tensor) else value)

@@ -10,6 +10,7 @@ what the embedding looks up can be centered apart from its table.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -51,13 +52,14 @@ class _State:
     barred: set[str] = field(default_factory=set)
 
 
-def settle(programs: Sequence[Program], holdings: Holdings, untie: bool) -> Settled:
+def settle(programs: Sequence[Program], holdings: Holdings, untie: bool, with_readers: bool = False) -> Settled:
     """Decide what is centered.
 
     Args:
         programs: the example calls.
         holdings: what the model holds.
         untie: whether tied tables may get a copy for their look-up.
+        with_readers: whether it is asked for what reads the norms.
     """
     state = _State({Slot(name): held.obstacle for name, held in holdings.obstacles()})
     lookups: set[Slot] = set().union(*(lookups_of(program, holdings) for program in programs))
@@ -70,6 +72,9 @@ def settle(programs: Sequence[Program], holdings: Holdings, untie: bool) -> Sett
         gain = settled.folded - kept_tied.folded
         if gain < worth:
             settled, state = kept_tied, without
+    if with_readers:
+        readings = [read(program, holdings, state.kept, state.separate, True) for program in programs]
+        settled = dataclasses.replace(settled, readings=readings)
     return settled
 
 

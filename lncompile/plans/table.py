@@ -44,6 +44,18 @@ def lines(plan: FoldPlan) -> Iterable[Any]:
                 for entry in plan.lookups
             ],
         )
+    if plan.absorb:
+        rows = [
+            (
+                entry.path,
+                "γ and β" if entry.weight and entry.bias else "γ" if entry.weight else "β",
+                "into " + ", ".join(layer.path for layer in entry.layers),
+                _added([layer.path for layer in entry.layers if layer.adds_bias]),
+            )
+            for entry in plan.absorb
+        ]
+        yield Text()
+        yield _table(("absorb", "", "", ""), _alike(rows))
     if plan.norms:
         yield Text()
         yield _table(
@@ -69,6 +81,10 @@ def _sentence(plan: FoldPlan) -> str:
 
 def _tied(names: Sequence[str]) -> str:
     return f"tied: {', '.join(names)}" if names else ""
+
+
+def _added(paths: Sequence[str]) -> str:
+    return f"a bias is added to {', '.join(paths)}" if paths else ""
 
 
 def _alike(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:

@@ -157,7 +157,7 @@ def _separate(
         return
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]
     with graph.inserting_after(last):
-        own = graph.placeholder(f"{placeholder.name}_of_lookup")
+        own = graph.placeholder(f"{placeholder.name}_of_lookup_{len(slots)}")
     own.meta = dict(placeholder.meta)
     torch_private.copy_placeholder_source(placeholder, own)
     for node in nodes:

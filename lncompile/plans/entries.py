@@ -190,6 +190,44 @@ class CenteredLookup:
 
 
 @dataclass(frozen=True)
+class AbsorbingLayer:
+    """A layer that reads a norm's output, and takes γ or β of it.
+
+    Attributes:
+        path: of the layer in the model.
+        weight: the name of its weight in the state dict.
+        dimension: which dimension of the weight is the features that it reads.
+        bias: the name of its bias, which takes ``Wβ``; None where it takes γ alone.
+        adds_bias: whether it has no bias yet.
+    """
+
+    path: str
+    weight: str
+    dimension: int
+    bias: str | None
+    adds_bias: bool
+
+
+@dataclass(frozen=True)
+class AbsorbedNorm:
+    """A norm whose γ or β the layers behind it take: ``W ← W diag(γ)``, ``b ← b + Wβ``.
+
+    γ is then one, and β is not there any more.
+
+    Attributes:
+        path: of the norm in the model.
+        weight: the name of γ in the state dict; None where it stays.
+        bias: the name of β in the state dict; None where it stays, or there is none.
+        layers: all that read the norm.
+    """
+
+    path: str
+    weight: str | None
+    bias: str | None
+    layers: tuple[AbsorbingLayer, ...]
+
+
+@dataclass(frozen=True)
 class PlannedNorm:
     """A LayerNorm of the captured calls, and what the plan makes of it.
 
@@ -235,13 +273,14 @@ class ModelForm:
         class_name: the model's class.
         tensors: the shape of everything in its state dict, by name.
         modules: the class of each module, by path.
-        settings: flags and words that modules keep as attributes, ``{"decoder.layers.0": {"is_decoder": True}}``.
+        settings: flags that modules keep as attributes, ``{"decoder.layers.0": {"do_layer_norm_before": True}}``: they
+            say what a module computes where its parameters and its class do not.
     """
 
     class_name: str
     tensors: Mapping[str, tuple[int, ...]]
     modules: Mapping[str, str]
-    settings: Mapping[str, Mapping[str, bool | str]]
+    settings: Mapping[str, Mapping[str, bool]]
 
 
 def class_name(value: Any) -> str:

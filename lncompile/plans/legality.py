@@ -10,6 +10,7 @@ what the embedding looks up can be centered apart from its table.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -48,28 +49,30 @@ class Settled:
 class _State:
     kept: dict[Slot, str]
     separate: set[Slot] = field(default_factory=set)
-    barred: set[str] = field(default_factory=set)
+    barred: set[Slot] = field(default_factory=set)
 
 
-def settle(programs: Sequence[Program], holdings: Holdings, untie: bool) -> Settled:
+def settle(programs: Sequence[Program], holdings: Holdings, untie: bool, with_readers: bool = False) -> Settled:
     """Decide what is centered.
 
     Args:
         programs: the example calls.
         holdings: what the model holds.
         untie: whether tied tables may get a copy for their look-up.
+        with_readers: whether it is asked for what reads the norms.
     """
     state = _State({Slot(name): held.obstacle for name, held in holdings.obstacles()})
     lookups: set[Slot] = set().union(*(lookups_of(program, holdings) for program in programs))
     settled = _settle(programs, holdings, lookups, state)
     worth = 1 if untie else _NORMS_WORTH_A_CENTERING
-    for table in sorted({slot.name for slot in settled.separate}):
-        without = _State(dict(state.kept), set(state.separate), {*state.barred, table})
-        without.separate = {slot for slot in without.separate if slot.name != table}
+    for lookup in sorted(settled.separate):
+        without = _State(dict(state.kept), state.separate - {lookup}, state.barred | {lookup})
         kept_tied = _settle(programs, holdings, lookups, without)
-        gain = settled.folded - kept_tied.folded
-        if gain < worth:
+        if settled.folded - kept_tied.folded < worth:
             settled, state = kept_tied, without
+    if with_readers:
+        readings = [read(program, holdings, state.kept, state.separate, True) for program in programs]
+        settled = dataclasses.replace(settled, readings=readings)
     return settled
 
 
@@ -80,17 +83,14 @@ def _settle(programs: Sequence[Program], holdings: Holdings, lookups: set[Slot],
         if not conflicts:
             break
         for slot, reason in conflicts.items():
-            own_lookups = {lookup for lookup in lookups if lookup.name == slot.name}
+            own_lookups = {lookup for lookup in lookups - state.barred if lookup.name == slot.name}
+            state.kept[Slot(slot.name)] = reason
             if slot.lookup:
                 # That look-up cannot be centered, and so neither can its table.
                 state.separate.discard(slot)
-                state.kept[Slot(slot.name)] = reason
-                lookups = lookups - {slot}
-            elif own_lookups and slot.name not in state.barred and not own_lookups & state.separate:
-                state.separate |= own_lookups
-                state.kept[slot] = reason
+                state.barred.add(slot)
             else:
-                state.kept[slot] = reason
+                state.separate |= own_lookups
     centered = {slot: way for reading in readings for slot, ways in reading.wanted.items() for way in ways}
     separate = frozenset(slot for slot in state.separate if slot in centered)
     return Settled(readings, centered, state.kept, separate)

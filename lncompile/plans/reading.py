@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from lncompile.passes.graph.canonical import canonicalise
 from lncompile.passes.graph.copying import copy_graph_module
 from lncompile.passes.graph.operands import KEPT
 from lncompile.pipeline import uses_in
+from lncompile.plans.absorbing import Readers, find_readers
 from lncompile.plans.capture import Program
 from lncompile.plans.holdings import Holdings, Slot
 from lncompile.plans.norm_modules import NormModules, find_norm_modules
@@ -39,6 +41,7 @@ class Reading:
         inexpressible: slots that would be centered as a part of something else than one parameter.
         read: all slots that it reads.
         norm_modules: the modules that compute a folded norm, and what else was found in modules of norms.
+        readers: what reads the norms, where that is asked for.
     """
 
     verdicts: tuple[Verdict, ...]
@@ -47,6 +50,7 @@ class Reading:
     inexpressible: Mapping[Slot, str]
     read: Collection[Slot]
     norm_modules: NormModules
+    readers: Readers | None = None
 
     @property
     def folded(self) -> int:
@@ -54,7 +58,13 @@ class Reading:
         return sum(verdict.folded for verdict in self.verdicts)
 
 
-def read(program: Program, holdings: Holdings, kept: Mapping[Slot, str], separate: Collection[Slot]) -> Reading:
+def read(
+    program: Program,
+    holdings: Holdings,
+    kept: Mapping[Slot, str],
+    separate: Collection[Slot],
+    with_readers: bool = False,
+) -> Reading:
     """Analyse a program.
 
     Args:
@@ -62,6 +72,7 @@ def read(program: Program, holdings: Holdings, kept: Mapping[Slot, str], separat
         holdings: what the model holds.
         kept: slots that stay as they are, with why.
         separate: embeddings whose look-up is read as if their table were their own.
+        with_readers: whether it is asked for what reads the norms.
     """
     graph_module = copy_graph_module(program.graph_module)
     inputs = list(program.example_inputs)
@@ -82,8 +93,10 @@ def read(program: Program, holdings: Holdings, kept: Mapping[Slot, str], separat
             placeholder.meta[KEPT] = kept[slot]
     analysis = analyse(graph_module, inputs, _OPTIONS)
     norm_modules = find_norm_modules(analysis, inputs, holdings)
+    readers = find_readers(analysis, inputs, slots, holdings) if with_readers else None
     transformed = None if analysis.placement is None else transform(analysis, _OPTIONS)
-    return _reading(graph_module, analysis, transformed, slots, norm_modules)
+    reading = _reading(graph_module, analysis, transformed, slots, norm_modules)
+    return dataclasses.replace(reading, readers=readers)
 
 
 def lookups_of(program: Program, holdings: Holdings) -> set[Slot]:
@@ -144,7 +157,7 @@ def _separate(
         return
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]
     with graph.inserting_after(last):
-        own = graph.placeholder(f"{placeholder.name}_of_lookup")
+        own = graph.placeholder(f"{placeholder.name}_of_lookup_{len(slots)}")
     own.meta = dict(placeholder.meta)
     torch_private.copy_placeholder_source(placeholder, own)
     for node in nodes:

@@ -338,6 +338,29 @@ def test_one_norm_is_not_worth_a_centering_at_each_call() -> None:
     assert check(randomised(OneNormBehind()), 1, 1, (IDS,), untie=True).lookups
 
 
+class TwoLookups(nn.Module):
+    """Two embeddings and a head share a table. One stream has two norms, the other one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.long, self.short, self.head = nn.Embedding(48, WIDTH), nn.Embedding(48, WIDTH), nn.Linear(WIDTH, 48)
+        self.short.weight = self.head.weight = self.long.weight
+        self.norms = nn.ModuleList([nn.LayerNorm(WIDTH) for _ in range(3)])
+
+    def forward(self, ids: Tensor) -> Tensor:
+        long, short = self.long(ids), self.short(ids)
+        return self.head(self.norms[0](long) + torch.relu(self.norms[1](long)) + self.norms[2](short))
+
+
+def test_each_look_up_is_worth_it_by_itself() -> None:
+    plan = check(randomised(TwoLookups()), 2, 3, (IDS,))
+    assert [entry.path for entry in plan.lookups] == ["long"]
+    plan = check(randomised(TwoLookups()), 3, 3, (IDS,), untie=True)
+    assert [entry.path for entry in plan.lookups] == ["long", "short"]
+    folded = plan.apply(randomised(TwoLookups()))
+    assert folded.long.weight is folded.short.weight is not folded.head.weight
+
+
 # --- norms of other classes ---
 
 

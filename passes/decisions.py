@@ -48,6 +48,9 @@ class Reason(enum.Enum):
     INTERNAL_ERROR = "internal_error"
 
 
+#: How a fold of the whole model is written, which graphs that hold parts of it find done.
+FOLD_FIRST = "model = lncompile.fold(model, *args)"
+
 #: What to do so that a site folds, by the reason it does not: a sentence that says what to change.
 REMEDIES: dict[Reason, str] = {
     Reason.NON_COMMUTING: "put a linear layer between that operation and the norm",
@@ -56,9 +59,11 @@ REMEDIES: dict[Reason, str] = {
     Reason.NORM_OUTPUT: "put a linear layer between the two norms, or start the residual stream before the first one "
     "(pre-norm)",
     Reason.USER_TENSOR: "make the tensor inside the compiled graph: pass token ids instead of embeddings, compile the "
-    "whole model instead of a part, or remove a graph break in front of it",
+    "whole model instead of a part, or remove a graph break in front of it. Or fold the whole model before it is "
+    f"compiled, in whatever parts: {FOLD_FIRST}",
     Reason.GRAPH_OUTPUT: "return less: leave that tensor out of what the model returns (output_hidden_states=False, or "
-    "a function around the model that returns only what you use)",
+    "a function around the model that returns only what you use). Where only other parts of the model get it, fold the "
+    f"whole model before it is compiled: {FOLD_FIRST}",
     Reason.VISIBLE: "let that reader read the norm's output, or a tensor of its own",
     Reason.DIFFERENT_AXES: "normalise over the axis that the layer before it produces",
     Reason.MUTATION: "write out of place (x = x + y)",
@@ -171,14 +176,19 @@ def leave_out(returned: Sequence[ReturnedTensor]) -> str:
     which = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     breaks = list(dict.fromkeys(tensor.graph_break for tensor in returned if tensor.graph_break))
     if breaks:
-        return f"remove the graph break at {breaks[0]}: the code behind it gets {which}"
+        return (
+            f"remove the graph break at {breaks[0]}: the code behind it gets {which}. Or fold the whole model before "
+            f"it is compiled: {FOLD_FIRST}"
+        )
     if any(tensor.is_inside for tensor in returned):
         return (
-            f"let Dynamo capture the model in one graph, without the breaks in it: one graph hands {which} to another"
+            f"let Dynamo capture the model in one graph, without the breaks in it: one graph hands {which} to another. "
+            f"Or fold the whole model before it is compiled: {FOLD_FIRST}"
         )
     return (
         f"return less: leave {which} out of what the model returns (output_hidden_states=False, or a function around "
-        "the model that returns only what you use)"
+        "the model that returns only what you use). Where only other parts of the model get it, fold the whole model "
+        f"before it is compiled: {FOLD_FIRST}"
     )
 
 

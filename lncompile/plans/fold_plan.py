@@ -13,7 +13,8 @@ from rich.console import Console
 from torch import nn
 
 from lncompile.console import plain_console
-from lncompile.plans import application, table
+from lncompile.plans import application, checkpoint, table
+from lncompile.plans.checkpoint import FoldedCheckpoint
 from lncompile.plans.entries import (
     AbsorbedNorm,
     CenteredLookup,
@@ -25,6 +26,7 @@ from lncompile.plans.entries import (
     ReplacedNorm,
 )
 from lncompile.plans.serialization import from_dict, to_dict
+from lncompile.progress import Say
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,40 @@ class FoldPlan:
             >>> model.load_state_dict(torch.load("folded.pt"))
         """
         return application.replace_modules(self, model)
+
+    def apply_to_checkpoint(
+        self, source: str | Path, target: str | Path, progress: Say | None = None
+    ) -> FoldedCheckpoint:
+        """Fold a checkpoint on disk: safetensors files in, safetensors files out, in memory for one tensor.
+
+        Each tensor is centered in float64 and rounded once, as :meth:`apply` does it. The plan is written beside the
+        weights as ``lncompile_fold.json``, and the other files of the folder are copied. Weights in other formats,
+        which would stay as they were, are left out. Names may lack the prefix of a base model, or have it.
+
+        The target comes into being when everything is written and was read back: means of what was centered are near
+        zero, the bytes of the rest are those of the source. What a call had finished that was interrupted, at whatever
+        moment, the next call with the same arguments takes over. Memory is for the largest tensor and some 200 MiB.
+
+        Args:
+            source: a folder as ``save_pretrained`` writes it, in one file or in several with an index; or one file.
+            target: a folder to be made. It is on the disk of its parent folder, where it takes as much as the source.
+            progress: told what goes on.
+
+        Returns:
+            What was written.
+
+        Raises:
+            PlanError: where the plan does not fit the checkpoint: tensors are missing, have other shapes or a dtype
+                in which they cannot be centered. Nothing was written.
+            CheckpointError: where the source cannot be read, the target exists, another process is writing it, or a
+                tensor with values that are not finite cannot be centered.
+
+        Example:
+            >>> lncompile.FoldPlan.load("opt.fold.json").apply_to_checkpoint("opt-13b", "opt-13b-folded")
+            >>> model = OPTForCausalLM.from_pretrained("opt-13b-folded")
+            >>> model = lncompile.FoldPlan.load("opt-13b-folded/lncompile_fold.json").replace_modules(model)
+        """
+        return checkpoint.apply_to_checkpoint(self, Path(source), Path(target), progress)
 
     def save(self, path: str | Path) -> None:
         """Write the plan to a file, as JSON that people can read."""

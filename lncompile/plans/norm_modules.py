@@ -54,7 +54,7 @@ def find_norm_modules(analysis: Analysis, inputs: Sequence[Any], holdings: Holdi
     sites: dict[str, list[NormSite]] = defaultdict(list)
     for site in analysis.sites:
         path = provenance.module_path(site.node)
-        if path in holdings.modules:
+        if path in holdings.modules and not site.folded_before:
             sites[holdings.paths_of(path)[0]].append(site)
     folded = set() if analysis.placement is None else {site.node for site in analysis.placement.folded}
     examples = dict(zip((n for n in graph.nodes if n.op == "placeholder"), inputs, strict=True))

@@ -205,7 +205,7 @@ def _norms(
             first = holdings.paths_of(path)[0] if path in holdings.modules else path
             becomes, detail = "layer_norm", verdict.detail
             if verdict.folded:
-                becomes = "rms_norm" if first in replace else "centered"
+                becomes = "rms_norm" if first in replace or verdict.folded_before else "centered"
                 reason = not_replaced.get(first, "its module does not compute it alone")
                 detail = verdict.detail if becomes == "rms_norm" else f"{verdict.detail}; {reason}"
                 detail += f"; γ and β stay: {unabsorbed[first]}" if first in unabsorbed else ""

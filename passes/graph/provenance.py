@@ -7,7 +7,7 @@ import re
 
 from torch import fx
 
-from lncompile.lowering import torch_private
+from lncompile.lowering import torch_private, torch_private_dynamo
 
 # A forward that a decorator wraps (`def wrapper(*args, **kwargs)`) is called with the module as its first argument.
 _WRAPPED_SELF = re.compile(r"^L\[(['\"])args\1\]\[0\](?=\.)")
@@ -51,14 +51,18 @@ def module_path(node: fx.Node) -> str:
 def is_made_by(node: fx.Node, class_name: str) -> bool:
     """Whether the innermost module whose forward made the node is of a class, or of one derived from it.
 
+    What the forward makes that Dynamo is compiling names no module: that one is meant.
+
     Args:
         node: of a graph of Dynamo's.
         class_name: ``"package.module.Class"``.
     """
     stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return False
-    kind = list(stack.values())[-1][1]
+    if stack:
+        kind = list(stack.values())[-1][1]
+    else:
+        frame = torch_private_dynamo.frame_being_compiled()
+        kind = type(None if frame is None else frame.receiver)
     names = [kind] if isinstance(kind, str) else [f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__]
     return class_name in names
 

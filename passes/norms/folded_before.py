@@ -31,10 +31,10 @@ from lncompile.lowering import compute_dtype_of, rms_norm
 from lncompile.passes.decisions import Verdict
 from lncompile.passes.graph.canonical import canonicalise, tensor_of
 from lncompile.passes.graph.effects import written_arguments
-from lncompile.passes.graph.provenance import is_made_by
+from lncompile.passes.graph.provenance import is_made_by, module_path
 from lncompile.passes.norms.differences import differences_in
 from lncompile.passes.norms.moments import exact_origin
-from lncompile.passes.norms.sites import NormSite
+from lncompile.passes.norms.sites import SITE_NAME, NormSite
 
 #: The module that says of itself that its input is centered by the weights before it.
 FOLDED_NORM = "lncompile.nn.RMSNorm"
@@ -160,6 +160,8 @@ def _gather(graph: fx.Graph, call: _Call, lines: Sequence[fx.Node]) -> None:
     with graph.inserting_before(call.last):
         gathered = graph.create_node("call_function", rms_norm, arguments, dtypes, name=f"{call.node.name}_folded")
     gathered.meta = {**call.node.meta, "example_value": result}
+    if not module_path(call.node):
+        gathered.meta[SITE_NAME] = "rms_norm"  # the module itself is what is compiled
     call.last.replace_all_uses_with(gathered)
     for line in reversed(lines):
         if not line.users and line.op in ("call_function", "call_method") and _is_same_call(line, call.node):

@@ -200,7 +200,7 @@ def _norms(
             key = verdict.name, seen[verdict.name]
             seen[verdict.name] += 1
             path = verdict.name.partition(":")[0]
-            if isinstance(holdings.modules.get(path), CenteredEmbedding):
+            if verdict.folded_before or isinstance(holdings.modules.get(path), CenteredEmbedding):
                 continue  # its centering and the next norm's root mean square are a LayerNorm, if one looks for it
             first = holdings.paths_of(path)[0] if path in holdings.modules else path
             becomes, detail = "layer_norm", verdict.detail

@@ -91,8 +91,7 @@ def _alike(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
     """Rows that differ in the numbers of layers alone, as one: ``h.{0..11}.attn.c_proj.weight``."""
     groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for row in rows:
-        # What is said about a layer names the layer's own parts.
-        groups[tuple(_NUMBER.sub("*", _in_words(cell)) for cell in row)].append(row[0])
+        groups[_pattern(row)].append(row[0])
     merged = []
     for pattern, names in groups.items():
         if len(names) == 1:
@@ -103,7 +102,9 @@ def _alike(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
 
 
 def _pattern(row: Sequence[str]) -> tuple[str, ...]:
-    return tuple(_NUMBER.sub("*", _in_words(cell)) for cell in row)
+    """A row without the numbers of layers. What is said about a layer names the layer's own parts."""
+    name, *words = row
+    return (_NUMBER.sub("*", name), *(_NUMBER.sub("*", _in_words(cell)) for cell in words))
 
 
 def _in_words(cell: str) -> str:

@@ -520,3 +520,22 @@ def test_on_the_meta_device_the_plan_is_the_same(model: type[nn.Module]) -> None
         empty = model().double().eval()
     assert lncompile.plan(empty, x.to("meta")) == lncompile.plan(randomised(model()), x)
     assert all(parameter.device.type == "meta" for parameter in empty.parameters())
+
+
+def test_norms_of_one_layer_have_a_line_each() -> None:
+    """``ln_1`` and ``ln_2`` are names, and not the numbers of layers."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ln_1, self.ln_2 = nn.LayerNorm(16), nn.LayerNorm(16)
+            self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.first(self.ln_1(x))
+            return x + self.second(self.ln_2(x))
+
+    model = nn.Sequential(nn.Linear(16, 16), Layer(), Layer(), nn.LayerNorm(16))
+    text = str(lncompile.plan(model.eval(), torch.randn(2, 16)))
+    assert "{1..2}.ln_1" in text
+    assert "{1..2}.ln_2" in text

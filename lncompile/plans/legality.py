@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from lncompile.plans.capture import Program
 from lncompile.plans.holdings import Holdings, Slot
-from lncompile.plans.reading import Reading, lookups_of, read
+from lncompile.plans.reading import Reading, lookups_of, odd_lookups, read
 from lncompile.plans.ways import Way
 
 #: A centering at each call takes one pass over the stream, which is what one norm saves.
@@ -62,7 +62,8 @@ def settle(programs: Sequence[Program], holdings: Holdings, untie: bool, with_re
         with_readers: whether it is asked for what reads the norms.
     """
     state = _State({Slot(name): held.obstacle for name, held in holdings.obstacles()})
-    lookups: set[Slot] = set().union(*(lookups_of(program, holdings) for program in programs))
+    odd = set().union(*(odd_lookups(program, holdings) for program in programs))
+    lookups = {slot for program in programs for slot in lookups_of(program, holdings) if slot.lookup not in odd}
     settled = _settle(programs, holdings, lookups, state)
     worth = 1 if untie else _NORMS_WORTH_A_CENTERING
     for lookup in sorted(settled.separate):

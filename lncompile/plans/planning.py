@@ -189,6 +189,11 @@ def _norm_modules(readings: Sequence[Reading], holdings: Holdings) -> tuple[dict
         for path, entry in reading.norm_modules.replaceable.items():
             if found.setdefault(path, entry) != entry:
                 obstacles.setdefault(path, "its calls differ")
+    for path in found:
+        if any(
+            path in reading.norm_modules.called and path not in reading.norm_modules.replaceable for reading in readings
+        ):
+            obstacles.setdefault(path, "another call of it does not fold")
     return {path: entry for path, entry in found.items() if path not in obstacles}, obstacles
 
 

@@ -22,7 +22,7 @@ from lncompile.pipeline import uses_in
 from lncompile.plans.absorbing import Readers, find_readers
 from lncompile.plans.capture import Program
 from lncompile.plans.holdings import Holdings, Slot
-from lncompile.plans.norm_modules import NormModules, find_norm_modules
+from lncompile.plans.norm_modules import NormModules, find_norm_modules, paths_in_bodies
 from lncompile.plans.ways import Scalings, Way, find_scalings
 from lncompile.transform import Transformed, transform
 
@@ -108,6 +108,24 @@ def lookups_of(program: Program, holdings: Holdings) -> set[Slot]:
         if held is not None:
             found.update(Slot(held.names[0], path) for path in _lookups(placeholder, held.tensor, holdings))
     return found
+
+
+def odd_lookups(program: Program, holdings: Holdings) -> set[str]:
+    """The embeddings that do something else than look up in their table, or do it where it cannot be separated."""
+    looked_up: dict[str, set[fx.Node]] = defaultdict(set)
+    for placeholder, value in zip(_placeholders(program.graph_module), program.example_inputs, strict=True):
+        held = holdings.find(value)
+        for path, nodes in _lookups(placeholder, held.tensor, holdings).items() if held is not None else ():
+            looked_up[path].update(nodes)
+    odd = paths_in_bodies(program.graph_module)
+    for node in program.graph_module.graph.nodes:
+        operation = canonicalise(node) if node.op in ("call_function", "call_method") else None
+        path = provenance.module_path(node)
+        if operation is not None and operation.name == "embedding" and path in holdings.modules:
+            path = holdings.paths_of(path)[0]
+            if node not in looked_up[path]:
+                odd.add(path)
+    return {holdings.paths_of(path)[0] for path in odd if path in holdings.modules}
 
 
 def _placeholders(graph_module: fx.GraphModule) -> list[fx.Node]:

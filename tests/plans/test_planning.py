@@ -11,6 +11,7 @@ import torch
 from plan_models import IDS, WIDTH, Once, QueriesAndKeysNormed, Residual, Tied, check, error, randomised, value
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 import lncompile
 from lncompile.nn import CenteredEmbedding, RMSNorm
@@ -321,6 +322,49 @@ def test_a_method_is_an_example_as_well() -> None:
 def test_a_stream_that_is_returned_does_not_fold() -> None:
     plan = check(randomised(TwoWays()), 0, 1, (value(2, 3), "states"))
     assert "returned" in plan.norms[0].detail
+
+
+class InABody(nn.Module):
+    """Norms and look-ups that another call does inside of an operator that runs a graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(48, WIDTH), nn.Linear(WIDTH, 48)
+        self.head.weight = self.table.weight
+        self.first, self.second = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH, elementwise_affine=False)
+
+    def forward(self, ids: Tensor, way: str = "") -> Tensor:
+        if way == "norm":
+            return checkpoint(self.second, torch.relu(self.table(ids)), use_reentrant=False)
+        if way == "table":
+            return checkpoint(lambda ids: torch.relu(self.table(ids)), ids, use_reentrant=False)
+        stream = self.table(ids)
+        return self.head(torch.relu(self.first(stream)) + self.second(stream))
+
+
+@pytest.mark.parametrize(("way", "replaced", "folded"), [("", 2, 2), ("norm", 0, 0), ("table", 0, 0)])
+def test_calls_inside_of_operators_count(way: str, replaced: int, folded: int) -> None:
+    plan = check(randomised(InABody()), folded, 2, (IDS,), (IDS, way))
+    assert len(plan.replace) == replaced
+    assert len(plan.lookups) == (1 if replaced else 0)
+
+
+class NormInABody(Once):
+    """The same norm on a raw input, inside of an operator that runs a graph."""
+
+    def __init__(self, affine: bool) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH, elementwise_affine=affine)
+
+    def forward(self, x: Tensor, inside: bool = False) -> Tensor:
+        return checkpoint(self.norm, x, use_reentrant=False) if inside else self.norm(self.linear(x))
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_a_norm_that_is_also_called_inside_of_an_operator_stays(affine: bool) -> None:
+    plan = check(randomised(NormInABody(affine)), 0, 1, (value(2, 3),), (value(2, 3), True))
+    assert not plan.replace
+    assert [entry.name for entry in plan.center] == ["linear.weight", "linear.bias"], "one call of it has a zero mean"
 
 
 # --- tied tables ---

@@ -48,6 +48,12 @@ def absorbed(plan: FoldPlan, tensors: Mapping[str, Tensor], means: Means) -> Abs
         means: what is taken out of those of them that are centered.
     """
     found = Absorption()
+    ones: dict[str, Callable[[], Tensor]] = {}
+    for name, (centered, _) in means.items():
+        if centered.scaled_by:
+            found.values[name] = functools.partial(_centered, name, tensors, means)
+            for scale in centered.scaled_by:
+                ones[scale] = functools.partial(torch.ones_like, whole_tensor(tensors[scale]))
     for entry in plan.absorb:
         gamma = None if entry.weight is None else whole_tensor(tensors[entry.weight]).clone()
         beta = None if entry.bias is None or entry.bias not in tensors else whole_tensor(tensors[entry.bias])
@@ -64,8 +70,14 @@ def absorbed(plan: FoldPlan, tensors: Mapping[str, Tensor], means: Means) -> Abs
             if gamma is not None:
                 found.values[layer.weight] = functools.partial(_scaled, exact, gamma, layer.dimension)
         if gamma is not None and entry.weight is not None:
-            found.values[entry.weight] = functools.partial(_value, torch.ones_like(gamma))
+            ones[entry.weight] = functools.partial(torch.ones_like, gamma)
+    found.values.update(ones)  # last: what is computed before reads them
     return found
+
+
+def scales_of(entry: CenteredParameter, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    """What the channels of a parameter are multiplied with."""
+    return [whole_tensor(tensors[name]) for name in entry.scaled_by]
 
 
 def zero_biases(plan: FoldPlan, tensors: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
@@ -97,7 +109,7 @@ def _centered(name: str, tensors: Mapping[str, Tensor], means: Means) -> Tensor:
     if name not in means:
         return value.to(EXACT)
     entry, taken = means[name]
-    return shifted(entry, value, [-mean for mean in taken])
+    return shifted(entry, entry.scaled(value, scales_of(entry, tensors)), [-mean for mean in taken])
 
 
 def _value(value: Tensor) -> Tensor:

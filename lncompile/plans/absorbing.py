@@ -25,6 +25,10 @@ from lncompile.passes.rewrites.consumers import Consumer, find_consumers
 from lncompile.passes.rules.writes import can_be_read
 from lncompile.plans.entries import AbsorbedNorm, AbsorbingLayer, ReplacedNorm
 from lncompile.plans.holdings import Holdings, Slot
+from lncompile.plans.norm_modules import paths_in_bodies
+
+# Stands for the nodes of graphs that operators run.
+_IN_A_BODY = "in a body"
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,8 @@ def find_readers(
             computed[holdings.paths_of(path)[0]].add(node.name)
     for node in slot_of:
         node.meta.pop(KEPT, None)  # that it is not to be centered says nothing of what it can absorb
+    for path in paths_in_bodies(analysis.graph_module) & holdings.modules.keys():
+        computed[holdings.paths_of(path)[0]].add(_IN_A_BODY)
     facts = GraphFacts(graph, inputs, find_writes(graph, examples_of(graph, inputs), can_be_read))
     products: dict[str, list[Product]] = defaultdict(list)
     obstacles: dict[str, str] = {}

@@ -13,7 +13,7 @@ from lncompile.lowering import torch_private, torch_private_dynamo
 from lncompile.nn import CenteredEmbedding, RMSNorm
 from lncompile.passes.graph.sharding import is_sharded, sharded_like
 from lncompile.passes.rewrites.arithmetic import add_means
-from lncompile.plans.absorbed_values import Absorption, Means, absorbed, shifted, whole_tensor, zero_biases
+from lncompile.plans.absorbed_values import Absorption, Means, absorbed, scales_of, shifted, whole_tensor, zero_biases
 from lncompile.plans.entries import CenteredLookup, CenteredParameter, Centering, PlanError, ReplacedNorm
 from lncompile.plans.holdings import form_of
 from lncompile.plans.norm_modules import rms_norm_of
@@ -108,7 +108,7 @@ def _misfits(plan: FoldPlan, model: nn.Module) -> Iterator[str]:
 
 def _unwritable(plan: FoldPlan, tensors: dict[str, Tensor]) -> Iterator[str]:
     """Which parameters cannot be centered as they are."""
-    names = [entry.name for entry in plan.center]
+    names = [name for entry in plan.center for name in (entry.name, *entry.scaled_by)]
     names += [entry.table for entry in plan.lookups if entry.untied]
     for absorbing in plan.absorb:
         names += [name for name in (absorbing.weight, absorbing.bias) if name is not None]
@@ -228,9 +228,9 @@ def _put_tables(model: nn.Module, tables: Sequence[tuple[nn.Embedding, nn.Parame
 def _means(plan: FoldPlan, tensors: dict[str, Tensor]) -> Iterator[tuple[CenteredParameter, Sequence[Tensor]]]:
     """The means of each parameter that is not centered yet. Those of a sharded one are of the whole tensor."""
     for entry in plan.center:
-        whole = whole_tensor(tensors[entry.name])
-        if not entry.is_done(whole):
-            yield entry, entry.means(whole)
+        whole, scales = whole_tensor(tensors[entry.name]), scales_of(entry, tensors)
+        if not entry.is_done(whole, scales):
+            yield entry, entry.means(entry.scaled(whole, scales))
 
 
 def _write(tensors: dict[str, Tensor], means: Means, absorption: Absorption) -> None:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lncompile.passes.graph.axes import Axes
 from lncompile.passes.graph.factors import Factor
-from lncompile.passes.rewrites.arithmetic import is_centered, means_of
+from lncompile.passes.rewrites.affine import scale_weight
+from lncompile.passes.rewrites.arithmetic import EXACT, is_centered, means_of
 
 
 class PlanError(ValueError):
@@ -110,12 +111,17 @@ class CenteredParameter:
         also: its other names there, where it is tied.
         shape: its shape.
         centerings: parts of it that are centered, which share no element.
+        scaled_by: the names of parameters that its channels are multiplied with before (LayerScale). These are one
+            afterwards.
+        dimension: the dimension of its channels, where they are.
     """
 
     name: str
     also: tuple[str, ...]
     shape: tuple[int, ...]
     centerings: tuple[Centering, ...]
+    scaled_by: tuple[str, ...] = ()
+    dimension: int = 0
 
     def __post_init__(self) -> None:
         """Raise PlanError for a centering that is not one of a parameter of this shape."""
@@ -125,9 +131,15 @@ class CenteredParameter:
         """Along what, as the passes say it."""
         return tuple(centering.on(self.shape) for centering in self.centerings)
 
-    def is_done(self, tensor: Tensor) -> bool:
-        """Whether a tensor is centered like this already, to the rounding of its dtype."""
-        return is_centered(tensor, self.axes())
+    def is_done(self, tensor: Tensor, scales: Sequence[Tensor] = ()) -> bool:
+        """Whether a tensor is centered like this already, to the rounding of its dtype, and its scales are one."""
+        return all(bool((scale == 1).all()) for scale in scales) and is_centered(tensor, self.axes())
+
+    def scaled(self, tensor: Tensor, scales: Sequence[Tensor]) -> Tensor:
+        """A tensor with its channels multiplied, in float64."""
+        for scale in scales:
+            tensor = scale_weight(tensor, scale.reshape(-1), self.dimension, EXACT)
+        return tensor
 
     def means(self, tensor: Tensor) -> list[Tensor]:
         """What centering takes out of a tensor, in float64, one tensor for each part."""
@@ -135,7 +147,8 @@ class CenteredParameter:
 
     def in_words(self) -> str:
         """Along what, for a table."""
-        return "; ".join(centering.in_words(self.shape) for centering in self.centerings)
+        words = "; ".join(centering.in_words(self.shape) for centering in self.centerings)
+        return f"{words}, times {' and '.join(self.scaled_by)}" if self.scaled_by else words
 
 
 @dataclass(frozen=True)

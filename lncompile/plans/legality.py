@@ -14,10 +14,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lncompile.passes.graph.axes import Axes
 from lncompile.plans.capture import Program
 from lncompile.plans.holdings import Holdings, Slot
-from lncompile.plans.reading import Reading, lookups_of, read
+from lncompile.plans.reading import Reading, lookups_of, odd_lookups, read
+from lncompile.plans.ways import Way
 
 #: A centering at each call takes one pass over the stream, which is what one norm saves.
 _NORMS_WORTH_A_CENTERING = 2
@@ -29,13 +29,13 @@ class Settled:
 
     Attributes:
         readings: of all programs.
-        centered: along which axes each slot is centered.
+        centered: what is done to each slot.
         kept: slots that stay as they are, with why, where a norm wanted them centered.
         separate: embeddings whose look-up is centered apart from their table.
     """
 
     readings: Sequence[Reading]
-    centered: Mapping[Slot, tuple[Axes, ...]]
+    centered: Mapping[Slot, Way]
     kept: Mapping[Slot, str]
     separate: frozenset[Slot]
 
@@ -62,7 +62,8 @@ def settle(programs: Sequence[Program], holdings: Holdings, untie: bool, with_re
         with_readers: whether it is asked for what reads the norms.
     """
     state = _State({Slot(name): held.obstacle for name, held in holdings.obstacles()})
-    lookups: set[Slot] = set().union(*(lookups_of(program, holdings) for program in programs))
+    odd = set().union(*(odd_lookups(program, holdings) for program in programs))
+    lookups = {slot for program in programs for slot in lookups_of(program, holdings) if slot.lookup not in odd}
     settled = _settle(programs, holdings, lookups, state)
     worth = 1 if untie else _NORMS_WORTH_A_CENTERING
     for lookup in sorted(settled.separate):
@@ -103,7 +104,7 @@ def find_conflicts(readings: Sequence[Reading]) -> dict[Slot, str]:
         readings: of all programs.
     """
     conflicts: dict[Slot, str] = {}
-    ways: dict[Slot, set[tuple[Axes, ...]]] = {}
+    ways: dict[Slot, set[Way]] = {}
     for reading in readings:
         conflicts.update(reading.inexpressible)
         for slot, wanted in reading.wanted.items():
@@ -112,6 +113,8 @@ def find_conflicts(readings: Sequence[Reading]) -> dict[Slot, str]:
         readers = [(number, reading.raw[slot]) for number, reading in enumerate(readings, 1) if slot in reading.raw]
         if len(wanted) > 1:
             conflicts[slot] = "would have to be centered in several ways"
+        elif slot.lookup and not all(way.is_of_rows for way in wanted):
+            conflicts[slot] = "is tied, and would have to be centered in parts of its rows"
         elif readers:
             number, reader = readers[0]
             call = f" in call {number}" if len(readings) > 1 else ""

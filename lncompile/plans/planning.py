@@ -98,7 +98,7 @@ def plan(
             absorbed, unabsorbed = plan_absorptions(absorb, replace, readers, holdings, own_tables)
         return FoldPlan(
             form,
-            tuple(entry for entry in center if not (has_values and entry.is_done(holdings.named(entry.name).tensor))),
+            tuple(entry for entry in center if not (has_values and _is_done(entry, holdings))),
             tuple(replace.values()),
             _lookups(settled, holdings, untie),
             absorbed,
@@ -143,14 +143,21 @@ def fold(
 
 def _centered(settled: Settled, holdings: Holdings) -> list[CenteredParameter]:
     entries = []
-    for slot, axes in settled.centered.items():
-        if slot.lookup:
+    for slot, way in settled.centered.items():
+        if slot.lookup or way.becomes_one:
             continue
         held = holdings.named(slot.name)
-        centerings = tuple(Centering.of(part) for part in axes)
-        entries.append(CenteredParameter(held.names[0], held.names[1:], tuple(held.tensor.shape), centerings))
+        centerings = tuple(Centering.of(part) for part in way.axes)
+        scales = tuple(scale.name for scale in way.scales)
+        shape = tuple(held.tensor.shape)
+        entries.append(CenteredParameter(held.names[0], held.names[1:], shape, centerings, scales, way.dimension))
     order = {name: index for index, name in enumerate(dict(holdings.model.named_parameters()))}
     return sorted(entries, key=lambda entry: order.get(entry.name, len(order)))
+
+
+def _is_done(entry: CenteredParameter, holdings: Holdings) -> bool:
+    scales = [holdings.named(name).tensor for name in entry.scaled_by]
+    return entry.is_done(holdings.named(entry.name).tensor, scales)
 
 
 def _lookups(settled: Settled, holdings: Holdings, untie: bool) -> tuple[CenteredLookup, ...]:
@@ -182,6 +189,11 @@ def _norm_modules(readings: Sequence[Reading], holdings: Holdings) -> tuple[dict
         for path, entry in reading.norm_modules.replaceable.items():
             if found.setdefault(path, entry) != entry:
                 obstacles.setdefault(path, "its calls differ")
+    for path in found:
+        if any(
+            path in reading.norm_modules.called and path not in reading.norm_modules.replaceable for reading in readings
+        ):
+            obstacles.setdefault(path, "another call of it does not fold")
     return {path: entry for path, entry in found.items() if path not in obstacles}, obstacles
 
 

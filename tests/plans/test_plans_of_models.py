@@ -16,7 +16,6 @@ import lncompile
 FEWER: dict[str, tuple[int, str]] = {
     "bloom": (0, "its stream starts from a norm's output, which only a centering at each call would center"),
     "bert": (0, "one norm behind a tied table: centering what is looked up costs as much as it saves"),
-    "dinov2": (1, "LayerScale scales what would be centered"),
     "whisper": (7, "the stream of its encoder starts from an activation, which would be centered at each call"),
 }
 #: Those with a tied table, which is centered behind its look-up.

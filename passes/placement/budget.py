@@ -28,7 +28,6 @@ a graph break cuts a model in pieces each has weights of its own, so that shares
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -36,12 +35,12 @@ from fractions import Fraction
 from torch import Tensor, fx
 
 from lncompile.passes.decisions import MemoryBudget
-from lncompile.passes.graph.axes import Axes
 from lncompile.passes.graph.canonical import tensor_of
 from lncompile.passes.graph.expressions import Expression
 from lncompile.passes.graph.provenance import parameter_names
 from lncompile.passes.graph.sharding import local_bytes
 from lncompile.passes.norms.sites import NormSite
+from lncompile.passes.placement.copies import reached, supplies_of
 from lncompile.passes.placement.costs import CostModel
 from lncompile.passes.placement.cut import Placement, Price, assemble, find_conflict, place
 from lncompile.passes.placement.variables import Variable, VariableKey
@@ -192,36 +191,14 @@ class _Ledger:
 
         The cut counts one copy for all the parts of a parameter. Here each set of parts that a reader wants is one.
         """
-        sites = placement.centered_for if sites is None else sites
-        found: dict[Hashable, Copy] = {}
-        # Which sets of axes one reader wants of one operand: the rewrite centers them in one copy.
-        wanted: dict[tuple[object, fx.Node], list[Axes]] = defaultdict(list)
-        for index, site in enumerate(sites):
-            wanted[(index, site.input)].append(site.axes)
-        for key in _reached(placement, self._variables, sites):
-            if key in placement.streams:
-                if key in self.made:
-                    found[self.made[key]] = self.known[self.made[key]]
-                for operand, axes in self._variables[key].needs.items():
-                    wanted[(key[0], operand)].append(axes)
-        for (_, operand), sets in wanted.items():
-            self._ask(operand, sets, placement, found)
+        supplies = supplies_of(placement, self._variables, sites)
+        found = {self.made[key]: self.known[self.made[key]] for key in supplies.keys if key in self.made}
+        for supply in supplies.made():
+            copied = [axes for axes in supply.axes if (supply.operand, axes) in self.explicit]
+            if copied:
+                group = self.explicit[(supply.operand, copied[0])]
+                found[(group, frozenset(copied))] = self.known[group]
         return found
-
-    def _ask(self, operand: fx.Node, sets: Sequence[Axes], placement: Placement, found: dict[Hashable, Copy]) -> None:
-        explicit = [axes for axes in dict.fromkeys(sets) if (operand, axes) not in placement.streams]
-        copied = [axes for axes in explicit if (operand, axes) in self.explicit]
-        if copied:
-            group = self.explicit[(operand, copied[0])]
-            found[(group, frozenset(copied))] = self.known[group]
-            return
-        sources: dict[fx.Node, list[Axes]] = defaultdict(list)
-        for axes in explicit:
-            variable = self._variables[(operand, axes)]
-            for source, along in variable.needs.items() if variable.is_recomputed else ():
-                sources[source].append(along)
-        for source, several in sources.items():
-            self._ask(source, several, placement, found)
 
 
 def _composed_bytes(source: ComposedSource) -> int:
@@ -234,23 +211,6 @@ def _composed_bytes(source: ComposedSource) -> int:
         if shifts or source.product[source.bias[0]] is not None:
             size += weight.shape[source.dimension] * source.groups * weight.element_size()
     return size
-
-
-def _reached(
-    placement: Placement, variables: Mapping[VariableKey, Variable], sites: Iterable[NormSite]
-) -> set[VariableKey]:
-    """The centered variables of a placement that some of its sites need."""
-    queue = deque((site.input, site.axes) for site in sites)
-    seen = set(queue)
-    while queue:
-        key = queue.popleft()
-        variable = variables[key]
-        if key in placement.streams or variable.is_recomputed:
-            for need in variable.needs.items():
-                if need not in seen:
-                    seen.add(need)
-                    queue.append(need)
-    return seen
 
 
 def _total(copies: Mapping[Hashable, Copy]) -> int:
@@ -332,7 +292,7 @@ class _Search:
         cones = {}
         for other in others:
             for site in other.centered_for:
-                cone = frozenset(_reached(other, self._variables, [site]))
+                cone = frozenset(reached(other, self._variables, [site]))
                 cones[cone, other.streams & cone] = self._ledger.copies(other, [site])
         while True:
             best: tuple[Fraction, Placement] | None = None

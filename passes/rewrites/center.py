@@ -32,6 +32,7 @@ from lncompile.passes.graph.canonical import Key, Operation, tensor_of, value_of
 from lncompile.passes.graph.expressions import after_definition
 from lncompile.passes.graph.operands import CENTERED_ALONG
 from lncompile.passes.graph.spellings import aten
+from lncompile.passes.placement.copies import Supplies, Supply, Way, supplies_of
 from lncompile.passes.placement.cut import Placement
 from lncompile.passes.placement.variables import Variable, VariableKey
 from lncompile.passes.rewrites.arithmetic import (
@@ -57,22 +58,26 @@ class Rewrite:
     Attributes:
         weights: nodes that compute a centered parameter expression, once for each set of parameters.
         trained: those that compute one at every call, because its gradient is wanted.
-        activations: nodes that center an activation at run time, by the node they center.
-        centered: the node that carries each centered value.
-        dead: products that disappeared into their weights.
-        explicit: whether a centered value is another node than the one it is the value of.
+        made: the node of each centered operand that was made.
+        taken_over: of products that disappeared into their weights, the node that has their value now.
+        dead: these products.
         wants_gradient: parameter expressions whose gradient is wanted.
         in_training: whether the graph computes gradients.
     """
 
     weights: list[fx.Node] = field(default_factory=list)
     trained: list[fx.Node] = field(default_factory=list)
-    activations: dict[fx.Node, fx.Node] = field(default_factory=dict)
-    centered: dict[VariableKey, fx.Node] = field(default_factory=dict)
+    made: dict[Supply, fx.Node] = field(default_factory=dict)
+    taken_over: dict[fx.Node, fx.Node] = field(default_factory=dict)
     dead: list[fx.Node] = field(default_factory=list)
-    explicit: dict[VariableKey, bool] = field(default_factory=dict)
     wants_gradient: Collection[fx.Node] = frozenset()
     in_training: bool = False
+
+    def of(self, supply: Supply) -> fx.Node:
+        """The node that carries what a reader gets for an operand."""
+        if supply.way is not Way.ITSELF:
+            return self.made[supply]
+        return self.taken_over.get(supply.operand, supply.operand)
 
 
 def rewrite(
@@ -92,19 +97,20 @@ def rewrite(
         in_training: whether the graph computes gradients.
 
     Returns:
-        What was put in; ``centered[(site.input, site.axes)]`` is the input of each folded site.
+        What was put in.
     """
     done = Rewrite(wants_gradient=trained, in_training=in_training)
     order = {node: index for index, node in enumerate(graph.nodes)}
-    for key in sorted(placement.centered, key=lambda key: (order[key[0]], repr(key[1]))):
-        _make_centered(graph, key, key in placement.streams, variables[key], done)
+    supplies = supplies_of(placement, variables)
+    for supply in sorted(supplies.made(), key=lambda supply: (order[supply.operand], repr(supply.axes[0]))):
+        _make(graph, supply, variables, done)
     streams: dict[fx.Node, list[Variable]] = defaultdict(list)
     for key in sorted(placement.streams, key=lambda key: (order[key[0]], repr(key[1]))):
         streams[key[0]].append(variables[key])
     for group in streams.values():
-        _exchange_operands(graph, group, variables, done)
-    for site in placement.centered_for:
-        source = done.centered[(site.input, site.axes)]
+        _exchange_operands(graph, group, supplies, done)
+    for site, supply in zip(placement.centered_for, supplies.sites, strict=True):
+        source = done.of(supply)
         if source is not site.input:
             for operation, place in site.places:
                 operation.replace({place: source})
@@ -113,25 +119,25 @@ def rewrite(
     return done
 
 
-def _make_centered(graph: fx.Graph, key: VariableKey, is_stream: bool, variable: Variable, done: Rewrite) -> None:
-    node, axes = key
-    done.explicit[key] = not (is_stream or variable.is_zero_mean)
-    if is_stream or variable.is_zero_mean:
-        done.centered[key] = node
+def _make(graph: fx.Graph, supply: Supply, variables: Mapping[VariableKey, Variable], done: Rewrite) -> None:
+    """Put what a reader gets for an operand into the graph, once for all readers that get it."""
+    if supply in done.made or supply.way is Way.ITSELF:
         return
-    if variable.is_recomputed:
-        sources = {source: done.centered[(source, along)] for source, along in variable.needs.items()}
-        done.centered[key] = _recomputed(graph, node, sources)
+    operand, tensor = supply.operand, tensor_of(supply.operand)
+    for source in supply.sources:
+        _make(graph, source, variables, done)
+    if supply.way is Way.REDONE:
+        done.made[supply] = _redone(graph, operand, {source.operand: done.of(source) for source in supply.sources})
         return
-    tensor = tensor_of(node)
     assert tensor is not None  # variables without a single tensor have no centering cost, so are never chosen
-    with graph.inserting_before(after_definition(node)):
-        if variable.parameter is not None:
-            centered = _center_weight(graph, variable.parameter, [axes], tensor, done)
+    with graph.inserting_before(after_definition(operand)):
+        if supply.way is Way.COPY:
+            parameter = variables[(operand, supply.axes[0])].parameter
+            assert parameter is not None  # what is copied is a parameter expression
+            done.made[supply] = _center_weight(graph, parameter, supply.axes, tensor, done)
         else:
-            centered = emit(graph, f"{node.name}_centered", center_activation, node, axes, tensor.dtype)
-            done.activations[node] = centered
-    done.centered[key] = centered
+            arguments = (operand, supply.axes[0], tensor.dtype)
+            done.made[supply] = emit(graph, f"{operand.name}_centered", center_activation, *arguments)
 
 
 def _center_weight(graph: fx.Graph, parameter: fx.Node, axes: Sequence[Axes], value: Tensor, done: Rewrite) -> fx.Node:
@@ -151,7 +157,7 @@ def _center_weight(graph: fx.Graph, parameter: fx.Node, axes: Sequence[Axes], va
     return centered
 
 
-def _recomputed(graph: fx.Graph, node: fx.Node, sources: Mapping[fx.Node, fx.Node]) -> fx.Node:
+def _redone(graph: fx.Graph, node: fx.Node, sources: Mapping[fx.Node, fx.Node]) -> fx.Node:
     """Do a view of a parameter once more, on the centered parameter."""
     with graph.inserting_before(after_definition(node)):
         again = graph.node_copy(node)
@@ -161,9 +167,7 @@ def _recomputed(graph: fx.Graph, node: fx.Node, sources: Mapping[fx.Node, fx.Nod
     return again
 
 
-def _exchange_operands(
-    graph: fx.Graph, group: Sequence[Variable], variables: Mapping[VariableKey, Variable], done: Rewrite
-) -> None:
+def _exchange_operands(graph: fx.Graph, group: Sequence[Variable], supplies: Supplies, done: Rewrite) -> None:
     """Let a node compute its streams: one, or several that center different parts of its result."""
     first = group[0]
     if first.composed_source is not None:
@@ -171,31 +175,23 @@ def _exchange_operands(
         return
     operation = first.operation
     assert operation is not None  # streams come out of operations with rules
-    needs: dict[fx.Node, list[Axes]] = defaultdict(list)
-    for variable in group:
-        for operand, axes in variable.operands.items():
-            needs[operand].append(axes)
-    _exchange(graph, operation, needs, first.zeros, variables, done)
+    operands = {operand for variable in group for operand in variable.operands}
+    _exchange(graph, operation, {o: supplies.streams[(first.node, o)] for o in operands}, first.zeros, done)
     for write in first.writes:
-        values = {value: [axes] for value, axes in write.needs.items()}
-        _exchange(graph, write.operation, values, write.zeros, variables, done)
+        values = {value: supplies.streams[(first.node, value)] for value in write.needs}
+        _exchange(graph, write.operation, values, write.zeros, done)
     if operation.in_place:
         # ``x += y`` becomes ``x' = x + y``: the centered x may be a materialised weight, which the next call needs too.
         operation.node.target = _OUT_OF_PLACE.get(operation.node.target, operation.node.target)
 
 
 def _exchange(
-    graph: fx.Graph,
-    operation: Operation,
-    needs: Mapping[fx.Node, Sequence[Axes]],
-    zeros: Sequence[Key],
-    variables: Mapping[VariableKey, Variable],
-    done: Rewrite,
+    graph: fx.Graph, operation: Operation, given: Mapping[fx.Node, Supply], zeros: Sequence[Key], done: Rewrite
 ) -> None:
     replacements: dict[Key, object] = {}
     for key, operand in operation.operands():
-        if operand in needs and key not in zeros:
-            centered = _centered_along(graph, operand, needs[operand], variables, done)
+        if operand in given and key not in zeros:
+            centered = done.of(given[operand])
             if centered is not operand:
                 replacements[key] = centered
     for name, index in zeros:
@@ -209,35 +205,6 @@ def _exchange(
             number = value_of(argument) if isinstance(argument, fx.Node) else argument
             replacements[(name, index)] = 0 if isinstance(number, int | torch.SymInt) else 0.0
     operation.replace(replacements)
-
-
-def _centered_along(
-    graph: fx.Graph,
-    operand: fx.Node,
-    sets: Sequence[Axes],
-    variables: Mapping[VariableKey, Variable],
-    done: Rewrite,
-) -> fx.Node:
-    """The node that carries an operand centered along every one of some sets of axes."""
-    explicit = [axes for axes in dict.fromkeys(sets) if done.explicit[(operand, axes)]]
-    if len(explicit) <= 1:
-        # What is centered in place is centered in its copies too.
-        return done.centered[(operand, explicit[0])] if explicit else operand
-    parts = [variables[(operand, axes)] for axes in explicit]
-    if all(part.is_recomputed for part in parts):
-        along: dict[fx.Node, list[Axes]] = defaultdict(list)
-        for part in parts:
-            for source, axes in part.needs.items():
-                along[source].append(axes)
-        centered = {
-            source: _centered_along(graph, source, several, variables, done) for source, several in along.items()
-        }
-        return _recomputed(graph, operand, centered)
-    parameter, tensor = parts[0].parameter, tensor_of(operand)
-    assert parameter is not None  # an activation is never centered in parts
-    assert tensor is not None  # a parameter is one tensor
-    with graph.inserting_before(after_definition(operand)):
-        return _center_weight(graph, parameter, explicit, tensor, done)
 
 
 # The in-place operations that facts read as plain updates, each with the one that leaves its operand alone.
@@ -288,9 +255,7 @@ def _compose(graph: fx.Graph, source: ComposedSource, done: Rewrite) -> None:
         value = _in_dtype_of(graph, carriers.get(stage.value, stage.value), node)
         carriers[node] = value
         node.replace_all_uses_with(value)
-        for key, carrier in list(done.centered.items()):
-            if carrier is node:
-                done.centered[key] = value
+        done.taken_over[node] = value
         done.dead.append(node)
 
 

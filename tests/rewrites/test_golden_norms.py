@@ -13,6 +13,9 @@ import torch
 from expectations import assert_expected
 from golden import D, Plain, before_and_after, ready, rows
 from torch import Tensor, nn
+from torch_versions import unless_old
+
+pytestmark = unless_old("Dynamo spells some graphs otherwise")
 
 
 class ByHand(nn.Module):

@@ -190,7 +190,8 @@ def test_generated_code_of_what_is_not_compiled():
 
 # --- Triton kernels for sm_90, without a GPU -------------------------------------------------------------------------
 
-WIDTHS = (768, 1024, 4096)
+# One process compiles the kernels of a width once for both tests of it.
+WIDTHS = [pytest.param(width, marks=pytest.mark.xdist_group(f"sm90 {width}")) for width in (768, 1024, 4096)]
 ROWS = 8192
 
 
@@ -236,6 +237,7 @@ def test_sm90_rms_norm_is_less_machine_code_than_layer_norm(width):
         assert (rms.shuffles, layer.shuffles) == (5, 10)
 
 
+@pytest.mark.xdist_group("sm90 1024")
 def test_sm90_launch_configuration_is_the_device_s_own():
     # Canary: where Inductor does not believe in the GPU it generates the same source but launches 8 warps, silently.
     need_triton()

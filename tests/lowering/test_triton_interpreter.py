@@ -15,6 +15,9 @@ from lncompile.lowering.inspect.triton_without_gpu import triton_for_sm90
 
 pytest.importorskip("triton", reason="needs Triton to generate and interpret CUDA kernels: pip install triton")
 
+# One process generates and runs what all of these tests look at.
+pytestmark = pytest.mark.xdist_group("triton interpreter")
+
 ROWS = 3
 EPS = 1e-5
 

@@ -208,9 +208,13 @@ def test_tables_name_models_that_exist() -> None:
 @pytest.mark.slow
 @each_architecture
 def test_error_through_inductor_is_within_budget(architecture: Model) -> None:
-    """CI sends the models of test_architectures.py through Inductor; `make test-all` these as well."""
-    verification = lncompile.verify(architecture.model(torch.float32), **architecture.inputs(torch.float32))
-    assert verification.passed, f"\n{verification}"
+    """CI sends some models of test_architectures.py through Inductor; `make test-all` these as well.
+
+    Over several draws of weights: of one draw the errors of an output of few elements differ by more than the budget,
+    either way.
+    """
+    found = numerics.measure(architecture, torch.float32, stresses=("plain",))
+    assert all(error.passed for errors in found.values() for error in errors), f"\n{numerics.table(found)}"
 
 
 @pytest.mark.slow

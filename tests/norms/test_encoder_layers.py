@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from architectures import randomise
-from graphs import capture
+from graphs import capture, capture_all
 from torch import Tensor, nn
 
 import lncompile
 from lncompile import Reason
+from lncompile.backend import lnfold
 from lncompile.lowering import torch_private
 from lncompile.passes.norms.expand import closed_norms, find_opaque_layers, transformer_encoder_layer
 from lncompile.verification import relative_error
@@ -121,14 +123,13 @@ def inputs(batch_first: bool = True) -> Tensor:
 
 def run(model: nn.Module, value: Tensor, **masks: Any) -> list[lncompile.FoldReport]:
     """Compile, compare with what the captured graph itself gives (as stock torch.compile would), return the reports."""
-    torch._dynamo.reset()
-    expected = torch.compile(model, backend="eager")(value, **masks)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="lnfold", options={"lnfold.assist": "off"})
-    actual = compiled(value, **masks)
-    assert relative_error(actual, expected) <= 1e-12
-    assert relative_error(actual, model(value, **masks)) <= 1e-12
-    return lncompile.reports(compiled)
+    backend = functools.partial(lnfold, options={"lnfold.assist": "off"})
+    call = capture_all(model, backend, value=value, **masks)
+    (graph,) = call.graphs
+    (expected,) = graph.graph_module(*graph.example_inputs)
+    assert relative_error(call.result, expected) <= 1e-12
+    assert relative_error(call.result, model(value, **masks)) <= 1e-12
+    return lncompile.reports(call.compiled)
 
 
 @pytest.mark.parametrize("call", CALLS)

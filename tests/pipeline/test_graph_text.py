@@ -134,7 +134,7 @@ def test_the_cut_says_who_would_notice() -> None:
             return self.norm(x), x
 
     graph = capture(randomise(Returned()).eval(), torch.randn(3, 8))
-    text = cut(known(graph, assist=False))
+    text = cut(known(graph, assist="off"))
     assert "    its shift would be noticed: the stream is also returned by the graph (linear (linear, " in text
     assert "    is not centered at run time (lnfold.assist is False)" in text
 

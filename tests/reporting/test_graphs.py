@@ -159,7 +159,7 @@ def test_who_cannot_look_is_passed_over(
 PROGRAM = """
 import torch
 from lncompile.lowering import torch_private
-torch_private.inductor_compile = lambda graph_module, example_inputs, config: graph_module.forward
+torch_private_inductor.inductor_compile = lambda graph_module, example_inputs, config: graph_module.forward
 net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8)).eval()
 with torch.no_grad():
     torch.compile(net, backend="lnfold")(torch.randn(3, 8))

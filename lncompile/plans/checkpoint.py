@@ -24,7 +24,7 @@ from torch import Tensor
 from lncompile.plans import safetensors_file
 from lncompile.plans.entries import CenteredParameter, Centering, PlanError
 from lncompile.plans.safetensors_file import CheckpointError, SafetensorsFile, StoredTensor
-from lncompile.plans.slices import center_in_place, is_done
+from lncompile.plans.slices import center_in_place, is_rounded
 from lncompile.progress import Say
 
 if TYPE_CHECKING:
@@ -317,10 +317,8 @@ def _verify(outputs: Sequence[_Output], digests: Sequence[str], path: Path) -> N
                 actual.update(piece)
             if actual.hexdigest() != digest:
                 raise CheckpointError(f"'{output.name}' reads back other than it was written to '{path}'")
-            if output.entry is not None and not is_done(output.entry, safetensors_file.load(file, stored)):
-                raise CheckpointError(
-                    f"'{output.name}' is not centered in '{path}': it has values that are not finite?"
-                )
+            if output.entry is not None and not is_rounded(output.entry, safetensors_file.load(file, stored)):
+                raise CheckpointError(f"'{output.name}' cannot be centered: are all of its values finite?")
 
 
 def _in_order(found: SafetensorsFile, outputs: Sequence[_Output], path: Path) -> list[StoredTensor]:

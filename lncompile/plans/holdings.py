@@ -13,7 +13,7 @@ from lncompile.lowering import torch_private
 from lncompile.plans.entries import ModelForm, class_name
 
 # What modules keep as flags and words without a say in what they compute without gradients.
-_WITHOUT_A_SAY = frozenset({"training", "gradient_checkpointing", "inplace"})
+_WITHOUT_A_SAY = frozenset({"training", "gradient_checkpointing", "inplace", "name_or_path"})
 
 
 class Slot(NamedTuple):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 
 from lncompile.lowering import torch_private
 from lncompile.nn import CenteredEmbedding, RMSNorm
-from lncompile.passes.graph.sharding import is_sharded
+from lncompile.passes.graph.sharding import is_sharded, sharded_like
 from lncompile.passes.rewrites.arithmetic import add_means
+from lncompile.plans.absorbed_values import Absorption, Means, absorbed, scales_of, shifted, whole_tensor, zero_biases
 from lncompile.plans.entries import CenteredLookup, CenteredParameter, Centering, PlanError, ReplacedNorm
 from lncompile.plans.holdings import form_of
 from lncompile.plans.norm_modules import rms_norm_of
@@ -31,14 +33,12 @@ def apply(plan: FoldPlan, model: nn.Module) -> nn.Module:
     with torch.no_grad():
         exchanges = _exchanges(plan, modules)
         tables = _own_tables(plan, modules, tensors)
-        writes = [
-            (entry, tensors[entry.name], entry.means(tensors[entry.name]))
-            for entry in plan.center
-            if not entry.is_done(tensors[entry.name])
-        ]
-        _write(writes)
+        means = {entry.name: (entry, taken) for entry, taken in _means(plan, tensors)}
+        absorption = absorbed(plan, tensors, means)
+        _write(tensors, means, absorption)
         _put_tables(model, tables)
         _exchange(model, exchanges)
+        _finish_absorption(plan, model, absorption.added)
     return model
 
 
@@ -46,16 +46,18 @@ def replace_modules(plan: FoldPlan, model: nn.Module) -> nn.Module:
     """Do what :meth:`FoldPlan.replace_modules` promises."""
     model = torch_private.original_callable(model)
     modules = dict(model.named_modules(remove_duplicate=False))
+    tensors = _named_tensors(model)
     _require(model, list(_misfits(plan, model)))
     exchanges = _exchanges(plan, modules)
     made: dict[str, nn.Parameter] = {}
     tables = []
-    for entry, module in _still_tied(plan, modules, _named_tensors(model)):
+    for entry, module in _still_tied(plan, modules, tensors):
         if entry.table not in made:
             made[entry.table] = nn.Parameter(module.weight.detach().clone(), module.weight.requires_grad)
         tables.append((module, made[entry.table]))
     _put_tables(model, tables)
     _exchange(model, exchanges)
+    _finish_absorption(plan, model, zero_biases(plan, tensors))
     return model
 
 
@@ -74,13 +76,17 @@ def _misfits(plan: FoldPlan, model: nn.Module) -> Iterator[str]:
     ours, theirs = plan.form, form_of(model)
     if ours.class_name != theirs.class_name:
         yield f"the plan is of a {ours.class_name}, not of a {theirs.class_name}"
+    gone = {entry.bias for entry in plan.absorb}
+    added = {layer.bias for entry in plan.absorb for layer in entry.layers if layer.adds_bias}
     for name, shape in ours.tensors.items():
         if name not in theirs.tensors:
+            if name in gone:
+                continue  # it is absorbed already
             yield f"'{name}' is missing"
         elif tuple(theirs.tensors[name]) != tuple(shape):
             yield f"'{name}' has shape {list(theirs.tensors[name])}, not {list(shape)}"
     for name in theirs.tensors:
-        if name not in ours.tensors:
+        if name not in ours.tensors and name not in added:
             yield f"'{name}' is not in the plan's model"
     modules = dict(model.named_modules(remove_duplicate=False))
     replaced = {path for entry in plan.replace for path in (entry.path, *entry.also)}
@@ -102,9 +108,15 @@ def _misfits(plan: FoldPlan, model: nn.Module) -> Iterator[str]:
 
 def _unwritable(plan: FoldPlan, tensors: dict[str, Tensor]) -> Iterator[str]:
     """Which parameters cannot be centered as they are."""
-    names = [entry.name for entry in plan.center]
+    names = [name for entry in plan.center for name in (entry.name, *entry.scaled_by)]
     names += [entry.table for entry in plan.lookups if entry.untied]
-    for name in names:
+    for absorbing in plan.absorb:
+        names += [name for name in (absorbing.weight, absorbing.bias) if name is not None]
+        for layer in absorbing.layers:
+            names += [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
+            if layer.adds_bias and is_sharded(tensors.get(layer.weight)):
+                yield f"'{layer.weight}' is sharded, and a bias is to be added beside it: fold first, then shard"
+    for name in dict.fromkeys(names):
         tensor = tensors.get(name)
         if tensor is None:
             continue  # said already
@@ -213,25 +225,48 @@ def _put_tables(model: nn.Module, tables: Sequence[tuple[nn.Embedding, nn.Parame
         config.tie_word_embeddings = False
 
 
-_Write = tuple[CenteredParameter, Tensor, Sequence[Tensor]]
+def _means(plan: FoldPlan, tensors: dict[str, Tensor]) -> Iterator[tuple[CenteredParameter, Sequence[Tensor]]]:
+    """The means of each parameter that is not centered yet. Those of a sharded one are of the whole tensor."""
+    for entry in plan.center:
+        whole, scales = whole_tensor(tensors[entry.name]), scales_of(entry, tensors)
+        if not entry.is_done(whole, scales):
+            yield entry, entry.means(entry.scaled(whole, scales))
 
 
-def _write(writes: Sequence[_Write]) -> None:
-    """Take the means out of parameters. A failure puts them back, up to one rounding."""
-    done: list[_Write] = []
+def _write(tensors: dict[str, Tensor], means: Means, absorption: Absorption) -> None:
+    """Write into parameters. A failure puts back what was there; means up to one rounding."""
+    undo: list[Callable[[], object]] = []
     try:
-        for entry, tensor, means in writes:
-            done.append((entry, tensor, means))
-            _shift(entry, tensor, [-mean for mean in means])
+        for name, (entry, taken) in means.items():
+            if name not in absorption.values:
+                tensor = tensors[name]
+                _shift(entry, tensor, [-mean for mean in taken])
+                undo.append(functools.partial(_shift, entry, tensor, taken))
+        for name, value in absorption.values.items():
+            before = tensors[name].clone()
+            undo.append(functools.partial(tensors[name].copy_, before))
+            _put(tensors[name], value())
     except BaseException:
-        for entry, tensor, means in done[:-1]:
-            _shift(entry, tensor, means)
+        for step in undo:
+            step()
         raise
 
 
 def _shift(entry: CenteredParameter, tensor: Tensor, means: Sequence[Tensor]) -> None:
     """Add a number to each group of elements, in float64, and round once."""
-    value = tensor
-    for axes, mean in zip(entry.axes(), means, strict=True):
-        value = add_means(value, mean, axes)
-    tensor.copy_(value)
+    _put(tensor, shifted(entry, whole_tensor(tensor), means))
+
+
+def _put(tensor: Tensor, value: Tensor) -> None:
+    value = value.to(tensor.dtype)
+    tensor.copy_(sharded_like(tensor, value) if is_sharded(tensor) else value)
+
+
+def _finish_absorption(plan: FoldPlan, model: nn.Module, added: Mapping[str, nn.Parameter]) -> None:
+    """Give layers the biases they had not, and take β from the norms."""
+    for name, value in added.items():
+        path, _, attribute = name.rpartition(".")
+        model.get_submodule(path).register_parameter(attribute, value)
+    for entry in plan.absorb:
+        if entry.bias is not None:
+            model.get_submodule(entry.path).register_parameter(entry.bias.rpartition(".")[2], None)

@@ -172,6 +172,11 @@ def _clear(model: Path, keep: Collection[str]) -> None:
 
 def _shards(plan: FoldPlan, source: Path) -> list[_Shard]:
     """The files to write, with every tensor of the plan found in them."""
+    if plan.absorb or any(entry.scaled_by for entry in plan.center):
+        raise PlanError(
+            "this plan multiplies parameters with each other (γ and β absorbed, LayerScale), which is not done in "
+            "files: apply it to the loaded model, plan.apply(model), and save that"
+        )
     paths = [source] if source.is_file() else _weight_files(source)
     files = [SafetensorsFile.read(path) for path in paths]
     names = {stored.name for file in files for stored in file.tensors}

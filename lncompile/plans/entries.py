@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from lncompile.passes.graph.axes import Axes, Factor
-from lncompile.passes.rewrites.arithmetic import is_centered, means_of
+from lncompile.passes.rewrites.affine import scale_weight
+from lncompile.passes.rewrites.arithmetic import EXACT, is_centered, means_of
 
 
 class PlanError(ValueError):
@@ -109,12 +110,17 @@ class CenteredParameter:
         also: its other names there, where it is tied.
         shape: its shape.
         centerings: parts of it that are centered, which share no element.
+        scaled_by: the names of parameters that its channels are multiplied with before (LayerScale). These are one
+            afterwards.
+        dimension: the dimension of its channels, where they are.
     """
 
     name: str
     also: tuple[str, ...]
     shape: tuple[int, ...]
     centerings: tuple[Centering, ...]
+    scaled_by: tuple[str, ...] = ()
+    dimension: int = 0
 
     def __post_init__(self) -> None:
         """Raise PlanError for a centering that is not one of a parameter of this shape."""
@@ -124,9 +130,15 @@ class CenteredParameter:
         """Along what, as the passes say it."""
         return tuple(centering.on(self.shape) for centering in self.centerings)
 
-    def is_done(self, tensor: Tensor) -> bool:
-        """Whether a tensor is centered like this already, to the rounding of its dtype."""
-        return is_centered(tensor, self.axes())
+    def is_done(self, tensor: Tensor, scales: Sequence[Tensor] = ()) -> bool:
+        """Whether a tensor is centered like this already, to the rounding of its dtype, and its scales are one."""
+        return all(bool((scale == 1).all()) for scale in scales) and is_centered(tensor, self.axes())
+
+    def scaled(self, tensor: Tensor, scales: Sequence[Tensor]) -> Tensor:
+        """A tensor with its channels multiplied, in float64."""
+        for scale in scales:
+            tensor = scale_weight(tensor, scale.reshape(-1), self.dimension, EXACT)
+        return tensor
 
     def means(self, tensor: Tensor) -> list[Tensor]:
         """What centering takes out of a tensor, in float64, one tensor for each part."""
@@ -134,7 +146,8 @@ class CenteredParameter:
 
     def in_words(self) -> str:
         """Along what, for a table."""
-        return "; ".join(centering.in_words(self.shape) for centering in self.centerings)
+        words = "; ".join(centering.in_words(self.shape) for centering in self.centerings)
+        return f"{words}, times {' and '.join(self.scaled_by)}" if self.scaled_by else words
 
 
 @dataclass(frozen=True)
@@ -189,6 +202,44 @@ class CenteredLookup:
 
 
 @dataclass(frozen=True)
+class AbsorbingLayer:
+    """A layer that reads a norm's output, and takes γ or β of it.
+
+    Attributes:
+        path: of the layer in the model.
+        weight: the name of its weight in the state dict.
+        dimension: which dimension of the weight is the features that it reads.
+        bias: the name of its bias, which takes ``Wβ``; None where it takes γ alone.
+        adds_bias: whether it has no bias yet.
+    """
+
+    path: str
+    weight: str
+    dimension: int
+    bias: str | None
+    adds_bias: bool
+
+
+@dataclass(frozen=True)
+class AbsorbedNorm:
+    """A norm whose γ or β the layers behind it take: ``W ← W diag(γ)``, ``b ← b + Wβ``.
+
+    γ is then one, and β is not there any more.
+
+    Attributes:
+        path: of the norm in the model.
+        weight: the name of γ in the state dict; None where it stays.
+        bias: the name of β in the state dict; None where it stays, or there is none.
+        layers: all that read the norm.
+    """
+
+    path: str
+    weight: str | None
+    bias: str | None
+    layers: tuple[AbsorbingLayer, ...]
+
+
+@dataclass(frozen=True)
 class PlannedNorm:
     """A LayerNorm of the captured calls, and what the plan makes of it.
 
@@ -234,13 +285,14 @@ class ModelForm:
         class_name: the model's class.
         tensors: the shape of everything in its state dict, by name.
         modules: the class of each module, by path.
-        settings: flags and words that modules keep as attributes, ``{"decoder.layers.0": {"is_decoder": True}}``.
+        settings: flags that modules keep as attributes, ``{"decoder.layers.0": {"do_layer_norm_before": True}}``: they
+            say what a module computes where its parameters and its class do not.
     """
 
     class_name: str
     tensors: Mapping[str, tuple[int, ...]]
     modules: Mapping[str, str]
-    settings: Mapping[str, Mapping[str, bool | str]]
+    settings: Mapping[str, Mapping[str, bool]]
 
 
 def class_name(value: Any) -> str:

@@ -16,6 +16,7 @@ from lncompile.console import plain_console
 from lncompile.plans import application, checkpoint, table
 from lncompile.plans.checkpoint import FoldedCheckpoint
 from lncompile.plans.entries import (
+    AbsorbedNorm,
     CenteredLookup,
     CenteredParameter,
     KeptParameter,
@@ -37,6 +38,7 @@ class FoldPlan:
         center: parameters that are centered.
         replace: norms that become :class:`lncompile.nn.RMSNorm`.
         lookups: embeddings with a tied table.
+        absorb: norms whose γ or β the layers behind them take, where that was asked for.
         norms: every LayerNorm of the example calls, and what becomes of it.
         kept: parameters that norms would need centered and that stay as they are, with why.
         unreached: names of the parameters that no example call reads. They stay as they are.
@@ -51,6 +53,7 @@ class FoldPlan:
     center: tuple[CenteredParameter, ...] = ()
     replace: tuple[ReplacedNorm, ...] = ()
     lookups: tuple[CenteredLookup, ...] = ()
+    absorb: tuple[AbsorbedNorm, ...] = ()
     norms: tuple[PlannedNorm, ...] = ()
     kept: tuple[KeptParameter, ...] = ()
     unreached: tuple[str, ...] = ()
@@ -68,7 +71,7 @@ class FoldPlan:
     @property
     def is_empty(self) -> bool:
         """Whether applying it changes nothing."""
-        return not (self.center or self.replace or self.lookups)
+        return not (self.center or self.replace or self.lookups or self.absorb)
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Fold a model in place.

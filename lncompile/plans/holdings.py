@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from lncompile.lowering import torch_private
 from lncompile.plans.entries import ModelForm, class_name
 
-# What modules keep as flags and words without a say in what they compute without gradients.
-_WITHOUT_A_SAY = frozenset({"training", "gradient_checkpointing", "inplace", "name_or_path"})
+# Flags that have no say in what a module computes without gradients.
+_WITHOUT_A_SAY = frozenset({"training", "gradient_checkpointing", "inplace"})
 
 
 class Slot(NamedTuple):
@@ -123,7 +123,7 @@ def form_of(model: nn.Module) -> ModelForm:
         own = {
             name: value
             for name, value in vars(module).items()
-            if isinstance(value, bool | str) and not name.startswith("_") and name not in _WITHOUT_A_SAY
+            if isinstance(value, bool) and not name.startswith("_") and name not in _WITHOUT_A_SAY
         }
         if own:
             settings[path] = own

@@ -10,13 +10,14 @@ what the embedding looks up can be centered apart from its table.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lncompile.passes.graph.axes import Axes
 from lncompile.plans.capture import Program
 from lncompile.plans.holdings import Holdings, Slot
-from lncompile.plans.reading import Reading, lookups_of, read
+from lncompile.plans.reading import Reading, lookups_of, odd_lookups, read
+from lncompile.plans.ways import Way
 
 #: A centering at each call takes one pass over the stream, which is what one norm saves.
 _NORMS_WORTH_A_CENTERING = 2
@@ -28,13 +29,13 @@ class Settled:
 
     Attributes:
         readings: of all programs.
-        centered: along which axes each slot is centered.
+        centered: what is done to each slot.
         kept: slots that stay as they are, with why, where a norm wanted them centered.
         separate: embeddings whose look-up is centered apart from their table.
     """
 
     readings: Sequence[Reading]
-    centered: Mapping[Slot, tuple[Axes, ...]]
+    centered: Mapping[Slot, Way]
     kept: Mapping[Slot, str]
     separate: frozenset[Slot]
 
@@ -48,28 +49,31 @@ class Settled:
 class _State:
     kept: dict[Slot, str]
     separate: set[Slot] = field(default_factory=set)
-    barred: set[str] = field(default_factory=set)
+    barred: set[Slot] = field(default_factory=set)
 
 
-def settle(programs: Sequence[Program], holdings: Holdings, untie: bool) -> Settled:
+def settle(programs: Sequence[Program], holdings: Holdings, untie: bool, with_readers: bool = False) -> Settled:
     """Decide what is centered.
 
     Args:
         programs: the example calls.
         holdings: what the model holds.
         untie: whether tied tables may get a copy for their look-up.
+        with_readers: whether it is asked for what reads the norms.
     """
     state = _State({Slot(name): held.obstacle for name, held in holdings.obstacles()})
-    lookups: set[Slot] = set().union(*(lookups_of(program, holdings) for program in programs))
+    odd = set().union(*(odd_lookups(program, holdings) for program in programs))
+    lookups = {slot for program in programs for slot in lookups_of(program, holdings) if slot.lookup not in odd}
     settled = _settle(programs, holdings, lookups, state)
     worth = 1 if untie else _NORMS_WORTH_A_CENTERING
-    for table in sorted({slot.name for slot in settled.separate}):
-        without = _State(dict(state.kept), set(state.separate), {*state.barred, table})
-        without.separate = {slot for slot in without.separate if slot.name != table}
+    for lookup in sorted(settled.separate):
+        without = _State(dict(state.kept), state.separate - {lookup}, state.barred | {lookup})
         kept_tied = _settle(programs, holdings, lookups, without)
-        gain = settled.folded - kept_tied.folded
-        if gain < worth:
+        if settled.folded - kept_tied.folded < worth:
             settled, state = kept_tied, without
+    if with_readers:
+        readings = [read(program, holdings, state.kept, state.separate, True) for program in programs]
+        settled = dataclasses.replace(settled, readings=readings)
     return settled
 
 
@@ -80,17 +84,14 @@ def _settle(programs: Sequence[Program], holdings: Holdings, lookups: set[Slot],
         if not conflicts:
             break
         for slot, reason in conflicts.items():
-            own_lookups = {lookup for lookup in lookups if lookup.name == slot.name}
+            own_lookups = {lookup for lookup in lookups - state.barred if lookup.name == slot.name}
+            state.kept[Slot(slot.name)] = reason
             if slot.lookup:
                 # That look-up cannot be centered, and so neither can its table.
                 state.separate.discard(slot)
-                state.kept[Slot(slot.name)] = reason
-                lookups = lookups - {slot}
-            elif own_lookups and slot.name not in state.barred and not own_lookups & state.separate:
-                state.separate |= own_lookups
-                state.kept[slot] = reason
+                state.barred.add(slot)
             else:
-                state.kept[slot] = reason
+                state.separate |= own_lookups
     centered = {slot: way for reading in readings for slot, ways in reading.wanted.items() for way in ways}
     separate = frozenset(slot for slot in state.separate if slot in centered)
     return Settled(readings, centered, state.kept, separate)
@@ -103,7 +104,7 @@ def find_conflicts(readings: Sequence[Reading]) -> dict[Slot, str]:
         readings: of all programs.
     """
     conflicts: dict[Slot, str] = {}
-    ways: dict[Slot, set[tuple[Axes, ...]]] = {}
+    ways: dict[Slot, set[Way]] = {}
     for reading in readings:
         conflicts.update(reading.inexpressible)
         for slot, wanted in reading.wanted.items():
@@ -112,6 +113,8 @@ def find_conflicts(readings: Sequence[Reading]) -> dict[Slot, str]:
         readers = [(number, reading.raw[slot]) for number, reading in enumerate(readings, 1) if slot in reading.raw]
         if len(wanted) > 1:
             conflicts[slot] = "would have to be centered in several ways"
+        elif slot.lookup and not all(way.is_of_rows for way in wanted):
+            conflicts[slot] = "is tied, and would have to be centered in parts of its rows"
         elif readers:
             number, reader = readers[0]
             call = f" in call {number}" if len(readings) > 1 else ""

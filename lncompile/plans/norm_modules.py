@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,10 +31,12 @@ class NormModules:
     Attributes:
         replaceable: what would take the place of each module all of whose calls fold, by its first path.
         obstacles: why RMSNorm cannot take the place of a module with a norm, by its first path.
+        called: the modules that compute something, by their first paths, in graphs that operators run as well.
     """
 
     replaceable: Mapping[str, ReplacedNorm]
     obstacles: Mapping[str, str]
+    called: Collection[str]
 
 
 def find_norm_modules(analysis: Analysis, inputs: Sequence[Any], holdings: Holdings) -> NormModules:
@@ -56,6 +58,9 @@ def find_norm_modules(analysis: Analysis, inputs: Sequence[Any], holdings: Holdi
         path = provenance.module_path(site.node)
         if path in holdings.modules and not site.folded_before:
             sites[holdings.paths_of(path)[0]].append(site)
+    in_bodies = {
+        holdings.paths_of(path)[0] for path in paths_in_bodies(analysis.graph_module) if path in holdings.modules
+    }
     folded = set() if analysis.placement is None else {site.node for site in analysis.placement.folded}
     examples = dict(zip((n for n in graph.nodes if n.op == "placeholder"), inputs, strict=True))
     replaceable: dict[str, ReplacedNorm] = {}
@@ -64,13 +69,29 @@ def find_norm_modules(analysis: Analysis, inputs: Sequence[Any], holdings: Holdi
         try:
             if not all(site.node in folded for site in found):
                 raise _Obstacle("another call of it does not fold")
+            if path in in_bodies:
+                raise _Obstacle("another call of it is inside of an operator that runs a graph")
             replacements = {_replacement(site, path, nodes[path], examples, holdings) for site in found}
             if len(replacements) > 1:
                 raise _Obstacle("its calls differ")
             replaceable[path] = replacements.pop()
         except _Obstacle as obstacle:
             obstacles[path] = str(obstacle)
-    return NormModules(replaceable, obstacles)
+    return NormModules(replaceable, obstacles, {*nodes, *in_bodies})
+
+
+def paths_in_bodies(graph_module: fx.GraphModule) -> set[str]:
+    """The paths of the modules that compute something in graphs that operators of a graph run (a checkpoint, a cond).
+
+    Args:
+        graph_module: the graph. Graphs that nothing of it runs do not count.
+    """
+    paths: set[str] = set()
+    for node in graph_module.graph.nodes:
+        body = getattr(graph_module, str(node.target), None) if node.op == "get_attr" and node.users else None
+        if isinstance(body, fx.GraphModule):
+            paths |= {provenance.module_path(inner) for inner in body.graph.nodes} | paths_in_bodies(body)
+    return paths - {""}
 
 
 class _Obstacle(Exception):

@@ -14,8 +14,10 @@ from torch import nn
 from lncompile.lowering import torch_private
 from lncompile.models.stand_ins import is_on_meta
 from lncompile.nn import CenteredEmbedding
+from lncompile.plans.absorbing import plan_absorptions
 from lncompile.plans.capture import Call, capture, ready_to_capture
 from lncompile.plans.entries import (
+    AbsorbedNorm,
     CenteredLookup,
     CenteredParameter,
     Centering,
@@ -29,8 +31,18 @@ from lncompile.plans.holdings import Holdings, form_of
 from lncompile.plans.legality import Settled, settle
 from lncompile.plans.reading import Reading
 
+#: What the layers behind a folded norm may take of it: β, or γ and β.
+ABSORB = ("bias", "affine")
 
-def plan(model: nn.Module, *args: Any, more_calls: Sequence[Call] = (), untie: bool = False, **kwargs: Any) -> FoldPlan:
+
+def plan(
+    model: nn.Module,
+    *args: Any,
+    more_calls: Sequence[Call] = (),
+    untie: bool = False,
+    absorb: str | None = None,
+    **kwargs: Any,
+) -> FoldPlan:
     """Decide how a model folds, as data that can be kept, read and applied. The model stays as it is.
 
     The plan folds every norm that folds in all example calls, by centering parameters. What another call would read of
@@ -46,13 +58,16 @@ def plan(model: nn.Module, *args: Any, more_calls: Sequence[Call] = (), untie: b
         more_calls: further examples.
         untie: whether a tied table that is looked up in gets a centered copy of its own. By default the tie stays, and
             what is looked up is centered at each call, if two norms or more fold for that.
+        absorb: what goes from folded norms into the layers that read them, wherever nothing else reads those.
+            ``"bias"``: β, into their biases (``b + Wβ``; one is added to an ``nn.Linear`` without); ``"affine"``: γ as
+            well, into their weights. What is left is an RMSNorm without β, with γ = 1; None: nothing.
         kwargs: as ``args``.
 
     Returns:
         The plan. It is empty where nothing folds, or everything is folded already.
 
     Raises:
-        ValueError: for a model in training mode, or one that cannot be captured as one program.
+        ValueError: for a model in training mode, one that cannot be captured as one program, or another ``absorb``.
 
     Example:
         >>> plan = lncompile.plan(model, input_ids)
@@ -64,28 +79,42 @@ def plan(model: nn.Module, *args: Any, more_calls: Sequence[Call] = (), untie: b
         raise TypeError(f"plan() takes a module, not a {type(model).__name__}")
     if model.training:
         raise ValueError("the model is in training mode, and folding is for inference: call model.eval() first")
+    if absorb is not None and absorb not in ABSORB:
+        raise ValueError(f"absorb takes {' or '.join(map(repr, ABSORB))} or None, not {absorb!r}")
     calls = [*([Call(*args, **kwargs)] if args or kwargs or not more_calls else []), *more_calls]
     form = form_of(model)
     has_values = not is_on_meta(model)
     with torch.no_grad(), ready_to_capture(model, calls) as ready:
         holdings = Holdings(model)
         programs = [capture(model, call) for call in ready]
-        settled = settle(programs, holdings, untie)
+        settled = settle(programs, holdings, untie, with_readers=absorb is not None)
         replace, not_replaced = _norm_modules(settled.readings, holdings)
-        center = _centered(settled, holdings, untie)
+        center = _centered(settled, holdings)
+        readers = [reading.readers for reading in settled.readings if reading.readers is not None]
+        own_tables = settled.separate if untie else frozenset()
+        absorbed: tuple[AbsorbedNorm, ...] = ()
+        unabsorbed: dict[str, str] = {}
+        if absorb is not None:
+            absorbed, unabsorbed = plan_absorptions(absorb, replace, readers, holdings, own_tables)
         return FoldPlan(
             form,
-            tuple(entry for entry in center if not (has_values and entry.is_done(holdings.named(entry.name).tensor))),
+            tuple(entry for entry in center if not (has_values and _is_done(entry, holdings))),
             tuple(replace.values()),
             _lookups(settled, holdings, untie),
-            _norms(settled.readings, replace, not_replaced, holdings),
+            absorbed,
+            _norms(settled.readings, replace, not_replaced, unabsorbed, holdings),
             _kept(settled, holdings),
             _unreached(settled.readings, holdings),
         )
 
 
 def fold(
-    model: nn.Module, *args: Any, more_calls: Sequence[Call] = (), untie: bool = False, **kwargs: Any
+    model: nn.Module,
+    *args: Any,
+    more_calls: Sequence[Call] = (),
+    untie: bool = False,
+    absorb: str | None = None,
+    **kwargs: Any,
 ) -> nn.Module:
     """Return a copy of a model with its LayerNorms folded: centered weights, and RMSNorms in the norms' places.
 
@@ -97,6 +126,7 @@ def fold(
         args: an example of what it is called with.
         more_calls: further examples, see :func:`plan`.
         untie: as for :func:`plan`.
+        absorb: as for :func:`plan`; names of β then leave the state dict, and those of added biases come.
         kwargs: as ``args``.
 
     Raises:
@@ -107,20 +137,27 @@ def fold(
         >>> torch.save(folded.state_dict(), "folded.pt")
     """
     model = torch_private.original_callable(model)
-    found = plan(model, *args, more_calls=more_calls, untie=untie, **kwargs)
+    found = plan(model, *args, more_calls=more_calls, untie=untie, absorb=absorb, **kwargs)
     return found.apply(copy.deepcopy(model))
 
 
-def _centered(settled: Settled, holdings: Holdings, untie: bool) -> list[CenteredParameter]:
+def _centered(settled: Settled, holdings: Holdings) -> list[CenteredParameter]:
     entries = []
-    for slot, axes in settled.centered.items():
-        if slot.lookup:
+    for slot, way in settled.centered.items():
+        if slot.lookup or way.becomes_one:
             continue
         held = holdings.named(slot.name)
-        centerings = tuple(Centering.of(part) for part in axes)
-        entries.append(CenteredParameter(held.names[0], held.names[1:], tuple(held.tensor.shape), centerings))
+        centerings = tuple(Centering.of(part) for part in way.axes)
+        scales = tuple(scale.name for scale in way.scales)
+        shape = tuple(held.tensor.shape)
+        entries.append(CenteredParameter(held.names[0], held.names[1:], shape, centerings, scales, way.dimension))
     order = {name: index for index, name in enumerate(dict(holdings.model.named_parameters()))}
     return sorted(entries, key=lambda entry: order.get(entry.name, len(order)))
+
+
+def _is_done(entry: CenteredParameter, holdings: Holdings) -> bool:
+    scales = [holdings.named(name).tensor for name in entry.scaled_by]
+    return entry.is_done(holdings.named(entry.name).tensor, scales)
 
 
 def _lookups(settled: Settled, holdings: Holdings, untie: bool) -> tuple[CenteredLookup, ...]:
@@ -152,6 +189,11 @@ def _norm_modules(readings: Sequence[Reading], holdings: Holdings) -> tuple[dict
         for path, entry in reading.norm_modules.replaceable.items():
             if found.setdefault(path, entry) != entry:
                 obstacles.setdefault(path, "its calls differ")
+    for path in found:
+        if any(
+            path in reading.norm_modules.called and path not in reading.norm_modules.replaceable for reading in readings
+        ):
+            obstacles.setdefault(path, "another call of it does not fold")
     return {path: entry for path, entry in found.items() if path not in obstacles}, obstacles
 
 
@@ -159,6 +201,7 @@ def _norms(
     readings: Sequence[Reading],
     replace: Mapping[str, ReplacedNorm],
     not_replaced: Mapping[str, str],
+    unabsorbed: Mapping[str, str],
     holdings: Holdings,
 ) -> tuple[PlannedNorm, ...]:
     """Every norm of every call, once: the k-th of a name in one call is the k-th of that name in the others."""
@@ -177,6 +220,7 @@ def _norms(
                 becomes = "rms_norm" if first in replace or verdict.folded_before else "centered"
                 reason = not_replaced.get(first, "its module does not compute it alone")
                 detail = verdict.detail if becomes == "rms_norm" else f"{verdict.detail}; {reason}"
+                detail += f"; γ and β stay: {unabsorbed[first]}" if first in unabsorbed else ""
             norm = PlannedNorm(verdict.name, verdict.location, becomes, detail)
             known = norms.get(key)
             if known is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -14,14 +15,15 @@ from lncompile.lowering import torch_private
 from lncompile.options import Options
 from lncompile.passes.decisions import Site
 from lncompile.passes.graph import provenance
-from lncompile.passes.graph.axes import Axes
 from lncompile.passes.graph.canonical import canonicalise
 from lncompile.passes.graph.copying import copy_graph_module
 from lncompile.passes.graph.operands import KEPT
 from lncompile.pipeline import uses_in
+from lncompile.plans.absorbing import Readers, find_readers
 from lncompile.plans.capture import Program
 from lncompile.plans.holdings import Holdings, Slot
-from lncompile.plans.norm_modules import NormModules, find_norm_modules
+from lncompile.plans.norm_modules import NormModules, find_norm_modules, paths_in_bodies
+from lncompile.plans.ways import Scalings, Way, find_scalings
 from lncompile.transform import Transformed, transform
 
 #: Centering alone: nothing at run time, and nothing that would need copies of further weights.
@@ -34,19 +36,21 @@ class Reading:
 
     Attributes:
         verdicts: what becomes of each norm.
-        wanted: along which axes each slot is centered, in each way that the program wants it.
+        wanted: what is to be done to each slot, in each way that the program wants it.
         raw: slots that it reads as they are, with where in words.
         inexpressible: slots that would be centered as a part of something else than one parameter.
         read: all slots that it reads.
         norm_modules: the modules that compute a folded norm, and what else was found in modules of norms.
+        readers: what reads the norms, where that is asked for.
     """
 
     verdicts: tuple[Site, ...]
-    wanted: Mapping[Slot, Collection[tuple[Axes, ...]]]
+    wanted: Mapping[Slot, Collection[Way]]
     raw: Mapping[Slot, str]
     inexpressible: Mapping[Slot, str]
     read: Collection[Slot]
     norm_modules: NormModules
+    readers: Readers | None = None
 
     @property
     def folded(self) -> int:
@@ -54,7 +58,13 @@ class Reading:
         return sum(verdict.folded for verdict in self.verdicts)
 
 
-def read(program: Program, holdings: Holdings, kept: Mapping[Slot, str], separate: Collection[Slot]) -> Reading:
+def read(
+    program: Program,
+    holdings: Holdings,
+    kept: Mapping[Slot, str],
+    separate: Collection[Slot],
+    with_readers: bool = False,
+) -> Reading:
     """Analyse a program.
 
     Args:
@@ -62,6 +72,7 @@ def read(program: Program, holdings: Holdings, kept: Mapping[Slot, str], separat
         holdings: what the model holds.
         kept: slots that stay as they are, with why.
         separate: embeddings whose look-up is read as if their table were their own.
+        with_readers: whether it is asked for what reads the norms.
     """
     graph_module = copy_graph_module(program.graph_module)
     inputs = list(program.example_inputs)
@@ -82,8 +93,11 @@ def read(program: Program, holdings: Holdings, kept: Mapping[Slot, str], separat
             placeholder.meta[KEPT] = kept[slot]
     analysis = analyse(graph_module, inputs, _OPTIONS)
     norm_modules = find_norm_modules(analysis, inputs, holdings)
+    readers = find_readers(analysis, inputs, slots, holdings) if with_readers else None
+    scalings = find_scalings(analysis, slots)
     transformed = None if analysis.placement is None else transform(analysis, _OPTIONS)
-    return _reading(graph_module, analysis, transformed, slots, norm_modules)
+    reading = _reading(graph_module, analysis, transformed, slots, norm_modules, scalings)
+    return dataclasses.replace(reading, readers=readers)
 
 
 def lookups_of(program: Program, holdings: Holdings) -> set[Slot]:
@@ -94,6 +108,24 @@ def lookups_of(program: Program, holdings: Holdings) -> set[Slot]:
         if held is not None:
             found.update(Slot(held.names[0], path) for path in _lookups(placeholder, held.tensor, holdings))
     return found
+
+
+def odd_lookups(program: Program, holdings: Holdings) -> set[str]:
+    """The embeddings that do something else than look up in their table, or do it where it cannot be separated."""
+    looked_up: dict[str, set[fx.Node]] = defaultdict(set)
+    for placeholder, value in zip(_placeholders(program.graph_module), program.example_inputs, strict=True):
+        held = holdings.find(value)
+        for path, nodes in _lookups(placeholder, held.tensor, holdings).items() if held is not None else ():
+            looked_up[path].update(nodes)
+    odd = paths_in_bodies(program.graph_module)
+    for node in program.graph_module.graph.nodes:
+        operation = canonicalise(node) if node.op in ("call_function", "call_method") else None
+        path = provenance.module_path(node)
+        if operation is not None and operation.name == "embedding" and path in holdings.modules:
+            path = holdings.paths_of(path)[0]
+            if node not in looked_up[path]:
+                odd.add(path)
+    return {holdings.paths_of(path)[0] for path in odd if path in holdings.modules}
 
 
 def _placeholders(graph_module: fx.GraphModule) -> list[fx.Node]:
@@ -144,7 +176,7 @@ def _separate(
         return
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]
     with graph.inserting_after(last):
-        own = graph.placeholder(f"{placeholder.name}_of_lookup")
+        own = graph.placeholder(f"{placeholder.name}_of_lookup_{len(slots)}")
     own.meta = dict(placeholder.meta)
     torch_private.copy_placeholder_source(placeholder, own)
     for node in nodes:
@@ -159,15 +191,21 @@ def _reading(
     transformed: Transformed | None,
     slots: list[Slot | None],
     norm_modules: NormModules,
+    scalings: Scalings,
 ) -> Reading:
     uses = uses_in(graph_module, transformed)
-    wanted: dict[Slot, set[tuple[Axes, ...]]] = defaultdict(set)
+    wanted: dict[Slot, set[Way]] = defaultdict(set)
     inexpressible: dict[Slot, str] = {}
+    scaled: set[int] = set()
     for expression in transformed.expressions if transformed is not None else ():
         centered = [slots[leaf] for leaf in expression.leaves]
+        ways = scalings.get(frozenset(expression.leaves), {})
+        scaled.update(expression.leaves if ways else ())
         for slot in centered:
             if slot is not None and expression.centered_along is not None:
-                wanted[slot].add(expression.centered_along)
+                wanted[slot].add(Way(expression.centered_along))
+            elif slot is not None and slot in ways:
+                wanted[slot].add(ways[slot])
             elif slot is not None:
                 others = [other.name for other in centered if other is not None and other != slot]
                 inexpressible[slot] = _goes_with(others)
@@ -177,7 +215,7 @@ def _reading(
         (_placeholders(rewritten)[position] for position in uses), uses.items(), strict=True
     ):
         slot = slots[position]
-        if slot is not None and use is None:
+        if slot is not None and use is None and not (position in scaled and not placeholder.users):
             users = [user for user in placeholder.users if user.op != "output"]
             raw[slot] = (
                 provenance.describe(users[0]) if users else "what the model returns" if placeholder.users else ""

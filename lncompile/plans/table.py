@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from lncompile.plans.fold_plan import FoldPlan
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?=\.|$)")
+# How many parameters a norm's fold takes grows from layer to layer, and the table lists them.
+_COUNT = re.compile(r"^centered in \d+ parameters?(; )?")
 _BECOMES = {
     "rms_norm": "RMSNorm",
     "centered": "stays a LayerNorm, on a centered stream",
@@ -42,11 +44,23 @@ def lines(plan: FoldPlan) -> Iterable[Any]:
                 for entry in plan.lookups
             ],
         )
+    if plan.absorb:
+        rows = [
+            (
+                entry.path,
+                "γ and β" if entry.weight and entry.bias else "γ" if entry.weight else "β",
+                "into " + ", ".join(layer.path for layer in entry.layers),
+                _added([layer.path for layer in entry.layers if layer.adds_bias]),
+            )
+            for entry in plan.absorb
+        ]
+        yield Text()
+        yield _table(("absorb", "", "", ""), _alike(rows))
     if plan.norms:
         yield Text()
         yield _table(
             ("norm", "", "why"),
-            _alike([(norm.name, _BECOMES[norm.becomes], norm.detail) for norm in plan.norms]),
+            _alike([(norm.name, _BECOMES[norm.becomes], _COUNT.sub("", norm.detail)) for norm in plan.norms]),
         )
     if plan.kept:
         yield Text()
@@ -67,6 +81,10 @@ def _sentence(plan: FoldPlan) -> str:
 
 def _tied(names: Sequence[str]) -> str:
     return f"tied: {', '.join(names)}" if names else ""
+
+
+def _added(paths: Sequence[str]) -> str:
+    return f"a bias is added to {', '.join(paths)}" if paths else ""
 
 
 def _alike(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:

@@ -23,7 +23,7 @@ its copy outdated when another does not would wait for ever.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, distributed
 
@@ -41,6 +41,20 @@ else:
 def is_sharded(value: Any) -> bool:
     """Whether a value is a DTensor, whatever its placements."""
     return distributed.is_available() and isinstance(value, DTensor)
+
+
+def whole_of(tensor: Tensor) -> Tensor:
+    """The whole of a DTensor, gathered from all processes, each of which has to ask for it."""
+    whole: Tensor = cast("Any", tensor).full_tensor()
+    return whole
+
+
+def sharded_like(tensor: Tensor, value: Tensor) -> Tensor:
+    """A tensor that each process has whole, as a DTensor with the placements of another one."""
+    from torch.distributed.tensor import distribute_tensor
+
+    like = cast("Any", tensor)
+    return distribute_tensor(value, like.device_mesh, like.placements)
 
 
 def problem_with(tensor: Tensor) -> str | None:

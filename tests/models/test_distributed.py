@@ -151,6 +151,16 @@ def test_parameters_gathered_for_each_call_are_left_alone() -> None:
             assert len(gathered) == inference["reasons"].count("unsupported_weight") == 2
 
 
+def test_a_folded_model_is_sharded_and_a_sharded_model_is_folded() -> None:
+    for found in found_by("folded_then_parallel"):
+        assert found["folded"] == 9
+        assert max(found["fully"], found["tensor_parallel"], found["in_place"]) <= TOLERANCE
+        assert found["centered"] < 1e-15
+        assert found["sharded_still"] == "DTensor"
+        assert found["control"] > 1e-4
+        assert "FSDPBlock" in found["refused"], "fold first, then shard"
+
+
 @pytest.mark.slow
 def test_through_inductor() -> None:
     inference = ("usual_plan", "norms_of_heads", "sequence_parallel", "reduced_by_hand")

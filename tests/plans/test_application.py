@@ -47,6 +47,7 @@ def test_a_file_says_what_is_centered_by_names_of_the_state_dict(tmp_path: Path)
     values = json.loads((tmp_path / "plan.json").read_text())
     assert (values["format"], values["version"]) == ("lncompile fold plan", 1)
     bias = values["center"][1]
+    assert (bias.pop("scaled_by"), bias.pop("dimension")) == ([], 0)
     assert bias == {
         "name": "qkv.bias",
         "also": [],

@@ -11,6 +11,7 @@ import torch
 from plan_models import IDS, WIDTH, Once, QueriesAndKeysNormed, Residual, Tied, check, error, randomised, value
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 import lncompile
 from lncompile.nn import CenteredEmbedding, RMSNorm
@@ -235,6 +236,48 @@ def test_a_sum_of_parameters_is_centered_term_by_term() -> None:
     assert sorted(centered(plan)) == ["linear.bias", "linear.weight", "up"]
 
 
+class LayerScale(nn.Module):
+    """A residual branch whose features a parameter scales."""
+
+    def __init__(self, way: str = "") -> None:
+        super().__init__()
+        self.stem, self.branch = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.norm, self.final = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.scale, self.way = nn.Parameter(torch.ones(WIDTH)), way
+
+    def forward(self, x: Tensor) -> Tensor:
+        stream = self.stem(x)
+        branch = self.branch(torch.relu(self.norm(stream)))
+        stream = stream + branch * (self.scale.square() if self.way == "expression" else self.scale)
+        result = self.final(stream)
+        if self.way == "scale":
+            return result * self.scale
+        return result + self.branch(result) if self.way == "layer" else result
+
+
+def test_a_scale_of_the_features_goes_into_the_layer() -> None:
+    model = randomised(LayerScale())
+    plan = check(model, 2, 2, (value(2, 3),))
+    entry = next(entry for entry in plan.center if entry.name == "branch.weight")
+    assert (entry.scaled_by, entry.dimension) == (("scale",), 0)
+    assert "axis 0, times scale" in str(plan)
+    folded = plan.apply(copy.deepcopy(model))
+    assert bool((folded.scale == 1).all())
+    again = {name: tensor.clone() for name, tensor in folded.state_dict().items()}
+    assert all(torch.equal(tensor, again[name]) for name, tensor in plan.apply(folded).state_dict().items())
+    assert lncompile.plan(folded, value(2, 3)).is_empty
+    narrow = plan.apply(copy.deepcopy(model).float())
+    exact = plan.apply(copy.deepcopy(model).float().double())
+    assert torch.equal(narrow.branch.weight, exact.branch.weight.float()), "rounded once"
+
+
+@pytest.mark.parametrize("way", ["scale", "layer", "expression"])
+def test_a_scale_or_a_layer_that_something_else_reads_stays(way: str) -> None:
+    plan = check(randomised(LayerScale(way)), 1, 2, (value(2, 3),))
+    assert not any(entry.scaled_by for entry in plan.center)
+    assert plan.kept
+
+
 # --- several calls ---
 
 
@@ -279,6 +322,49 @@ def test_a_method_is_an_example_as_well() -> None:
 def test_a_stream_that_is_returned_does_not_fold() -> None:
     plan = check(randomised(TwoWays()), 0, 1, (value(2, 3), "states"))
     assert "returned" in plan.norms[0].detail
+
+
+class InABody(nn.Module):
+    """Norms and look-ups that another call does inside of an operator that runs a graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(48, WIDTH), nn.Linear(WIDTH, 48)
+        self.head.weight = self.table.weight
+        self.first, self.second = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH, elementwise_affine=False)
+
+    def forward(self, ids: Tensor, way: str = "") -> Tensor:
+        if way == "norm":
+            return checkpoint(self.second, torch.relu(self.table(ids)), use_reentrant=False)
+        if way == "table":
+            return checkpoint(lambda ids: torch.relu(self.table(ids)), ids, use_reentrant=False)
+        stream = self.table(ids)
+        return self.head(torch.relu(self.first(stream)) + self.second(stream))
+
+
+@pytest.mark.parametrize(("way", "replaced", "folded"), [("", 2, 2), ("norm", 0, 0), ("table", 0, 0)])
+def test_calls_inside_of_operators_count(way: str, replaced: int, folded: int) -> None:
+    plan = check(randomised(InABody()), folded, 2, (IDS,), (IDS, way))
+    assert len(plan.replace) == replaced
+    assert len(plan.lookups) == (1 if replaced else 0)
+
+
+class NormInABody(Once):
+    """The same norm on a raw input, inside of an operator that runs a graph."""
+
+    def __init__(self, affine: bool) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH, elementwise_affine=affine)
+
+    def forward(self, x: Tensor, inside: bool = False) -> Tensor:
+        return checkpoint(self.norm, x, use_reentrant=False) if inside else self.norm(self.linear(x))
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_a_norm_that_is_also_called_inside_of_an_operator_stays(affine: bool) -> None:
+    plan = check(randomised(NormInABody(affine)), 0, 1, (value(2, 3),), (value(2, 3), True))
+    assert not plan.replace
+    assert [entry.name for entry in plan.center] == ["linear.weight", "linear.bias"], "one call of it has a zero mean"
 
 
 # --- tied tables ---
@@ -336,6 +422,49 @@ def test_one_norm_is_not_worth_a_centering_at_each_call() -> None:
     plan = check(randomised(OneNormBehind()), 0, 1, (IDS,))
     assert "is also read as it is: linear (head" in kept(plan)["table.weight"]
     assert check(randomised(OneNormBehind()), 1, 1, (IDS,), untie=True).lookups
+
+
+class TwoLookups(nn.Module):
+    """Two embeddings and a head share a table. One stream has two norms, the other one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.long, self.short, self.head = nn.Embedding(48, WIDTH), nn.Embedding(48, WIDTH), nn.Linear(WIDTH, 48)
+        self.short.weight = self.head.weight = self.long.weight
+        self.norms = nn.ModuleList([nn.LayerNorm(WIDTH) for _ in range(3)])
+
+    def forward(self, ids: Tensor) -> Tensor:
+        long, short = self.long(ids), self.short(ids)
+        return self.head(self.norms[0](long) + torch.relu(self.norms[1](long)) + self.norms[2](short))
+
+
+def test_each_look_up_is_worth_it_by_itself() -> None:
+    plan = check(randomised(TwoLookups()), 2, 3, (IDS,))
+    assert [entry.path for entry in plan.lookups] == ["long"]
+    plan = check(randomised(TwoLookups()), 3, 3, (IDS,), untie=True)
+    assert [entry.path for entry in plan.lookups] == ["long", "short"]
+    folded = plan.apply(randomised(TwoLookups()))
+    assert folded.long.weight is folded.short.weight is not folded.head.weight
+
+
+class NormOfHeads(nn.Module):
+    """What is looked up in a tied table is normed in groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(48, WIDTH), nn.Linear(WIDTH, 48)
+        self.head.weight = self.table.weight
+        self.norms = nn.ModuleList([nn.LayerNorm(WIDTH // 2) for _ in range(3)])
+
+    def forward(self, ids: Tensor) -> Tensor:
+        groups = self.table(ids).unflatten(-1, (2, -1))
+        return self.head(sum(torch.relu(norm(groups)) for norm in self.norms).flatten(-2))
+
+
+def test_rows_of_a_tied_table_are_centered_as_a_whole_or_not() -> None:
+    plan = check(randomised(NormOfHeads()), 0, 3, (IDS,))
+    assert "in parts of its rows" in kept(plan)["table.weight"]
+    check(randomised(NormOfHeads()), 0, 3, (IDS,), untie=True)
 
 
 # --- norms of other classes ---

@@ -34,6 +34,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
+import lncompile
 from lncompile.backend import compiled_graphs
 from lncompile.lowering import torch_private
 from lncompile.passes.graph import expressions
@@ -383,12 +384,42 @@ def _training(wrap: Callable[[Decoder], Any], norm_heads: bool = True, seeds: Se
     return found
 
 
+def folded_then_parallel(mesh: DeviceMesh) -> Found:
+    """A folded model is sharded, and a sharded one is folded in place."""
+    ids, model = token_ids(), decoder(norm_heads=True)
+    expected = model(ids)
+    folds = lncompile.plan(model, ids)
+    fully = folds.apply(copy.deepcopy(model))
+    for block in fully.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(fully, mesh=mesh)
+    tensor_parallel = folds.apply(copy.deepcopy(model))
+    for block in tensor_parallel.blocks:
+        parallelize_module(block, mesh, plan())
+    found = {"folded": folds.folded, "fully": relative(fully(ids), expected)}
+    found["tensor_parallel"] = relative(tensor_parallel(ids), expected)
+    for block in model.blocks:
+        # Cut along the mean of its output: that of a shard is not that of the whole.
+        down = ColwiseParallel(output_layouts=Replicate())
+        parallelize_module(block, mesh, plan(up=ColwiseParallel(output_layouts=Replicate()), down=down))
+    control = copy.deepcopy(model)
+    found["in_place"] = relative(folds.apply(model)(ids), expected)
+    found["centered"] = float(model.blocks[0].o.weight.full_tensor().mean(0).abs().max())
+    found["sharded_still"] = type(model.blocks[0].o.weight.data).__name__
+    found["control"] = relative(folds.replace_modules(control)(ids), expected)
+    try:
+        folds.apply(fully)
+    except lncompile.PlanError as error:
+        found["refused"] = str(error)
+    return found
+
+
 PROGRAMS: dict[str, Callable[[DeviceMesh], Found]] = {
     program.__name__: program
     for program in (
         usual_plan, norms_of_heads, gathered_columns, changed_weights, written_by_collectives, written_shards,
         vocabulary_cut, sequence_parallel, reduced_by_hand, data_parallel, data_parallel_in_buckets, fully_sharded,
-        fully_sharded_blocks, fully_sharded_until_backward,
+        fully_sharded_blocks, fully_sharded_until_backward, folded_then_parallel,
     )
 }  # fmt: skip
 

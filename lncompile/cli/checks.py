@@ -11,6 +11,9 @@ from lncompile.cli.parameters import Asked, InputError
 from lncompile.models.names import kind_of
 from lncompile.options import parse_ours
 
+#: Commands that need no values of a model's weights in memory.
+WITHOUT_VALUES = ("explain", "fold")
+
 
 def check(asked: Asked) -> dict[str, Any]:
     """Check what was asked for.
@@ -23,7 +26,8 @@ def check(asked: Asked) -> dict[str, Any]:
         ModelError: if the model's name names nothing.
         OptionError: for an option of lnfold's that does not exist, or a value it does not take.
     """
-    kind_of(asked.model)
+    if asked.command != "fold":  # that takes files of weights, too
+        kind_of(asked.model)
     options = parse_pairs(asked.pairs or ())
     parse_ours(options)
     for option, file in asked.files:
@@ -68,8 +72,8 @@ def require_writable(file: Path, option: str) -> None:
 
 
 def require_values(command: str, device: str) -> None:
-    """Say that a command other than ``explain`` does not work on the meta device."""
-    if command != "explain" and device.partition(":")[0] == "meta":
+    """Say that a command that calls models does not work on the meta device."""
+    if command not in WITHOUT_VALUES and device.partition(":")[0] == "meta":
         raise InputError(
             f"a model on the meta device has shapes and no values, and {command} needs values: only explain works there"
         )

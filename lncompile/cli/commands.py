@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,8 +12,8 @@ import typer
 from lncompile import __version__
 from lncompile.cli.group import command_group
 from lncompile.cli.interrupts import importing
-from lncompile.cli.parameters import Graphs, Html, Plot, TokensOfRequests
-from lncompile.cli.running import Run
+from lncompile.cli.parameters import AsJson, Asked, Graphs, Html, Plot, TokensOfRequests, Traceback
+from lncompile.cli.running import Run, running
 from lncompile.cli.shared_parameters import command_on
 
 app = typer.Typer(
@@ -51,6 +52,21 @@ def _options(
     """Only what is not a command's own; the group's help stands above."""
 
 
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A folder with safetensors files, as save_pretrained writes it; a Hugging Face id; or a file.",
+    ),
+]
+Target = Annotated[Path, typer.Argument(metavar="TARGET", help="The folder to write. It must not exist.")]
+PlanFile = Annotated[
+    Path | None,
+    typer.Option("--plan", metavar="FILE", help="A plan that was saved; default: one made of the model's config.json."),
+]
+Untie = Annotated[
+    bool, typer.Option("--untie", help="Give an embedding whose table is tied a centered table of its own.")
+]
 Processes = Annotated[
     int,
     typer.Option(
@@ -137,3 +153,23 @@ def ab(
     with importing():
         from lncompile.cli.ab import run_ab
     return not run_ab(run, list(dict.fromkeys(tokens or ())), seconds, shadow, minimum_effect, plot)
+
+
+@app.command()
+def fold(
+    model: Source,
+    target: Target,
+    plan: PlanFile = None,
+    untie: Untie = False,
+    as_json: AsJson = False,
+    show_traceback: Traceback = False,
+) -> None:
+    """Write a folded copy of a checkpoint: centered weights, and the plan that says which norms are RMSNorms.
+
+    Takes memory for one tensor. Interrupted at any moment, it leaves no half TARGET, and goes on when called again.
+    """
+    asked = Asked("fold", model, None, None, None, "meta", None, None, None, as_json, show_traceback)
+    with running(asked, steps=3 if plan is None else 1) as run:
+        with importing():
+            from lncompile.cli.fold import run_fold
+        run_fold(run, target, plan, untie)

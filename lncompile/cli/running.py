@@ -13,7 +13,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import typer
 
-from lncompile.cli.checks import check, require_values
+from lncompile.cli.checks import WITHOUT_VALUES, check, require_values
 from lncompile.cli.interrupts import INTERRUPTED, importing
 from lncompile.cli.parameters import Asked, InputError
 from lncompile.comparisons.machine import MachineError, require_compiler
@@ -199,7 +199,7 @@ def running(asked: Asked, steps: int) -> Iterator[Run]:
 
             device = _device(asked)
         parse_options(asked.mode, options)
-        if asked.command != "explain":
+        if asked.command not in WITHOUT_VALUES:
             require_compiler(device or "cpu")
         run = Run(asked, options, device, _dtype(asked), sys.stdout, Steps(plain_console(stderr=True), steps))
         with contextlib.redirect_stdout(sys.stderr):
@@ -277,7 +277,11 @@ def _sentence(error: BaseException, asked: Asked, run: Run | None) -> str:
     if run is not None:
         from lncompile.cli.out_of_memory import is_out_of_memory, out_of_memory  # it needs torch, which is there by now
         from lncompile.comparisons.processes import ProcessError
+        from lncompile.plans.entries import PlanError
+        from lncompile.plans.safetensors_file import CheckpointError
 
+        if isinstance(error, PlanError | CheckpointError):
+            return str(error)
         if isinstance(error, ProcessError) and not error.out_of_memory:
             return f"{error}{_printed(error.printed, asked)}"
         for link in chain_of(error):

@@ -24,7 +24,7 @@ from torch import Tensor
 from lncompile.plans import safetensors_file
 from lncompile.plans.entries import CenteredParameter, Centering, PlanError
 from lncompile.plans.safetensors_file import CheckpointError, SafetensorsFile, StoredTensor
-from lncompile.plans.slices import center_in_place, is_done
+from lncompile.plans.slices import center_in_place, is_rounded
 from lncompile.progress import Say
 
 if TYPE_CHECKING:
@@ -172,6 +172,11 @@ def _clear(model: Path, keep: Collection[str]) -> None:
 
 def _shards(plan: FoldPlan, source: Path) -> list[_Shard]:
     """The files to write, with every tensor of the plan found in them."""
+    if plan.absorb or any(entry.scaled_by for entry in plan.center):
+        raise PlanError(
+            "this plan multiplies parameters with each other (γ and β absorbed, LayerScale), which is not done in "
+            "files: apply it to the loaded model, plan.apply(model), and save that"
+        )
     paths = [source] if source.is_file() else _weight_files(source)
     files = [SafetensorsFile.read(path) for path in paths]
     names = {stored.name for file in files for stored in file.tensors}
@@ -317,10 +322,8 @@ def _verify(outputs: Sequence[_Output], digests: Sequence[str], path: Path) -> N
                 actual.update(piece)
             if actual.hexdigest() != digest:
                 raise CheckpointError(f"'{output.name}' reads back other than it was written to '{path}'")
-            if output.entry is not None and not is_done(output.entry, safetensors_file.load(file, stored)):
-                raise CheckpointError(
-                    f"'{output.name}' is not centered in '{path}': it has values that are not finite?"
-                )
+            if output.entry is not None and not is_rounded(output.entry, safetensors_file.load(file, stored)):
+                raise CheckpointError(f"'{output.name}' cannot be centered: are all of its values finite?")
 
 
 def _in_order(found: SafetensorsFile, outputs: Sequence[_Output], path: Path) -> list[StoredTensor]:

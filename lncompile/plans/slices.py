@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from lncompile.passes.graph.axes import Axes
@@ -38,6 +39,23 @@ def center_in_place(entry: CenteredParameter, tensor: Tensor) -> bool:
 def is_done(entry: CenteredParameter, tensor: Tensor) -> bool:
     """Whether a parameter is centered, to the rounding of its dtype."""
     return all(is_centered(part, axes) for centering in entry.centerings for part, axes in _slices(centering, tensor))
+
+
+def is_rounded(entry: CenteredParameter, tensor: Tensor) -> bool:
+    """Whether the means are as near to zero as rounding of centered values leaves them, whatever the values were.
+
+    A rounding moves a number by half a unit in its last place at most, so means are at most ``ε/2 · mean(|w|)``. They
+    may be as large: where a mean is smaller than half a unit of most numbers, these all stay where they are.
+    """
+    information = torch.finfo(tensor.dtype)
+    smallest = information.smallest_normal * information.eps
+    slack = 32.0 if tensor.dtype == torch.float64 else 1.0 + 1e-6
+    for centering in entry.centerings:
+        for part, axes in _slices(centering, tensor):
+            allowed = slack * (0.5 * information.eps * means_of(part.abs(), axes) + smallest)
+            if not bool((means_of(part, axes).abs() <= allowed).all()):
+                return False
+    return True
 
 
 def _slices(centering: Centering, tensor: Tensor) -> Iterator[tuple[Tensor, Axes]]:

@@ -1,0 +1,415 @@
+"""Folding a checkpoint on disk: what is written, that it loads, and that nothing stops it half way."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from architectures import TEXT, randomise, tokens
+from hand_folded import IDS, Decoder
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import lncompile
+from lncompile.nn import CenteredEmbedding, RMSNorm
+from lncompile.plans import checkpoint, slices
+from lncompile.plans.checkpoint import PLAN_FILE
+from lncompile.plans.entries import CenteredParameter, Centering, PlanError
+from lncompile.plans.safetensors_file import CheckpointError, SafetensorsFile
+
+TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
+PROMPT = {"input_ids": tokens(2, 6), "use_cache": False}
+
+
+def gpt2(dtype: torch.dtype = torch.float64, **settings: object) -> nn.Module:
+    config = transformers.GPT2Config(n_embd=16, n_layer=3, n_head=2, n_inner=32, n_positions=16, **TEXT, **settings)
+    return randomise(transformers.GPT2LMHeadModel(config).to(dtype).eval())
+
+
+def saved(model: nn.Module, folder: Path, size: str = "50GB") -> Path:
+    model.save_pretrained(folder, max_shard_size=size)
+    return folder
+
+
+def weights_in(folder: Path) -> dict[str, Tensor]:
+    return {name: value for path in sorted(folder.glob("*.safetensors")) for name, value in load_file(path).items()}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("size", ["50GB", "20KB"], ids=["one_file", "sharded"])
+def test_a_folder_is_folded_and_loads(size: str, tmp_path: Path) -> None:
+    model = gpt2()
+    source, target = saved(model, tmp_path / "model", size), tmp_path / "folded"
+    (source / "notes").mkdir()
+    (source / "notes" / "read me.txt").write_text("a file of the author's")
+    (source / "pytorch_model.bin").write_bytes(b"weights that would stay as they were")
+    before = contents(source)
+    plan = lncompile.plan(model, **PROMPT)
+    written = plan.apply_to_checkpoint(source, target)
+    assert contents(source) == before
+    assert (len(written.files) > 3) == (size == "20KB")
+    assert len(written.centered) == len(plan.center) == 13
+    assert written.left_out == ("pytorch_model.bin",)
+    assert not (target / "pytorch_model.bin").exists()
+    assert (target / "notes" / "read me.txt").read_text() == "a file of the author's"
+    assert lncompile.FoldPlan.load(target / PLAN_FILE) == plan
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folded", "model"]
+
+    applied = plan.apply(copy.deepcopy(model))
+    expected, found = applied.state_dict(), weights_in(target)
+    assert found.keys() == weights_in(source).keys()
+    for name, value in found.items():
+        assert torch.equal(value, expected[name]), name
+
+    loaded = transformers.GPT2LMHeadModel.from_pretrained(target, dtype=torch.float64).eval()
+    lncompile.FoldPlan.load(target / PLAN_FILE).replace_modules(loaded)
+    assert type(loaded.transformer.h[0].ln_1) is RMSNorm
+    assert isinstance(loaded.transformer.wte, CenteredEmbedding)
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+    torch.testing.assert_close(loaded(**PROMPT).logits, model(**PROMPT).logits, **TOLERANCE)
+    # The control: without the RMSNorms it is another model (a LayerNorm would be the same function), and without
+    # centering behind the look-up as well.
+    wrong = copy.deepcopy(loaded)
+    wrong.transformer.wte = copy.deepcopy(model.transformer.wte)
+    assert not torch.allclose(wrong(**PROMPT).logits, model(**PROMPT).logits, atol=1e-3)
+
+
+def test_untied(tmp_path: Path) -> None:
+    model = gpt2()
+    source, target = saved(model, tmp_path / "model", "20KB"), tmp_path / "folded"
+    plan = lncompile.plan(model, untie=True, **PROMPT)
+    written = plan.apply_to_checkpoint(source, target)
+    assert written.tables == ("lm_head.weight",)
+    found = weights_in(target)
+    torch.testing.assert_close(found["lm_head.weight"], model.lm_head.weight, rtol=0, atol=0)
+    assert found["transformer.wte.weight"].mean(1).abs().max() < 1e-15
+    index = json.loads((target / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(found)
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in found.values())
+    loaded = transformers.GPT2LMHeadModel.from_pretrained(target, dtype=torch.float64).eval()
+    plan.replace_modules(loaded)
+    assert loaded.lm_head.weight is not loaded.transformer.wte.weight
+    torch.testing.assert_close(loaded(**PROMPT).logits, model(**PROMPT).logits, **TOLERANCE)
+
+
+def test_a_base_models_checkpoint_has_no_prefix(tmp_path: Path) -> None:
+    model = gpt2(tie_word_embeddings=False)
+    source, target = saved(model.transformer, tmp_path / "base"), tmp_path / "folded"
+    written = lncompile.plan(model, **PROMPT).apply_to_checkpoint(source, target)
+    assert "wte.weight" in written.centered
+    base = lncompile.plan(model.transformer, **PROMPT)
+    loaded = base.replace_modules(transformers.GPT2Model.from_pretrained(target, dtype=torch.float64).eval())
+    torch.testing.assert_close(loaded(**PROMPT)[0], model.transformer(**PROMPT)[0], **TOLERANCE)
+    with_prefix = base.apply_to_checkpoint(saved(model, tmp_path / "head"), tmp_path / "other")
+    assert "transformer.wte.weight" in with_prefix.centered
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_narrow_dtypes_are_rounded_once(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = randomise(Decoder()).to(dtype)
+    save_file(model.state_dict(), tmp_path / "model.safetensors", {"format": "pt"})
+    plan = lncompile.plan(model.eval(), IDS)
+    plan.apply_to_checkpoint(tmp_path / "model.safetensors", tmp_path / "folded")
+    expected = plan.apply(model).state_dict()
+    found = load_file(tmp_path / "folded" / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    with safe_open(tmp_path / "folded" / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_folded_once_more_nothing_changes(tmp_path: Path) -> None:
+    model = gpt2()
+    plan = lncompile.plan(model, **PROMPT)
+    plan.apply_to_checkpoint(saved(model, tmp_path / "model"), tmp_path / "once")
+    plan.apply_to_checkpoint(tmp_path / "once", tmp_path / "twice")
+    assert contents(tmp_path / "once") == contents(tmp_path / "twice")
+
+
+@pytest.mark.parametrize(
+    "centering",
+    [
+        Centering((24, 10), (0,)),
+        Centering((24, 10), (1,)),
+        Centering((3, 8, 10), (1,), {0: (0, 2)}),
+        Centering((3, 8, 10), (1,), {2: (0, 1, 7)}),
+        Centering((24, 2, 5), (0, 2)),
+        Centering((24, 10), (0, 1)),
+    ],
+    ids=str,
+)
+def test_slices_are_the_whole(centering: Centering, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slices, "SLICE", 17)
+    weight = torch.randn(24, 10, dtype=torch.float64) + 1
+    entry = CenteredParameter("w", (), (24, 10), (centering,))
+    (axes,), (means,) = entry.axes(), entry.means(weight)
+    expected = checkpoint_free(weight, axes, means)
+    actual = weight.clone()
+    assert not slices.is_done(entry, actual)
+    assert slices.center_in_place(entry, actual)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-15)
+    assert slices.is_done(entry, actual)
+    assert entry.is_done(actual)
+    assert not slices.center_in_place(entry, actual)
+
+
+def checkpoint_free(weight: Tensor, axes: object, means: Tensor) -> Tensor:
+    from lncompile.passes.rewrites.arithmetic import add_means
+
+    return add_means(weight, -means, axes)
+
+
+def test_a_mean_that_is_smaller_than_the_numbers_units(tmp_path: Path) -> None:
+    """Rounded to bfloat16 most numbers stay where they were, and so does their mean."""
+    model = randomise(Decoder(width=64)).eval()
+    plan = lncompile.plan(model, IDS)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                noise = torch.randn_like(parameter)
+                parameter.copy_(noise - noise.mean(0) - (noise - noise.mean(0)).mean(1, keepdim=True) + 2e-3)
+    state = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors")
+    plan.apply_to_checkpoint(tmp_path / "model.safetensors", tmp_path / "folded")
+    found = load_file(tmp_path / "folded" / "model.safetensors")
+    assert all(slices.is_rounded(entry, found[entry.name]) for entry in plan.center)
+    assert not all(entry.is_done(found[entry.name]) for entry in plan.center), "these have what rounding left"
+    entry = next(entry for entry in plan.center if entry.name == "blocks.0.out.weight")
+    assert not slices.is_rounded(entry, torch.ones(64, 64, dtype=torch.bfloat16)), "the control"
+
+
+# --- what is refused, before anything is written ---
+
+
+def without_a_tensor(state: dict[str, Tensor]) -> None:
+    del state["blocks.1.out.weight"]
+
+
+def of_another_shape(state: dict[str, Tensor]) -> None:
+    state["blocks.1.out.weight"] = torch.zeros(16, 17)
+
+
+def quantized(state: dict[str, Tensor]) -> None:
+    state["blocks.1.out.weight"] = torch.zeros(16, 16, dtype=torch.int8)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (without_a_tensor, r"lacks 1 of the .* blocks\.1\.out\.weight"),
+        (of_another_shape, r"\[16, 17\], not \[16, 16\]"),
+        (quantized, "I8, in which it cannot be centered"),
+    ],
+)
+def test_a_plan_that_does_not_fit(change: Callable[[dict[str, Tensor]], None], says: str, tmp_path: Path) -> None:
+    model = randomise(Decoder()).eval()
+    plan = lncompile.plan(model, IDS)
+    state = dict(model.state_dict())
+    change(state)
+    (tmp_path / "model").mkdir()
+    save_file(state, tmp_path / "model" / "model.safetensors")
+    with pytest.raises(PlanError, match=says):
+        plan.apply_to_checkpoint(tmp_path / "model", tmp_path / "folded")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_places_that_cannot_be(tmp_path: Path) -> None:
+    model = randomise(Decoder()).eval()
+    plan = lncompile.plan(model, IDS)
+    source = tmp_path / "model"
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        plan.apply_to_checkpoint(source, tmp_path / "folded")
+    source.mkdir()
+    with pytest.raises(CheckpointError, match="no safetensors files"):
+        plan.apply_to_checkpoint(source, tmp_path / "folded")
+    save_file(dict(model.state_dict()), source / "model.safetensors")
+    with pytest.raises(CheckpointError, match="inside of the checkpoint"):
+        plan.apply_to_checkpoint(source, source / "folded")
+    with pytest.raises(CheckpointError, match="exists already"):
+        plan.apply_to_checkpoint(source, source)
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "elsewhere.safetensors"}}))
+    with pytest.raises(CheckpointError, match=r"lists elsewhere\.safetensors"):
+        plan.apply_to_checkpoint(source, tmp_path / "folded")
+
+
+@pytest.mark.parametrize("cut", [0, 4, 100, 2000])
+def test_a_file_that_is_cut_off(cut: int, tmp_path: Path) -> None:
+    model = randomise(Decoder()).eval()
+    path = tmp_path / "model.safetensors"
+    save_file(dict(model.state_dict()), path)
+    path.write_bytes(path.read_bytes()[:cut] if cut < 2000 else path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="cut off"):
+        lncompile.plan(model, IDS).apply_to_checkpoint(path, tmp_path / "folded")
+
+
+def test_values_that_are_not_finite(tmp_path: Path) -> None:
+    model = randomise(Decoder()).eval()
+    plan = lncompile.plan(model, IDS)
+    with torch.no_grad():
+        model.blocks[0].out.weight[3, 4] = float("nan")
+    save_file(dict(model.state_dict()), tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"blocks\.0\.out\.weight.*finite"):
+        plan.apply_to_checkpoint(tmp_path / "model.safetensors", tmp_path / "folded")
+    assert not (tmp_path / "folded").exists()
+
+
+# --- interrupted ---
+
+
+def killed_at(moment: int, do: Callable[[Callable[..., None]], object]) -> bool:
+    """Do something in a process that kills itself at its n-th step; returns whether it got that far."""
+    child = os.fork()
+    if child:
+        return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    steps = 0
+
+    def step(*arguments: object) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    try:
+        # Every look at the disk is a step, and every piece that is written.
+        for name in ("_sync", "_write_text", "_digest", "_verify"):
+            setattr(checkpoint, name, behind(step, getattr(checkpoint, name)))
+        do(step)
+    finally:
+        os._exit(0)
+
+
+def behind(step: Callable[..., None], function: Callable[..., object]) -> Callable[..., object]:
+    def run(*arguments: object) -> object:
+        step()
+        result = function(*arguments)
+        step()
+        return result
+
+    return run
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot be forked there")
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_at_any_moment_it_leaves_no_half_target_and_goes_on(seed: int, tmp_path: Path) -> None:
+    model = gpt2()
+    source, target = saved(model, tmp_path / "model", "20KB"), tmp_path / "folded"
+    plan = lncompile.plan(model, **PROMPT)
+    plan.apply_to_checkpoint(source, tmp_path / "expected")
+    chance = random.Random(seed)
+    killed = 0
+    while killed_at(chance.randint(1, 60), lambda step: plan.apply_to_checkpoint(source, target, step)):
+        killed += 1
+        if target.exists():
+            break  # killed when all was done
+    assert killed >= 2
+    assert contents(target) == contents(tmp_path / "expected")
+
+
+def test_interrupted_behind_every_file(tmp_path: Path) -> None:
+    model = gpt2()
+    source, target = saved(model, tmp_path / "model", "20KB"), tmp_path / "folded"
+    plan = lncompile.plan(model, **PROMPT)
+    shards = len(list(source.glob("*.safetensors")))
+    for count in range(1, shards + 1):
+        with pytest.raises(KeyboardInterrupt):
+            plan.apply_to_checkpoint(source, target, interrupted_in(count))
+        assert not target.exists()
+        assert len(list((tmp_path / ".folded.folding" / "model").glob("*.safetensors"))) == count - 1
+    assert len(plan.apply_to_checkpoint(source, target).resumed) == shards - 1
+
+
+def interrupted_in(shard: int) -> Callable[..., None]:
+    def say(words: str, share: float | None = None) -> None:
+        if words.startswith(f"{shard} of"):
+            raise KeyboardInterrupt
+
+    return say
+
+
+def test_what_is_finished_is_checked_before_it_is_taken_over(tmp_path: Path) -> None:
+    model = gpt2()
+    source, target = saved(model, tmp_path / "model", "20KB"), tmp_path / "folded"
+    plan = lncompile.plan(model, **PROMPT)
+    work = tmp_path / ".folded.folding"
+    with pytest.raises(KeyboardInterrupt):
+        plan.apply_to_checkpoint(source, target, interrupted_in(4))
+    finished = sorted((work / "model").glob("*.safetensors"))
+    assert len(finished) == 3
+    # One is damaged since, and one lies there that is of something else.
+    content = finished[1].read_bytes()
+    finished[1].write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    (work / "model" / "of another.safetensors").write_bytes(b"")
+    written = plan.apply_to_checkpoint(source, target)
+    assert written.resumed == (finished[0].name, finished[2].name)
+    plan.apply_to_checkpoint(source, tmp_path / "expected")
+    assert contents(target) == contents(tmp_path / "expected")
+
+
+@pytest.mark.parametrize("change", ["plan", "source"])
+def test_what_another_plan_or_source_made_is_made_anew(change: str, tmp_path: Path) -> None:
+    model = gpt2()
+    source, target = saved(model, tmp_path / "model", "20KB"), tmp_path / "folded"
+    plan = lncompile.plan(model, **PROMPT)
+    with pytest.raises(KeyboardInterrupt):
+        plan.apply_to_checkpoint(source, target, interrupted_in(4))
+    if change == "plan":
+        plan = dataclasses.replace(plan, center=plan.center[1:])
+    else:
+        shutil.rmtree(source)
+        saved(gpt2(torch.float32), source, "20KB")
+    assert plan.apply_to_checkpoint(source, target).resumed == ()
+    plan.apply_to_checkpoint(source, tmp_path / "expected")
+    assert contents(target) == contents(tmp_path / "expected")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders are not locked there")
+def test_two_at_once(tmp_path: Path) -> None:
+    model = gpt2()
+    source, target = saved(model, tmp_path / "model", "20KB"), tmp_path / "folded"
+    plan, refused = lncompile.plan(model, **PROMPT), []
+
+    def say(words: str, share: float | None = None) -> None:
+        if not refused:
+            with pytest.raises(CheckpointError, match="another process is writing") as error:
+                plan.apply_to_checkpoint(source, target)
+            refused.append(error)
+
+    plan.apply_to_checkpoint(source, target, say)
+    assert refused
+    assert target.exists()
+
+
+def test_what_is_written_wrong_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = gpt2()
+    source = saved(model, tmp_path / "model")
+    plan = lncompile.plan(model, **PROMPT)
+    monkeypatch.setattr(checkpoint, "center_in_place", lambda entry, tensor: False)
+    with pytest.raises(CheckpointError, match="cannot be centered"):
+        plan.apply_to_checkpoint(source, tmp_path / "folded")
+    monkeypatch.undo()
+    read = SafetensorsFile.read
+
+    def damaged(path: Path) -> SafetensorsFile:
+        if path.name.endswith(".writing"):
+            whole = path.read_bytes()
+            path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        return read(path)
+
+    monkeypatch.setattr(SafetensorsFile, "read", staticmethod(damaged))
+    with pytest.raises(CheckpointError, match="reads back other"):
+        plan.apply_to_checkpoint(source, tmp_path / "folded")
+    assert not (tmp_path / "folded").exists()

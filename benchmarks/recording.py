@@ -30,7 +30,7 @@ def commit() -> str:
         git("rev-parse", "HEAD")
     except (OSError, subprocess.CalledProcessError):
         return "unknown: a tree without its history"
-    # The results themselves are no change of what is measured.
+    # The results themselves do not change what is measured.
     changed = git("status", "--porcelain", "--", ":/lncompile", ":/passes", ":/lowering", ":/benchmarks/*.py")
     return git("rev-parse", "HEAD") + (" with uncommitted changes" if changed else "")
 

@@ -118,7 +118,7 @@ def _needed(placement: Placement | None, regions: set[str]) -> set[str]:
 def _with_budget_of(first: Analysis, analysis: Analysis) -> Analysis:
     """An analysis that says what the memory budget kept from folding in an earlier one, with more layers written out.
 
-    A layer that stays closed for want of memory asks for no weights, and stands in the way of norms behind it.
+    A layer that stays closed because of the memory limit asks for no weights, and stands in the way of norms behind it.
     """
     if first is analysis or first.budgeted is None or analysis.budgeted is None:
         return analysis

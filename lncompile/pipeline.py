@@ -142,7 +142,7 @@ def prepare_frozen(
 ) -> Prepared:
     """Do what :func:`prepare` does where Inductor makes constants of weights, and of the centered ones as well.
 
-    They are copies, and nobody looks again whether a weight has changed: as with stock Inductor, a model that was
+    They are copies, and no later look says whether a weight has changed: as with stock Inductor, a model that was
     frozen keeps the values it had, and Dynamo compiles anew where a weight is another object.
     """
     lifted = lift_weights(graph_module)

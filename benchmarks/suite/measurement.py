@@ -98,7 +98,7 @@ def prepare(recipe: Recipe, workload: Workload, model: nn.Module, settings: Sett
         return function(**inputs)
 
     def step() -> None:
-        # Says that nobody needs the last answer any more, which CUDA graphs overwrite.
+        # Says that the last answer is not needed any more, which CUDA graphs overwrite.
         torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         rewind()
 

@@ -282,7 +282,7 @@ class ABTest:
             Its name.
 
         Raises:
-            ValueError: for a name that is no arm's, an arm out of service, or a test without a winner.
+            ValueError: for a name that is not an arm's, an arm out of service, or a test without a winner.
         """
         if arm is None:
             verdict = self.verdict()
@@ -307,7 +307,7 @@ class ABTest:
         """Take an arm out of service; requests in it are finished.
 
         Raises:
-            ValueError: for a name that is no arm's, or the last arm in service.
+            ValueError: for a name that is not an arm's, or the last arm in service.
         """
         chosen = self._named(arm)
         with self._lock:
@@ -319,7 +319,7 @@ class ABTest:
         """Put an arm back into service, its failure forgiven.
 
         Raises:
-            ValueError: for a name that is no arm's.
+            ValueError: for a name that is not an arm's.
         """
         chosen = self._named(arm)
         with self._lock:

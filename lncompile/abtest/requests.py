@@ -32,7 +32,7 @@ from lncompile.lowering.torch_private_dynamo import compilation_watch
 
 log = logging.getLogger("lncompile")
 
-#: What says that nobody waits for an answer any more. None of it is an arm's failure.
+#: What says that an answer is not waited for any more. None of it is an arm's failure.
 _CANCELLED = (asyncio.CancelledError, concurrent.futures.CancelledError)
 
 
@@ -183,7 +183,7 @@ class Requests:
             pair = (result, second) if other.index == 0 else (second, result)
             errors, differences = compare(*pair, self._tolerances)
         except Exception as error:
-            # Outputs that cannot be compared are no reason to lose an answer.
+            # Outputs that cannot be compared are not a reason to lose an answer.
             with self.lock:
                 self.comparisons.skip(f"the outputs cannot be compared: {type(error).__name__}: {error}")
             return result

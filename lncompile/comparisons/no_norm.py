@@ -111,7 +111,7 @@ class NormsReplaced:
 
 
 def no_norm(mode: str | None = None, options: Mapping[str, Any] | None = None) -> NormsReplaced:
-    """Return a Dynamo backend that leaves every LayerNorm out. Its outputs are no predictions.
+    """Return a Dynamo backend that leaves every LayerNorm out. Its outputs are not predictions.
 
     Args:
         mode: as for ``torch.compile``.

@@ -42,7 +42,7 @@ def call_factory(name: str, sizes: Mapping[str, int], asked: Collection[str] = (
             ``"path/to/file.py:function"``.
         sizes: values by name, such as ``batch``, ``tokens`` and ``seed``. A factory gets those it has a parameter for;
             one that takes any (``**sizes``) gets those that were asked for.
-        asked: the names of those that somebody asked for, and that are no defaults.
+        asked: the names of those that were asked for, and that are not defaults.
 
     Returns:
         The model and its inputs.
@@ -63,7 +63,7 @@ def call_factory(name: str, sizes: Mapping[str, int], asked: Collection[str] = (
         made = factory(**{key: value for key, value in sizes.items() if key in accepted})
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # SystemExit as well: its exit code is no answer of ours
+    except BaseException as error:  # SystemExit as well: its exit code is not our answer
         raise ModelError(f"the factory '{name}' {_failed(error)}{_place(error)}") from error
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):

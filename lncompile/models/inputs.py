@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Tokens of a sequence where nobody asks for another number.
+#: Tokens of a sequence where no other number is asked for.
 TOKENS = 64
 
 

@@ -25,7 +25,7 @@ _lock = threading.Lock()
 _lines_of_functions: set[object] = set()
 _lines_of_modules: weakref.WeakKeyDictionary[nn.Module, set[object]] = weakref.WeakKeyDictionary()
 _warnings: set[object] = set()
-#: Code of which some graph has folded something: the rest of it is no reason for a warning.
+#: Code of which some graph has folded something: the rest of it is not a reason for a warning.
 _folding: set[object] = set()
 
 

@@ -62,7 +62,7 @@ def _place_of(tensor: Tensor) -> int:
 
 
 class _Read:
-    """The numbers are read where they stand. Only of living tensors: whoever asks holds them."""
+    """The numbers are read where they stand. Only of living tensors: the caller holds them."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         layout = tensor_layout()

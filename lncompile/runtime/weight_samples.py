@@ -204,7 +204,7 @@ def _memory(device: torch.device, words: Sequence[_Word]) -> _Memory | None:
 
 
 class _HostMemory:
-    """Words in the host's memory. Whoever asks has to know that the weights are still where they were."""
+    """Words in the host's memory. The caller has to know that the weights are still where they were."""
 
     def __init__(self, words: Sequence[_Word]) -> None:
         self._index = np.array([index_of_half_word(word.address) for word in words], dtype=np.intp)
@@ -236,7 +236,7 @@ class _Flags:
     """Flags in pinned memory, which a kernel can set and the host can read without waiting.
 
     The memory is never given back: a kernel may still be under way when its owner is gone. A flag is used again only
-    after many others were given back, and whoever finds his set looks for himself.
+    after many others were given back, and an owner that finds its flag set looks for itself.
     """
 
     _BLOCK, _RESTING = 1024, 256

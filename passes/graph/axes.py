@@ -136,7 +136,7 @@ class Axes:
         the part that is kept is the ``A`` of the shift that is left.
 
         Raises:
-            Uncuttable: if what is left is no product of factors.
+            Uncuttable: if what is left is not a product of factors.
         """
         if self.is_free(dimension):
             return self.with_free(dimension, len(kept))
@@ -151,7 +151,7 @@ class Axes:
         if not left:
             return None
         if factor.normalised and len(left) == 1:
-            raise Uncuttable  # a shift of one element is no shift of a group
+            raise Uncuttable  # a shift of one element is not a shift of a group
         return self._with(dimension, (choosing(len(kept), factor.normalised, left), *inner))
 
     def _every(self, dimension: int, kept: range) -> Axes | None:
@@ -169,7 +169,7 @@ class Axes:
         """The inverse of ``cut``: ``A`` on a tensor whose dimension has this size, chosen at the indices that are kept.
 
         Raises:
-            Uncuttable: if that is no product of factors.
+            Uncuttable: if that is not a product of factors.
         """
         factors = self.dimensions[dimension]
         if len(factors) > 1:
@@ -230,7 +230,7 @@ class Axes:
         return Axes((*self.dimensions[:dimension], *self.dimensions[dimension + 1 :]))
 
     def reshape(self, shape: Sequence[Size]) -> Axes | None:
-        """``A`` after ``tensor.reshape(shape)``, or None where it cannot be told or is no product of factors.
+        """``A`` after ``tensor.reshape(shape)``, or None where it cannot be told or is not a product of factors.
 
         Reads both factorisations from the right, splitting a factor where the new shape has a boundary in it.
         """
@@ -300,7 +300,7 @@ class Axes:
 
 
 class Uncuttable(Exception):
-    """A cut leaves a part of ``A`` that is no product of factors."""
+    """A cut leaves a part of ``A`` that is not a product of factors."""
 
 
 class PartlyConstant(Exception):

@@ -33,7 +33,7 @@ class Factor:
         return range(self.size) if self.chosen is None else self.chosen
 
     def split(self, inner: int) -> tuple[Factor, Factor] | None:
-        """The factor as an outer and an inner one of this size; None if what is chosen is no product of choices."""
+        """The factor as an outer and an inner one of this size; None if what is chosen is not a product of choices."""
         outer = quotient(self.size, inner)
         if outer is None:
             return None
@@ -50,7 +50,7 @@ Dimension = tuple[Factor, ...]
 
 
 def choosing(size: int, normalised: bool, chosen: Sequence[int]) -> Factor:
-    """A factor with these indices chosen. All of them are no choice; one alone has nothing to be centered with."""
+    """A factor with these indices chosen. All of them are not a choice; one alone has nothing to be centered with."""
     if len(chosen) == size:
         return Factor(size, normalised)
     return Factor(size, normalised and len(chosen) > 1, tuple(chosen))

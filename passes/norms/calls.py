@@ -17,7 +17,7 @@ LAYER_NORMS = frozenset({"layer_norm", "native_layer_norm", "folded_norm"})
 GROUP_NORMS = frozenset({"group_norm", "native_group_norm"})
 # Norms that were folded before (passes/norms/folded_before.py): their input is centered by the model's weights.
 FOLDED_NORMS = frozenset({"folded_norm"})
-# These return (output, mean, 1/σ) and so show the mean of their input to whoever reads it.
+# These return (output, mean, 1/σ) and so show the mean of their input to what reads it.
 WITH_STATISTICS = frozenset({"native_layer_norm", "native_group_norm"})
 
 

@@ -150,12 +150,12 @@ class MeanUses:
 
 
 def uses_of_mean(node: fx.Node) -> MeanUses | None:
-    """Return what the mean that comes out of a reduction serves; None for what is no reduction.
+    """Return what the mean that comes out of a reduction serves; None for what is not a reduction.
 
     Args:
         node: a mean, a sum in any spelling, or the pair of a variance and a mean.
 
-    A square of the mean in ``E[x²] - E[x]²`` is no other use: the variance does not depend on the mean either.
+    A square of the mean in ``E[x²] - E[x]²`` is not another use: the variance does not depend on the mean either.
     """
     operation = settled(node)
     if operation is None:

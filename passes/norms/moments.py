@@ -151,7 +151,7 @@ def spread_of(node: fx.Node) -> tuple[Operation, Moment] | None:
 def correction_of(operation: Operation) -> float | None:
     """What a variance or deviation takes off the number of elements it divides by: 0 for the biased one.
 
-    None where that is no plain number.
+    None where that is not a plain number.
     """
     if operation["correction"] is not None:
         given = operation["correction"]

@@ -116,7 +116,7 @@ def find_sites(graph: fx.Graph, chains: Chains) -> Sequence[NormSite]:
         graph: the graph.
         chains: what :func:`.find_handwritten_norms` finds in it.
 
-    A call whose input is no floating-point tensor of known shape is left out, it is no site for anybody; so is one
+    A call whose input is no floating-point tensor of known shape is left out, it is not a site; so is one
     whose mean is read (``native_layer_norm`` returns it) or whose output is not, and a group norm with spatial extent.
     """
     sites = []

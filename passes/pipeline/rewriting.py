@@ -117,7 +117,7 @@ def _call(site: NormSite) -> NormCall:
     stream, tensor = site.current_input, tensor_of(site.input)
     assert tensor is not None  # what find_sites requires of a site
     one_axis = site.groups is None and len(site.normalized_shape) == 1
-    # The result may take the memory of a stream that nobody else reads, unless slices of it are read side by side.
+    # The result may take the memory of a stream that nothing else reads, unless slices of it are read side by side.
     in_slices = one_axis and len(stream.users) > 1
     return NormCall(
         site.node,

@@ -1,8 +1,8 @@
 """Placement within a memory budget: how much room centered copies of weights may take beside the model.
 
 Placement (:mod:`lncompile.passes.placement.cut`) saves as much memory traffic as it can and has copies for nothing.
-Within a budget it is to save as much as it can with copies whose bytes fit. A limit on a sum is no minimum cut, but a
-price is: with a price ``λ`` on each byte of a copy the cut maximises ``S - λB``, traffic saved less bytes of copies.
+Within a budget it is to save as much as it can with copies whose bytes fit. A limit on a sum is not a minimum cut, but
+a price is: with a price ``λ`` on each byte of a copy the cut maximises ``S - λB``, traffic saved less bytes of copies.
 What maximises that, for whatever ``λ``, is optimal for the bytes it uses: no placement with as many bytes or fewer
 saves more (H. Everett, "Generalized Lagrange multiplier method for solving problems of optimum allocation of
 resources", Operations Research 11, 1963).

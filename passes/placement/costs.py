@@ -117,7 +117,7 @@ class Device:
 
     @classmethod
     def of(cls, device: torch.device) -> Device | None:
-        """Return what ``torch.cuda`` says of a device; None for others, whose bandwidth nobody says."""
+        """Return what ``torch.cuda`` says of a device; None for others, whose bandwidth is not known."""
         if device.type != "cuda" or not torch.cuda.is_available():
             return None
         return cls.from_properties(torch.cuda.get_device_properties(device))

@@ -1,7 +1,7 @@
 """Where to center: an exact optimum, by one minimum cut.
 
-For each tensor v three booleans, ``s`` (the program computes ``Cv`` in v's place), ``f`` (v may be shifted: nobody who
-reads it minds) and ``a`` (a centered v is available)::
+For each tensor v three booleans, ``s`` (the program computes ``Cv`` in v's place), ``f`` (v may be shifted: nothing
+that reads it minds) and ``a`` (a centered v is available)::
 
     benefit of site ℓ    is lost unless a(u)            source ──b(ℓ)──▶ a(u)
     a(v) without s(v)    costs an explicit centering     a(v) ──κ(v)──▶ s(v)
@@ -200,7 +200,7 @@ def _add_price(graph: networkx.DiGraph, price: Price, can_be_streams: Collection
         if key not in can_be_streams:
             graph.add_edge(("a", key), ("copy", copy))
         elif (cost := prices[copy]) is not None:
-            # Only a copy where it is no stream: that cannot be shared with another variable's.
+            # Only a copy where it is not a stream: that cannot be shared with another variable's.
             graph.edges[("a", key), ("s", key)]["capacity"] += cost
         else:
             del graph.edges[("a", key), ("s", key)]["capacity"]

@@ -4,7 +4,7 @@ Of each tensor ``v`` and set of axes ``A`` three things can be true:
 
 * ``v`` is *computed centered*: ``Cv`` in its place. Its operands must be there centered.
 * ``v`` is *shifted*: it may be off by anything constant along ``A``. So is all that is computed linearly from it, and
-  nobody who reads it may notice. What is computed centered is shifted; what is joined from a centered tensor and one
+  nothing that reads it may notice. What is computed centered is shifted; what is joined from a centered tensor and one
   that is not is shifted without being centered.
 * a centered version of ``v`` is *available*: ``v`` itself, or a copy centered explicitly.
 
@@ -233,7 +233,7 @@ class _Explorer:
             if not reading.selective:
                 return resolved
             if all(node in self.facts.parametric for node in resolved.needs):
-                # Nobody sees how much of a parameter's copy is centered: better all of it, one copy for every cut.
+                # It is not seen how much of a parameter's copy is centered: better all of it, one copy for every cut.
                 last = resolved
             elif all(self._ends_in_parameters(need) for need in resolved.needs.items()):
                 return resolved
@@ -242,7 +242,7 @@ class _Explorer:
         raise problem or Blocked(Reason.UNKNOWN_OPERATION, f"'{operation.name}' of numbers")
 
     def _ends_in_parameters(self, start: VariableKey) -> bool:
-        """Whether a tensor can be centered (in part) by centering parameters alone, whoever may notice."""
+        """Whether a tensor can be centered (in part) by centering parameters alone, whatever may notice."""
         known = self._reach_parameters.get(start)
         if known is not None:
             return known
@@ -334,7 +334,7 @@ def _would_be_rounded(narrow: fx.Node) -> str:
 def is_view_of_parameter(node: fx.Node, facts: GraphFacts) -> bool:
     """Whether a tensor is a parameter in another shape (``token.expand(batch, -1, -1)``), however it is used.
 
-    It is no parameter expression itself, because it is larger than the parameter or depends on the call.
+    It is not a parameter expression itself, because it is larger than the parameter or depends on the call.
     """
     source: Any = node
     while source not in facts.parametric:

@@ -72,7 +72,7 @@ class Variable:
 
     @property
     def centered_at_run_time(self) -> bool:
-        """Whether centering it explicitly is work of every call, on a tensor that is no parameter."""
+        """Whether centering it explicitly is work of every call, on a tensor that is not a parameter."""
         return not (self.is_parameter or self.is_zero_mean or self.is_recomputed)
 
     @property

@@ -197,7 +197,7 @@ def _row_of_outputs(consumer: Consumer) -> Bytes:
 
 
 def _is_copied_anyway(parameter: fx.Node, readers: Sequence[Consumer], centered: CenteredFor) -> bool:
-    """Whether a parameter is centered for its readers, and nobody else reads the copy."""
+    """Whether a parameter is centered for its readers, which alone read the copy."""
     nodes = {reader.operation.node for reader in readers}
     return set(parameter.users) == nodes and all(parameter in centered.get(node, ()) for node in nodes)
 
@@ -270,7 +270,7 @@ def absorb(graph: fx.Graph, absorptions: Sequence[Absorption], rounded: Sequence
         graph: changed in place.
         absorptions: what to do.
         rounded: nodes of centered parameters, computed in float64 and rounded at their end. What is absorbed into one
-            of them starts from what it was before it was rounded. One that nobody reads any more is erased.
+            of them starts from what it was before it was rounded. One that is not read any more is erased.
     """
     done = Absorbed()
     if not absorptions:

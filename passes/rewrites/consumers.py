@@ -162,7 +162,7 @@ def _features_behind(operation: Operation, given: fx.Node, axes: Axes) -> Axes |
         The features in the result; None if the operation asks for the shape alone.
 
     Raises:
-        Blocked: the operation does something else, or the features are no dimension of the result.
+        Blocked: the operation does something else, or the features are not a dimension of the result.
     """
     problem = _is_read_by(operation.node)
     places = {key for key, operand in operation.operands() if operand is given}

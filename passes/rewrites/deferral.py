@@ -26,8 +26,8 @@ no dtype is float16, which may overflow before it is scaled: ``x W`` is as large
 In bfloat16 the rounding of ``W diag(γ)`` takes the place of that of the norm's output.
 
 **By itself** (``"auto"``) only where it wins by the cost model (:class:`Balance`): every reader's result goes into
-pointwise operations alone, one of which is no mere addition (Inductor may take that into the product), or is read whole
-where Inductor generates the product; the stream has other readers; and the write that is saved is larger than the
+pointwise operations alone, one of which is not a mere addition (Inductor may take that into the product), or is read
+whole where Inductor generates the product; the stream has other readers; and the write that is saved is larger than the
 copies of weights that are kept. On a CPU only in bfloat16 (:func:`gains_on`). ``"on"`` asks neither for other readers
 nor for the weights nor for the device: it defers wherever no kernel is added.
 """
@@ -145,7 +145,7 @@ def _deferrable(site: NormSite, absorb_affine: str, facts: GraphFacts, costs: Co
     if absorb_affine == "off" and (site.weight is not None or site.bias is not None):
         raise Blocked(Reason.VARYING_SCALE, "lnfold.absorb_affine is 'off', and γ and β have to be absorbed for it")
     tensor = tensor_of(site.input)
-    # float16 is no dtype of theirs: find_consumers lets none of it through behind the norm.
+    # float16 is not a dtype of theirs: find_consumers lets none of it through behind the norm.
     if tensor is None or tensor.dtype != site.output_dtype or tensor.dtype == torch.float16:
         raise Blocked(Reason.UNKNOWN_OPERATION, "its output has another dtype than its input, or is float16")
     # The products are to read the stream itself, later than the norm does.

@@ -96,7 +96,7 @@ class MatrixVectors:
     Attributes:
         products: that become sums.
         inside: the norms that go into them, by the product.
-        realised: what is kept in memory so that nobody computes it twice, by the node.
+        realised: what is kept in memory so that it is not computed twice, by the node.
     """
 
     products: tuple[OneRowProduct, ...] = ()
@@ -229,7 +229,7 @@ def _as_rows(operation: Operation) -> fx.Node | None:
 
 
 def _products_that_read(site: NormSite, products: Collection[fx.Node], facts: GraphFacts) -> tuple[fx.Node, ...]:
-    """The products that read a norm's output; none if anything else does, or it is no plain norm of one row."""
+    """The products that read a norm's output; none if anything else does, or it is not a plain norm of one row."""
     given = tensor_of(site.input)
     if given is None or not _is_plain(given) or site.output_dtype != given.dtype:
         return ()
@@ -357,7 +357,7 @@ def _realise(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _erase_unread(graph: fx.Graph, node: fx.Node) -> None:
-    """Take a norm out, and the views of it that nobody reads any more."""
+    """Take a norm out, and the views of it that are not read any more."""
     for user in list(node.users):
         _erase_unread(graph, user)
     graph.erase_node(node)

@@ -36,7 +36,7 @@ def uses_of(
     uses: dict[int, set[Use]] = defaultdict(set)
     centering: dict[fx.Node, Use] = {}
     for root in in_graph:
-        # Whoever centers a weight reads it, and nobody else reads what is computed on the way.
+        # What centers a weight reads it, and nothing else reads what is computed on the way.
         centering.update(dict.fromkeys(closure(root), root.meta.get(CENTERED_ALONG)))
     for index, node in enumerate(inputs):
         uses[index].update(centering.get(user) for user in node.users if user in living)

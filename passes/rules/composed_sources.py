@@ -1,6 +1,6 @@
 """Composed sources: a product with parameters, then scales and shifts of its channels that are parameters too.
 
-``s ⊙ (Wh + b) + t`` is no stream by itself, since ``s`` varies along the features. But it is the product with the
+``s ⊙ (Wh + b) + t`` is not a stream by itself, since ``s`` varies along the features. But it is the product with the
 weight ``diag(s)W`` and the bias ``s ⊙ b + t``, which can be centered::
 
     C(s ⊙ (Wh + b) + t) = (C diag(s) W)h + C(s ⊙ b + t)

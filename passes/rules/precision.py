@@ -1,6 +1,6 @@
 """Values that are kept in a narrow dtype and used in a wider one: they are exact there, so must not be centered before.
 
-    narrow = x.to(float32)                  # whatever it was rounded to, it is that number
+    narrow = x.to(float32)                  # it is the number that it was rounded to
     joined = cat((wide, narrow))            # in float64; so is ``wide + narrow``, ``narrow.double()``, ``where(...)``
 
 ``C`` of ``narrow`` in its own dtype would be rounded once more than the program rounds it. What is computed in the
@@ -67,7 +67,7 @@ def widened_parameter(operation: Operation, operand: fx.Node, facts: GraphFacts)
 
 
 def widened_cast(operation: Operation, facts: GraphFacts) -> fx.Node | None:
-    """As :func:`widened_parameter` for the operand of a cast, and None for what is no cast."""
+    """As :func:`widened_parameter` for the operand of a cast, and None for what is not a cast."""
     if not has(operation, Trait.CASTS) or not isinstance(operation["input"], fx.Node):
         return None
     return widened_parameter(operation, operation["input"], facts)

@@ -2,11 +2,11 @@
 
     states = zeros(2, 5, 768)
     states[:, 0] = linear(h, W, b)        # setitem
-    states.index_add_(1, rows, experts)   # an in-place operation whose result nobody uses
+    states.index_add_(1, rows, experts)   # an in-place operation whose result is not used
 
 Such a tensor is a stream if it is made centered and everything that is written into it is centered: then its content is
-centered at all times, whoever reads it when, through whatever view. (An explicit centering would be of one moment, so
-there is none.) Which tensors qualify is a fact of the graph, see ``graph_facts``.
+centered at all times, whatever reads it, at any time and through any view. (An explicit centering would be of one
+moment, so there is none.) Which tensors qualify is a fact of the graph, see ``passes/graph/effects.py``.
 """
 
 from __future__ import annotations

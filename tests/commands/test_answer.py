@@ -183,8 +183,7 @@ def test_what_does_not_fold_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> 
     def measure(*arguments: Any, **named: Any) -> Latency:
         raise AssertionError("there is nothing to measure")
 
-    monkeypatch.setattr("lncompile.cli.advise.compare_in_processes", measure)
-    monkeypatch.setattr("lncompile.cli.bench.compare_in_processes", measure)
+    monkeypatch.setattr("lncompile.comparisons.latency.compare_in_processes", measure)
     monkeypatch.setattr("lncompile.cli.ab.send_requests", measure)
     for make, says in (("make_blocked", "none of the 1 LayerNorms"), ("make_rms", "no LayerNorm")):
         result = run(f"{HERE}:{make}")
@@ -213,7 +212,7 @@ def test_where_something_else_changes_than_folds_it_is_measured(monkeypatch: pyt
         asked.append(named["options"])
         return latency(1.0)
 
-    monkeypatch.setattr("lncompile.cli.bench.compare_in_processes", measure)
+    monkeypatch.setattr("lncompile.comparisons.latency.compare_in_processes", measure)
     found = answer_of("bench", f"{HERE}:make_blocked", "-o", "lnfold.nonfoldable=eager")
     assert found["measured"] is True
     assert answer_of("bench", f"{HERE}:make_blocked", "-o", "lnfold.matrix_vector=on")["measured"] is True

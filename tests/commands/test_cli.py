@@ -142,7 +142,7 @@ def test_verify_and_bench_of_one_model(monkeypatch):
         for process in found["timing"]["processes"]
     )
     measured = Latency(RepeatedTimings(timings), found["machine"])
-    monkeypatch.setattr("lncompile.cli.bench.compare_in_processes", lambda *_, **__: measured)
+    monkeypatch.setattr("lncompile.comparisons.latency.compare_in_processes", lambda *_, **__: measured)
     for_people = run("bench", f"{HERE}:make_net")
     assert for_people.exit_code == 0
     assert "speed-up over inductor [95% interval]" in for_people.stdout

@@ -150,7 +150,7 @@ def test_what_helps_is_what_is_at_work(monkeypatch):
     def end_for_want_of_memory(*arguments, **named):
         raise ProcessError("process 1 of 4 ran out of memory", out_of_memory=True)
 
-    monkeypatch.setattr("lncompile.cli.bench.compare_in_processes", end_for_want_of_memory)
+    monkeypatch.setattr("lncompile.comparisons.latency.compare_in_processes", end_for_want_of_memory)
     error = assert_refused("bench", f"{HERE}:make_net", says=("while bench ran", "process 1 of 4", "--dtype bfloat16"))
     assert "float64" not in error
     assert "the weights take 0.7 kB" in error

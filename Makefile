@@ -58,6 +58,7 @@ bench: bench-cpu ## everything that is measured on a CPU: bench-cpu, and the oth
 	OMP_NUM_THREADS=1 $(python) benchmarks/numerics.py
 	$(python) benchmarks/nonfoldable.py
 	$(python) benchmarks/deferral.py
+	$(python) benchmarks/eager.py
 	$(python) benchmarks/norm_kernels.py
 	OMP_NUM_THREADS=1 $(python) benchmarks/norm_kernels_on_cpu.py
 

@@ -130,6 +130,4 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 if __name__ == "__main__":
     if not answer_task(carry_out):
-        sys.exit(
-            run_on_devices("eager", "A folded model against the model as it is, without a compiler.", OPTIONS, run)
-        )
+        sys.exit(run_on_devices("eager", "A folded model and the model as it is, in eager mode.", OPTIONS, run))

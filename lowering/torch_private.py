@@ -30,6 +30,8 @@ NN_BINDINGS: Any = torch._C._nn
 # ATen operators whose names start with an underscore: spellings of reshape, to, softmax and log_softmax.
 ATEN_UNSAFE_VIEW: Any = torch.ops.aten._unsafe_view.default
 ATEN_TO_COPY: Any = torch.ops.aten._to_copy.default
+# What torch.export writes beside a cast: that the dtype is what it was.
+ATEN_ASSERT_METADATA: Any = torch.ops.aten._assert_tensor_metadata.default
 ATEN_SOFTMAX: Any = torch.ops.aten._softmax.default
 ATEN_LOG_SOFTMAX: Any = torch.ops.aten._log_softmax.default
 

@@ -128,6 +128,9 @@ def _capture_with_export(model: nn.Module, call: Call) -> Program:
     args, kwargs = _own_containers(call)
     exported = torch.export.export(model, args, kwargs, strict=False)
     graph_module = exported.graph_module
+    for node in list(graph_module.graph.nodes):
+        if node.target is torch_private.ATEN_ASSERT_METADATA:
+            graph_module.graph.erase_node(node)
     values: list[Any] = []
     held = {**exported.constants, **dict(_named_tensors(model))}
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]

@@ -46,7 +46,8 @@ def div(input: Any, other: Any, *, rounding_mode: Any = None) -> None: ...
 # --- casts and copies ---
 
 
-@spelled(torch.ops.prims.convert_element_type.default, torch_private.ATEN_TO_COPY, methods="to type")
+@spelled(torch.ops.prims.convert_element_type.default, torch_private.ATEN_TO_COPY, aten.to.dtype,
+         aten.to.dtype_layout, aten.to.device, aten.to.other, methods="to type")  # fmt: skip
 def to(input: Any, *rest: Any, dtype: Any = None, **keywords: Any) -> None: ...
 @spelled(torch.clone, torch.detach, aten.clone.default, aten.detach.default, aten.alias.default,
          aten.contiguous.default, methods="float half bfloat16 double contiguous clone detach cpu cuda")  # fmt: skip
@@ -62,7 +63,7 @@ def to_local(input: Any, **keywords: Any) -> None: ...
 @spelled(FROM_LOCAL)
 def from_local(input: Any, device_mesh: Any = None, placements: Any = None, run_check: Any = False,
                shape: Any = None, stride: Any = None, grad_placements: Any = None) -> None: ...  # fmt: skip
-@spelled(methods="type_as")
+@spelled(aten.type_as.default, methods="type_as")
 def type_as(input: Any, other: Any) -> None: ...
 @spelled(functional.dropout, torch.dropout, functional.dropout1d, functional.dropout2d, functional.dropout3d,
          functional.alpha_dropout, functional.feature_dropout if hasattr(functional, "feature_dropout") else None,

@@ -41,3 +41,19 @@ def test_counts_and_exactness_in_float64(architecture: Architecture) -> None:
     on_meta = {key: value.to("meta") if isinstance(value, Tensor) else value for key, value in inputs.items()}
     assert lncompile.plan(empty, **on_meta) == plan
     assert all(parameter.device.type == "meta" for parameter in empty.parameters())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "vit", "dinov2", "clip", "falcon_new"])
+def test_a_model_that_dynamo_breaks_in_pieces_has_the_same_plan(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.export captures it, in ATen's operators."""
+    row = next(a for a in ARCHITECTURES if a.name == name)
+    model, inputs = row.model(), row.inputs(torch.float64)
+    plan = lncompile.plan(model, **inputs)
+
+    def break_it(*_: object) -> None:
+        raise torch._dynamo.exc.Unsupported("a graph break")
+
+    monkeypatch.setattr("lncompile.plans.capture._capture_with_dynamo", break_it)
+    exported = lncompile.plan(model, **inputs)
+    assert (exported.center, exported.replace, exported.lookups) == (plan.center, plan.replace, plan.lookups)
+    assert [norm.becomes for norm in exported.norms] == [norm.becomes for norm in plan.norms]

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lncompile.plans import safetensors_file
-from lncompile.plans.entries import CenteredParameter, Centering, PlanError
+from lncompile.plans.checkpoint_tensors import INDEX, Output, Place, Shard, added_to, shards_of
+from lncompile.plans.entries import CenteredParameter
 from lncompile.plans.safetensors_file import CheckpointError, SafetensorsFile, StoredTensor
 from lncompile.plans.slices import center_in_place, is_rounded
 from lncompile.progress import Say
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 PLAN_FILE = "lncompile_fold.json"
 #: Weights in other formats, which would stay as they were: they are left out.
 OTHER_WEIGHTS = frozenset({".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".ot"})
-_INDEX = ".safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -58,27 +58,6 @@ class FoldedCheckpoint:
     left_out: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _Output:
-    """A tensor to be written: its name, what it is read from, and how it is centered."""
-
-    name: str
-    stored: StoredTensor
-    entry: CenteredParameter | None = None
-
-
-@dataclass(frozen=True)
-class _Shard:
-    """A file to be written, and the one it is made of."""
-
-    source: SafetensorsFile
-    outputs: tuple[_Output, ...]
-
-    @property
-    def name(self) -> str:
-        return self.source.path.name
-
-
 def apply_to_checkpoint(plan: FoldPlan, source: Path, target: Path, progress: Say | None = None) -> FoldedCheckpoint:
     """Do what :meth:`FoldPlan.apply_to_checkpoint` promises."""
     say = progress or _say_nothing
@@ -86,7 +65,7 @@ def apply_to_checkpoint(plan: FoldPlan, source: Path, target: Path, progress: Sa
     work = target.parent / f".{target.name}.folding"
     folder = source if source.is_dir() else source.parent
     _check_places(source, folder, target)
-    shards = _shards(plan, source)
+    shards = shards_of(plan, source)
     target.parent.mkdir(parents=True, exist_ok=True)
     with _alone(work):
         model, records = work / "model", work / "records"
@@ -121,7 +100,7 @@ def apply_to_checkpoint(plan: FoldPlan, source: Path, target: Path, progress: Sa
         target,
         tuple(shard.name for shard in shards),
         tuple(output.name for shard in shards for output in shard.outputs if output.entry is not None),
-        tuple(name for shard in shards for name in _added(shard)),
+        tuple(name for shard in shards for name in added_to(shard)),
         tuple(resumed),
         tuple(left_out),
     )
@@ -167,121 +146,10 @@ def _clear(model: Path, keep: Collection[str]) -> None:
             path.unlink()
 
 
-# --- what is to be done ---
-
-
-def _shards(plan: FoldPlan, source: Path) -> list[_Shard]:
-    """The files to write, with every tensor of the plan found in them."""
-    if plan.absorb or any(entry.scaled_by for entry in plan.center):
-        raise PlanError(
-            "this plan multiplies parameters with each other (γ and β absorbed, LayerScale), which is not done in "
-            "files: apply it to the loaded model, plan.apply(model), and save that"
-        )
-    paths = [source] if source.is_file() else _weight_files(source)
-    files = [SafetensorsFile.read(path) for path in paths]
-    names = {stored.name for file in files for stored in file.tensors}
-    renamed = _renaming(plan, names)
-    entries = {name: entry for entry in plan.center for name in (entry.name, *entry.also)}
-    tables, added = _tables(plan, {renamed(name) for name in names})
-    shards, problems = [], []
-    for file in files:
-        outputs = []
-        for stored in file.tensors:
-            name = renamed(stored.name)
-            shown = name if tables else stored.name
-            entry = tables.get(name) or entries.get(name)
-            problems += [] if entry is None else _misfits(entry, stored)
-            outputs.append(_Output(shown, stored, entry))
-            outputs += [_Output(other, stored, tables.get(other)) for other in added.get(name, ())]
-        shards.append(_Shard(file, tuple(outputs)))
-    if problems:
-        shown_problems = "".join(f"\n  {problem}" for problem in problems[:8])
-        raise PlanError(f"the plan does not fit '{source}', and nothing was written:{shown_problems}")
-    return shards
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    paths = sorted(folder.glob("*.safetensors"))
-    if not paths:
-        raise CheckpointError(
-            f"there are no safetensors files in '{folder}': save the model with save_pretrained first"
-        )
-    for index in folder.glob(f"*{_INDEX}"):
-        listed = set(json.loads(index.read_text())["weight_map"].values())
-        missing = sorted(name for name in listed if not (folder / name).exists())
-        if missing:
-            raise CheckpointError(f"'{index.name}' lists {', '.join(missing)}, which '{folder}' does not have")
-    return paths
-
-
-def _renaming(plan: FoldPlan, names: set[str]) -> Any:
-    """How names in the files become names in the plan.
-
-    A checkpoint of a base model has no prefix (``wte.weight``) where the model with a head has one
-    (``transformer.wte.weight``), and the other way round.
-    """
-    wanted = [{entry.name, *entry.also} for entry in plan.center]
-    wanted += [{entry.table, *entry.tied, f"{entry.path}.weight"} for entry in plan.lookups]
-    known = set(plan.form.tensors)
-    prefixes = dict.fromkeys(name.partition(".")[0] + "." for name in (*sorted(known), *sorted(names)) if "." in name)
-    ways: list[Any] = [lambda name: name]
-    ways += [lambda name, prefix=prefix: prefix + name if prefix + name in known else name for prefix in prefixes]
-    ways += [
-        lambda name, prefix=prefix: (
-            name[len(prefix) :] if name.startswith(prefix) and name[len(prefix) :] in known else name
-        )
-        for prefix in prefixes
-    ]
-    for way in ways:
-        renamed = {way(name) for name in names}
-        if len(renamed) == len(names) and all(not one.isdisjoint(renamed) for one in wanted):
-            return way
-    missing = sorted(min(one) for one in wanted if one.isdisjoint(names))
-    raise PlanError(
-        f"the checkpoint lacks {len(missing)} of the {len(wanted)} tensors that the plan centers: "
-        f"{', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''}"
-    )
-
-
-def _tables(plan: FoldPlan, names: set[str]) -> tuple[dict[str, CenteredParameter], dict[str, list[str]]]:
-    """Tables of embeddings that are untied: how each is centered, and which names are added beside one in the files."""
-    tables: dict[str, CenteredParameter] = {}
-    added: dict[str, list[str]] = {}
-    untied = [entry for entry in plan.lookups if entry.untied]
-    for entry in untied:
-        own = {f"{path}.weight" for path in (entry.path, *entry.also)}
-        rows = CenteredParameter(entry.table, (), entry.shape, (Centering(entry.shape, (1,)),))
-        tables |= dict.fromkeys(own, rows)
-    for entry in untied:
-        group = {entry.table, *entry.tied, f"{entry.path}.weight", *(f"{path}.weight" for path in entry.also)}
-        present = sorted(group & names, key=lambda name: (name in tables, name))
-        if present:
-            missing = sorted(group - names - {name for others in added.values() for name in others})
-            added.setdefault(present[0], []).extend(missing)
-    return tables, added
-
-
-def _misfits(entry: CenteredParameter, stored: StoredTensor) -> list[str]:
-    if stored.shape != tuple(entry.shape):
-        return [f"'{stored.name}' has shape {list(stored.shape)}, not {list(entry.shape)}"]
-    if stored.dtype not in safetensors_file.FLOATING:
-        return [f"'{stored.name}' has dtype {stored.dtype}, in which it cannot be centered: fold first, then quantize"]
-    return []
-
-
-def _added(shard: _Shard) -> list[str]:
-    seen: set[StoredTensor] = set()
-    names = []
-    for output in shard.outputs:
-        names += [output.name] if output.stored in seen else []
-        seen.add(output.stored)
-    return names
-
-
 # --- one file ---
 
 
-def _write(shard: _Shard, path: Path) -> Iterator[int]:
+def _write(shard: Shard, path: Path) -> Iterator[int]:
     """Write a file, read it back, and give it its name; yields how many bytes of tensors are written."""
     unfinished = path.with_name(f"{path.name}.writing")
     digests: list[str] = []
@@ -303,16 +171,35 @@ def _write(shard: _Shard, path: Path) -> Iterator[int]:
     _sync(path.parent)
 
 
-def _values(output: _Output, read: Any) -> Iterator[bytes | memoryview]:
-    if output.entry is None:
+def _values(output: Output, read: Any) -> Iterator[bytes | memoryview]:
+    if output.entry is None and not output.is_one:
         yield from safetensors_file.pieces(read, output.stored)
         return
     tensor: Tensor = safetensors_file.load(read, output.stored)
-    center_in_place(output.entry, tensor)
+    if output.entry is None:
+        tensor.fill_(1)
+    elif output.scales:
+        tensor = _scaled_and_centered(output.entry, tensor, [_load(place) for place in output.scales])
+    else:
+        center_in_place(output.entry, tensor)
     yield from safetensors_file.pieces_of(tensor)
 
 
-def _verify(outputs: Sequence[_Output], digests: Sequence[str], path: Path) -> None:
+def _scaled_and_centered(entry: CenteredParameter, tensor: Tensor, scales: Sequence[Tensor]) -> Tensor:
+    """What a layer becomes that takes in the scale behind it: both in float64, rounded once."""
+    if entry.is_done(tensor, scales):
+        return tensor
+    exact = entry.scaled(tensor, scales).contiguous()
+    center_in_place(entry, exact)
+    return exact.to(tensor.dtype)
+
+
+def _load(place: Place) -> Tensor:
+    with place.path.open("rb") as file:
+        return safetensors_file.load(file, place.stored)
+
+
+def _verify(outputs: Sequence[Output], digests: Sequence[str], path: Path) -> None:
     """Read a file back: what was centered has means near zero, and all bytes are those that were meant."""
     found = SafetensorsFile.read(path)
     with path.open("rb") as file:
@@ -326,7 +213,7 @@ def _verify(outputs: Sequence[_Output], digests: Sequence[str], path: Path) -> N
                 raise CheckpointError(f"'{output.name}' cannot be centered: are all of its values finite?")
 
 
-def _in_order(found: SafetensorsFile, outputs: Sequence[_Output], path: Path) -> list[StoredTensor]:
+def _in_order(found: SafetensorsFile, outputs: Sequence[Output], path: Path) -> list[StoredTensor]:
     stored = {tensor.name: tensor for tensor in found.tensors}
     for output in outputs:
         tensor = stored.get(output.name)
@@ -356,7 +243,7 @@ def _digest(path: Path) -> str:
 # --- the rest of the folder ---
 
 
-def _copy_the_rest(plan: FoldPlan, folder: Path, model: Path, shards: Sequence[_Shard]) -> list[str]:
+def _copy_the_rest(plan: FoldPlan, folder: Path, model: Path, shards: Sequence[Shard]) -> list[str]:
     """Copy what is not weights; returns what was left out."""
     written = {shard.name for shard in shards}
     left_out = []
@@ -370,7 +257,7 @@ def _copy_the_rest(plan: FoldPlan, folder: Path, model: Path, shards: Sequence[_
             continue
         (model / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, model / name)
-        if str(name).endswith(_INDEX):
+        if str(name).endswith(INDEX):
             _update_index(model / name, shards)
         if str(name) == "config.json" and any(entry.untied for entry in plan.lookups):
             config = json.loads((model / name).read_text())
@@ -379,7 +266,7 @@ def _copy_the_rest(plan: FoldPlan, folder: Path, model: Path, shards: Sequence[_
     return left_out
 
 
-def _update_index(path: Path, shards: Sequence[_Shard]) -> None:
+def _update_index(path: Path, shards: Sequence[Shard]) -> None:
     """List the tensors as they are now: untied tables are there beside those that were."""
     index = json.loads(path.read_text())
     listed = set(index["weight_map"].values())

@@ -138,7 +138,8 @@ class FoldPlan:
 
         Raises:
             PlanError: where the plan does not fit the checkpoint: tensors are missing, have other shapes or a dtype
-                in which they cannot be centered. Nothing was written.
+                in which they cannot be centered; or it absorbs γ and β, which changes the names in the state dict.
+                Nothing was written.
             CheckpointError: where the source cannot be read, the target exists, another process is writing it, or a
                 tensor with values that are not finite cannot be centered.
 

@@ -209,6 +209,8 @@ def _norms(
     for number, reading in enumerate(readings, 1):
         seen: dict[str, int] = defaultdict(int)
         for verdict in reading.verdicts:
+            if verdict.folded_before:
+                continue  # it is no LayerNorm any more
             key = verdict.name, seen[verdict.name]
             seen[verdict.name] += 1
             path = verdict.name.partition(":")[0]
@@ -217,7 +219,7 @@ def _norms(
             first = holdings.paths_of(path)[0] if path in holdings.modules else path
             becomes, detail = "layer_norm", verdict.detail
             if verdict.folded:
-                becomes = "rms_norm" if first in replace or verdict.folded_before else "centered"
+                becomes = "rms_norm" if first in replace else "centered"
                 reason = not_replaced.get(first, "its module does not compute it alone")
                 detail = verdict.detail if becomes == "rms_norm" else f"{verdict.detail}; {reason}"
                 detail += f"; γ and β stay: {unabsorbed[first]}" if first in unabsorbed else ""

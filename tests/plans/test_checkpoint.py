@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
-import os
-import random
-import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from architectures import TEXT, randomise, tokens
+from architectures import randomise
+from checkpoints import PROMPT, contents, gpt2, saved
 from hand_folded import IDS, Decoder
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -23,31 +19,16 @@ from torch import Tensor, nn
 
 import lncompile
 from lncompile.nn import CenteredEmbedding, RMSNorm
-from lncompile.plans import checkpoint, slices
+from lncompile.plans import slices
 from lncompile.plans.checkpoint import PLAN_FILE
 from lncompile.plans.entries import CenteredParameter, Centering, PlanError
-from lncompile.plans.safetensors_file import CheckpointError, SafetensorsFile
+from lncompile.plans.safetensors_file import CheckpointError
 
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
-PROMPT = {"input_ids": tokens(2, 6), "use_cache": False}
-
-
-def gpt2(dtype: torch.dtype = torch.float64, **settings: object) -> nn.Module:
-    config = transformers.GPT2Config(n_embd=16, n_layer=3, n_head=2, n_inner=32, n_positions=16, **TEXT, **settings)
-    return randomise(transformers.GPT2LMHeadModel(config).to(dtype).eval())
-
-
-def saved(model: nn.Module, folder: Path, size: str = "50GB") -> Path:
-    model.save_pretrained(folder, max_shard_size=size)
-    return folder
 
 
 def weights_in(folder: Path) -> dict[str, Tensor]:
     return {name: value for path in sorted(folder.glob("*.safetensors")) for name, value in load_file(path).items()}
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("size", ["50GB", "20KB"], ids=["one_file", "sharded"])
@@ -173,23 +154,15 @@ def checkpoint_free(weight: Tensor, axes: object, means: Tensor) -> Tensor:
     return add_means(weight, -means, axes)
 
 
-def test_a_mean_that_is_smaller_than_the_numbers_units(tmp_path: Path) -> None:
-    """Rounded to bfloat16 most numbers stay where they were, and so does their mean."""
-    model = randomise(Decoder(width=64)).eval()
-    plan = lncompile.plan(model, IDS)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                noise = torch.randn_like(parameter)
-                parameter.copy_(noise - noise.mean(0) - (noise - noise.mean(0)).mean(1, keepdim=True) + 2e-3)
-    state = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
-    save_file(state, tmp_path / "model.safetensors")
-    plan.apply_to_checkpoint(tmp_path / "model.safetensors", tmp_path / "folded")
-    found = load_file(tmp_path / "folded" / "model.safetensors")
-    assert all(slices.is_rounded(entry, found[entry.name]) for entry in plan.center)
-    assert not all(entry.is_done(found[entry.name]) for entry in plan.center), "these have what rounding left"
-    entry = next(entry for entry in plan.center if entry.name == "blocks.0.out.weight")
-    assert not slices.is_rounded(entry, torch.ones(64, 64, dtype=torch.bfloat16)), "the control"
+def test_a_mean_that_is_smaller_than_the_numbers_units() -> None:
+    """Rounded to bfloat16 most numbers stay where they were, and some of their mean with them."""
+    noise = torch.randn(8, 16384)
+    weight = (noise - noise.mean(1, keepdim=True) + 1.5e-3).to(torch.bfloat16)
+    entry = CenteredParameter("w", (), (8, 16384), (Centering((8, 16384), (1,)),))
+    assert slices.center_in_place(entry, weight)
+    assert not slices.is_done(entry, weight)
+    assert slices.is_rounded(entry, weight)
+    assert not slices.is_rounded(entry, weight + 0.1), "the control"
 
 
 # --- what is refused, before anything is written ---
@@ -267,149 +240,39 @@ def test_values_that_are_not_finite(tmp_path: Path) -> None:
     assert not (tmp_path / "folded").exists()
 
 
-# --- interrupted ---
+class Scaled(nn.Module):
+    """A branch with LayerScale, which the layer before it takes in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(29, 16)
+        self.norm, self.branch, self.final = nn.LayerNorm(16), nn.Linear(16, 16), nn.LayerNorm(16)
+        self.scale = nn.Parameter(torch.zeros(16))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.tokens(ids)
+        return self.final(x + self.scale * self.branch(self.norm(x)))
 
 
-def killed_at(moment: int, do: Callable[[Callable[..., None]], object]) -> bool:
-    """Do something in a process that kills itself at its n-th step; returns whether it got that far."""
-    child = os.fork()
-    if child:
-        return os.WIFSIGNALED(os.waitpid(child, 0)[1])
-    steps = 0
-
-    def step(*arguments: object) -> None:
-        nonlocal steps
-        steps += 1
-        if steps == moment:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    try:
-        # Every look at the disk is a step, and every piece that is written.
-        for name in ("_sync", "_write_text", "_digest", "_verify"):
-            setattr(checkpoint, name, behind(step, getattr(checkpoint, name)))
-        do(step)
-    finally:
-        os._exit(0)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_scale_is_taken_in(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = randomise(Scaled().double()).to(dtype).eval()
+    plan = lncompile.plan(model, IDS)
+    assert {name for entry in plan.center for name in entry.scaled_by} == {"scale"}
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    plan.apply_to_checkpoint(tmp_path / "model.safetensors", tmp_path / "folded")
+    found = load_file(tmp_path / "folded" / "model.safetensors")
+    expected = plan.apply(copy.deepcopy(model)).state_dict()
+    assert torch.equal(found["scale"], torch.ones(16, dtype=dtype))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
-def behind(step: Callable[..., None], function: Callable[..., object]) -> Callable[..., object]:
-    def run(*arguments: object) -> object:
-        step()
-        result = function(*arguments)
-        step()
-        return result
-
-    return run
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot be forked there")
-@pytest.mark.parametrize("seed", range(3))
-def test_killed_at_any_moment_it_leaves_no_half_target_and_goes_on(seed: int, tmp_path: Path) -> None:
-    model = gpt2()
-    source, target = saved(model, tmp_path / "model", "20KB"), tmp_path / "folded"
-    plan = lncompile.plan(model, **PROMPT)
-    plan.apply_to_checkpoint(source, tmp_path / "expected")
-    chance = random.Random(seed)
-    killed = 0
-    while killed_at(chance.randint(1, 60), lambda step: plan.apply_to_checkpoint(source, target, step)):
-        killed += 1
-        if target.exists():
-            break  # killed when all was done
-    assert killed >= 2
-    assert contents(target) == contents(tmp_path / "expected")
-
-
-def test_interrupted_behind_every_file(tmp_path: Path) -> None:
-    model = gpt2()
-    source, target = saved(model, tmp_path / "model", "20KB"), tmp_path / "folded"
-    plan = lncompile.plan(model, **PROMPT)
-    shards = len(list(source.glob("*.safetensors")))
-    for count in range(1, shards + 1):
-        with pytest.raises(KeyboardInterrupt):
-            plan.apply_to_checkpoint(source, target, interrupted_in(count))
-        assert not target.exists()
-        assert len(list((tmp_path / ".folded.folding" / "model").glob("*.safetensors"))) == count - 1
-    assert len(plan.apply_to_checkpoint(source, target).resumed) == shards - 1
-
-
-def interrupted_in(shard: int) -> Callable[..., None]:
-    def say(words: str, share: float | None = None) -> None:
-        if words.startswith(f"{shard} of"):
-            raise KeyboardInterrupt
-
-    return say
-
-
-def test_what_is_finished_is_checked_before_it_is_taken_over(tmp_path: Path) -> None:
-    model = gpt2()
-    source, target = saved(model, tmp_path / "model", "20KB"), tmp_path / "folded"
-    plan = lncompile.plan(model, **PROMPT)
-    work = tmp_path / ".folded.folding"
-    with pytest.raises(KeyboardInterrupt):
-        plan.apply_to_checkpoint(source, target, interrupted_in(4))
-    finished = sorted((work / "model").glob("*.safetensors"))
-    assert len(finished) == 3
-    # One is damaged since, and one lies there that is of something else.
-    content = finished[1].read_bytes()
-    finished[1].write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    (work / "model" / "of another.safetensors").write_bytes(b"")
-    written = plan.apply_to_checkpoint(source, target)
-    assert written.resumed == (finished[0].name, finished[2].name)
-    plan.apply_to_checkpoint(source, tmp_path / "expected")
-    assert contents(target) == contents(tmp_path / "expected")
-
-
-@pytest.mark.parametrize("change", ["plan", "source"])
-def test_what_another_plan_or_source_made_is_made_anew(change: str, tmp_path: Path) -> None:
-    model = gpt2()
-    source, target = saved(model, tmp_path / "model", "20KB"), tmp_path / "folded"
-    plan = lncompile.plan(model, **PROMPT)
-    with pytest.raises(KeyboardInterrupt):
-        plan.apply_to_checkpoint(source, target, interrupted_in(4))
-    if change == "plan":
-        plan = dataclasses.replace(plan, center=plan.center[1:])
-    else:
-        shutil.rmtree(source)
-        saved(gpt2(torch.float32), source, "20KB")
-    assert plan.apply_to_checkpoint(source, target).resumed == ()
-    plan.apply_to_checkpoint(source, tmp_path / "expected")
-    assert contents(target) == contents(tmp_path / "expected")
-
-
-@pytest.mark.skipif(os.name != "posix", reason="folders are not locked there")
-def test_two_at_once(tmp_path: Path) -> None:
-    model = gpt2()
-    source, target = saved(model, tmp_path / "model", "20KB"), tmp_path / "folded"
-    plan, refused = lncompile.plan(model, **PROMPT), []
-
-    def say(words: str, share: float | None = None) -> None:
-        if not refused:
-            with pytest.raises(CheckpointError, match="another process is writing") as error:
-                plan.apply_to_checkpoint(source, target)
-            refused.append(error)
-
-    plan.apply_to_checkpoint(source, target, say)
-    assert refused
-    assert target.exists()
-
-
-def test_what_is_written_wrong_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = gpt2()
-    source = saved(model, tmp_path / "model")
-    plan = lncompile.plan(model, **PROMPT)
-    monkeypatch.setattr(checkpoint, "center_in_place", lambda entry, tensor: False)
-    with pytest.raises(CheckpointError, match="cannot be centered"):
-        plan.apply_to_checkpoint(source, tmp_path / "folded")
-    monkeypatch.undo()
-    read = SafetensorsFile.read
-
-    def damaged(path: Path) -> SafetensorsFile:
-        if path.name.endswith(".writing"):
-            whole = path.read_bytes()
-            path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-        return read(path)
-
-    monkeypatch.setattr(SafetensorsFile, "read", staticmethod(damaged))
-    with pytest.raises(CheckpointError, match="reads back other"):
-        plan.apply_to_checkpoint(source, tmp_path / "folded")
-    assert not (tmp_path / "folded").exists()
+def test_a_plan_that_absorbs_is_refused(tmp_path: Path) -> None:
+    model = randomise(Decoder().double()).eval()
+    plan = lncompile.plan(model, IDS, absorb="affine")
+    assert plan.absorb
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    with pytest.raises(PlanError, match="absorb"):
+        plan.apply_to_checkpoint(tmp_path / "model.safetensors", tmp_path / "folded")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]

@@ -41,6 +41,7 @@ class FakeSite:
     input: fx.Node
     worth: int
     axes: Axes = AXES
+    folded_before: bool = False
 
 
 Problem = tuple[dict[VariableKey, Variable], list[FakeSite]]

@@ -33,6 +33,7 @@ class FakeSite:
     input: fx.Node
     worth: int
     axes: Axes = AXES
+    folded_before: bool = False
 
 
 @st.composite

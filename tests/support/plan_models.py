@@ -98,3 +98,17 @@ class QueriesAndKeysNormed(nn.Module):
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
         attended = functional.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
         return self.out(attended.transpose(1, 2).flatten(2))
+
+
+class CalledTwice(Once):
+    """One layer and one norm, called twice in the same way."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.linear(torch.relu(self.norm(self.linear(x)))))
+
+
+class CalledTwiceOnce(Once):
+    """One norm: one call of it folds, the other cannot."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.linear(self.norm(torch.relu(x))))

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,7 @@ from torch import Tensor, fx
 from lncompile.lowering import emit
 from lncompile.passes.graph.axes import Axes
 from lncompile.passes.graph.canonical import Key, Operation, tensor_of, value_of
-from lncompile.passes.graph.expressions import after_definition
+from lncompile.passes.graph.expressions import after_definition, closure
 from lncompile.passes.graph.operands import CENTERED_ALONG
 from lncompile.passes.graph.spellings import aten
 from lncompile.passes.placement.copies import Supplies, Supply, Way, supplies_of
@@ -226,6 +226,7 @@ def _compose(graph: fx.Graph, source: ComposedSource, done: Rewrite) -> None:
     replacements: dict[tuple[str, int | None], object] = {}
     is_trained = any(parameter in done.wants_gradient for parameter in source.parameters())
     compute_dtype = training_dtype(weight_tensor.dtype) if is_trained else EXACT
+    _bring_forward(graph, source.parameters(), product.node)
     with graph.inserting_before(product.node):
         scale, shift = _composed_stages(graph, source, compute_dtype)
         replacements[source.weight] = emit(
@@ -257,6 +258,16 @@ def _compose(graph: fx.Graph, source: ComposedSource, done: Rewrite) -> None:
         node.replace_all_uses_with(value)
         done.taken_over[node] = value
         done.dead.append(node)
+
+
+def _bring_forward(graph: fx.Graph, expressions: Iterable[fx.Node], node: fx.Node) -> None:
+    """Have expressions of parameters computed before a node: a product reads now what a scale behind it read."""
+    order = {other: index for index, other in enumerate(graph.nodes)}
+    for expression in expressions:
+        for step in closure(expression):
+            if order[step] > order[node]:
+                node.prepend(step)
+                order[step] = order[node]
 
 
 def _connected_zeros(value: Tensor) -> Tensor:

@@ -307,3 +307,32 @@ def test_autocast(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
         return max(float((gradients[name] - exact[name]).norm() / exact[name].norm()) for name in exact)
 
     assert error(ours) <= 1.25 * error(eager)
+
+
+class ScaledBehind(nn.Module):
+    """A scale that is computed behind the product that it scales: the product's weight is to be computed of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(D, D), nn.LayerNorm(D)
+        self.scale = nn.Parameter(torch.randn(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = self.linear(x)
+        return self.norm(product * self.scale.square())
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_scale_that_is_computed_behind_its_product(trained: bool, without_inductor: None) -> None:
+    model, x = randomise(ScaledBehind().double()), torch.randn(3, D, dtype=torch.float64)
+    model.requires_grad_(trained)
+    gradients = []
+    for function in (model, torch.compile(model, backend="lnfold", options=ON)):
+        model.zero_grad()
+        given = x.clone().requires_grad_()
+        function(given).cos().sum().backward()
+        gradients.append([given.grad, *(p.grad.clone() for p in model.parameters() if trained)])
+    (report,) = lncompile.reports(function)
+    assert report.folded == report.total == 1
+    for actual, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, expected, **TOLERANCE)

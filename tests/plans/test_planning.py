@@ -15,7 +15,10 @@ from plan_models import (
     QueriesAndKeysNormed,
     Residual,
     Tied,
+    becomes,
+    centered,
     check,
+    kept,
     randomised,
     value,
 )
@@ -25,18 +28,6 @@ from torch.nn import functional
 import lncompile
 from lncompile.nn import RMSNorm
 from lncompile.plans.entries import Centering
-
-
-def centered(plan: lncompile.FoldPlan) -> list[str]:
-    return [entry.name for entry in plan.center]
-
-
-def kept(plan: lncompile.FoldPlan) -> dict[str, str]:
-    return {entry.name: entry.reason for entry in plan.kept}
-
-
-def becomes(plan: lncompile.FoldPlan) -> list[str]:
-    return [norm.becomes for norm in plan.norms]
 
 
 def test_a_residual_stream() -> None:

@@ -15,8 +15,11 @@ from plan_models import (
     QueriesAndKeysNormed,
     Residual,
     Tied,
+    becomes,
+    centered,
     check,
     error,
+    kept,
     randomised,
     value,
 )
@@ -25,19 +28,6 @@ from torch.utils.checkpoint import checkpoint
 
 import lncompile
 from lncompile.nn import CenteredEmbedding
-
-
-def centered(plan: lncompile.FoldPlan) -> list[str]:
-    return [entry.name for entry in plan.center]
-
-
-def kept(plan: lncompile.FoldPlan) -> dict[str, str]:
-    return {entry.name: entry.reason for entry in plan.kept}
-
-
-def becomes(plan: lncompile.FoldPlan) -> list[str]:
-    return [norm.becomes for norm in plan.norms]
-
 
 # --- several calls ---
 

@@ -6,24 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from plan_models import WIDTH, Once, check, randomised, value
+from plan_models import WIDTH, Once, becomes, check, randomised, value
 from torch import Tensor, nn
 from torch.nn import functional
 
-import lncompile
 from lncompile.nn import RMSNorm
-
-
-def centered(plan: lncompile.FoldPlan) -> list[str]:
-    return [entry.name for entry in plan.center]
-
-
-def kept(plan: lncompile.FoldPlan) -> dict[str, str]:
-    return {entry.name: entry.reason for entry in plan.kept}
-
-
-def becomes(plan: lncompile.FoldPlan) -> list[str]:
-    return [norm.becomes for norm in plan.norms]
 
 
 class Renamed(nn.Module):

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from architectures import randomise
+from blocks import Block, block
 from torch import Tensor, nn
 
 import lncompile
@@ -20,21 +21,6 @@ from lncompile.runtime.renewals import Renewals
 pytestmark = pytest.mark.usefixtures("without_inductor")
 
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
-
-
-class Block(nn.Module):
-    """A stream that starts in the block, so that its norm folds into ``inner``."""
-
-    def __init__(self, width: int = 8) -> None:
-        super().__init__()
-        self.inner, self.norm, self.outer = nn.Linear(width, width), nn.LayerNorm(width), nn.Linear(width, width)
-
-    def forward(self, value: Tensor) -> Tensor:
-        return value + self.outer(self.norm(self.inner(value)))
-
-
-def block(seed: int = 0) -> Block:
-    return randomise(Block().double(), seed=seed).eval()  # type: ignore[return-value]
 
 
 VALUE = torch.randn(3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(5))

@@ -9,29 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from architectures import randomise
-from torch import Tensor, nn
+from blocks import block
+from torch import Tensor
 
 import lncompile
 
 pytestmark = pytest.mark.usefixtures("without_inductor")
 
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
-
-
-class Block(nn.Module):
-    """Its norm folds into both parameters of `inner`."""
-
-    def __init__(self, width: int = 16) -> None:
-        super().__init__()
-        self.inner, self.norm, self.outer = nn.Linear(width, width), nn.LayerNorm(width), nn.Linear(width, width)
-
-    def forward(self, value: Tensor) -> Tensor:
-        return value + self.outer(self.norm(self.inner(value)))
-
-
-def block(seed: int = 0) -> Block:
-    return randomise(Block().double(), seed=seed).eval()  # type: ignore[return-value]
 
 
 def call(compiled: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
@@ -42,9 +27,9 @@ def call(compiled: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
 
 def test_two_callers_while_a_third_exchanges_a_layer() -> None:
     """What is exchanged at once is seen at once: never half a layer, never the one before the last."""
-    model = block()
+    model = block(width=16)
     value = torch.randn(5, 16, dtype=torch.float64)
-    layers = [block(seed).inner for seed in range(4)]
+    layers = [block(seed, 16).inner for seed in range(4)]
     answers = []
     for layer in layers:
         model.inner = layer
@@ -76,9 +61,9 @@ def test_two_callers_while_a_third_exchanges_a_layer() -> None:
 
 def test_two_callers_and_a_reload_between_their_calls() -> None:
     """Weights loaded in place while nobody calls: both callers, at the same moment, get the new state's answer."""
-    model = block()
+    model = block(width=16)
     value = torch.randn(5, 16, dtype=torch.float64)
-    states = [block(seed).state_dict() for seed in range(3)]
+    states = [block(seed, 16).state_dict() for seed in range(3)]
     compiled = torch.compile(model, backend="lnfold")
     call(compiled, value)
     rounds = 60
@@ -106,9 +91,9 @@ def test_two_callers_and_a_reload_between_their_calls() -> None:
 
 def test_a_reload_in_the_middle_of_calls_leaves_nothing_stale_behind() -> None:
     """In place and unsynchronised, a call in the middle may see both states, as it would in eager; none after it."""
-    model = block()
+    model = block(width=16)
     value = torch.randn(5, 16, dtype=torch.float64)
-    states = [block(seed).state_dict() for seed in range(3)]
+    states = [block(seed, 16).state_dict() for seed in range(3)]
     compiled = torch.compile(model, backend="lnfold")
     call(compiled, value)
     done = threading.Event()
@@ -130,7 +115,7 @@ def test_a_reload_in_the_middle_of_calls_leaves_nothing_stale_behind() -> None:
 
 
 def test_several_threads_compile_and_call_equal_blocks() -> None:
-    blocks = [block(seed) for seed in range(6)]
+    blocks = [block(seed, 16) for seed in range(6)]
     value = torch.randn(5, 16, dtype=torch.float64)
     expected = [each(value) for each in blocks]
     for each in blocks:

@@ -112,3 +112,15 @@ class CalledTwiceOnce(Once):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.linear(self.norm(torch.relu(x))))
+
+
+def centered(plan: lncompile.FoldPlan) -> list[str]:
+    return [entry.name for entry in plan.center]
+
+
+def kept(plan: lncompile.FoldPlan) -> dict[str, str]:
+    return {entry.name: entry.reason for entry in plan.kept}
+
+
+def becomes(plan: lncompile.FoldPlan) -> list[str]:
+    return [norm.becomes for norm in plan.norms]

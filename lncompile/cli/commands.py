@@ -20,7 +20,7 @@ app = typer.Typer(
     name="lncompile",
     cls=command_group(default="advise"),
     help='Find out whether torch.compile(model, backend="lnfold") is worthwhile for a model on this machine: '
-    '"lncompile MODEL" gives one answer, the commands below its parts.',
+    '"lncompile MODEL" gives one answer; the commands below give its parts.',
     epilog="Exit codes: 0 all is well, 1 predictions get worse or lnfold is a regression, 2 there is no answer (wrong "
     "usage, no such model, ...).",
     no_args_is_help=True,
@@ -109,7 +109,7 @@ def explain(run: Run, html: Html = None, graphs: Graphs = None) -> bool:
 def verify(run: Run) -> bool:
     """Compare predictions with a float64 reference.
 
-    Those of eager, stock torch.compile and lnfold. The exit code is 1 if lnfold's are worse, or not finite.
+    Compares eager, stock torch.compile and lnfold. The exit code is 1 if lnfold's are worse, or not finite.
     """
     with importing():
         from lncompile.cli.verify import run_verify
@@ -120,7 +120,7 @@ def verify(run: Run) -> bool:
 def bench(run: Run, seconds: Seconds = 20.0, processes: Processes = 4) -> bool:
     """Measure latency, call by call in turn, in several processes.
 
-    Of eager, stock torch.compile and lnfold: medians, ratios and their 95% intervals over processes. Where lnfold
+    Times eager, stock torch.compile and lnfold: medians, ratios and their 95% intervals over processes. Where lnfold
     changes nothing it says so and measures nothing.
     """
     with importing():
@@ -166,7 +166,7 @@ def fold(
 ) -> None:
     """Write a folded copy of a checkpoint: centered weights, and the plan that says which norms are RMSNorms.
 
-    Takes memory for one tensor. Interrupted at any moment, it leaves no half TARGET, and goes on when called again.
+    Needs memory for one tensor only. If interrupted, it leaves no incomplete TARGET and resumes when run again.
     """
     asked = Asked("fold", model, None, None, None, "meta", None, None, None, as_json, show_traceback)
     with running(asked, steps=3 if plan is None else 1) as run:

@@ -35,6 +35,10 @@ def run_fold(run: Run, target: Path, plan_file: Path | None, untie: bool) -> Non
             plan = make_plan(loaded.model, *loaded.arguments, untie=untie, **loaded.inputs)
         run.note(f"{plan.folded} of {plan.total} LayerNorms fold")
     else:
+        if not plan_file.is_file():
+            raise InputError(f"there is no file '{plan_file}' (--plan)")
+        if untie:
+            raise InputError("--untie is for a plan that is made here: make yours with untie=True, or leave --plan out")
         plan = FoldPlan.load(plan_file)
     if plan.is_empty:
         raise InputError(f"nothing is written: the plan changes nothing of '{name}' (lncompile explain says why)")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from lncompile.lowering import torch_private, torch_private_dynamo
 from lncompile.nn import CenteredEmbedding, RMSNorm
 from lncompile.passes.graph.sharding import is_sharded, sharded_like
-from lncompile.passes.rewrites.arithmetic import add_means
+from lncompile.passes.rewrites.arithmetic import EXACT, add_means
 from lncompile.plans.absorbed_values import Absorption, Means, absorbed, scales_of, shifted, whole_tensor, zero_biases
 from lncompile.plans.entries import CenteredLookup, CenteredParameter, Centering, PlanError, ReplacedNorm
 from lncompile.plans.holdings import form_of
@@ -55,10 +57,41 @@ def replace_modules(plan: FoldPlan, model: nn.Module) -> nn.Module:
         if entry.table not in made:
             made[entry.table] = nn.Parameter(module.weight.detach().clone(), module.weight.requires_grad)
         tables.append((module, made[entry.table]))
+    _warn_of_values(plan, model, tensors)
     _put_tables(model, tables)
     _exchange(model, exchanges)
     _finish_absorption(plan, model, zero_biases(plan, tensors))
     return model
+
+
+def _warn_of_values(plan: FoldPlan, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Warn where a model has values that were not folded: with other modules alone it computes something else."""
+    with torch.no_grad():
+        for entry in plan.center:
+            tensor = tensors[entry.name]
+            if tensor.device.type == "meta" or torch_private.is_opaque_tensor(tensor):
+                continue
+            if _has_means(entry, tensor):
+                warnings.warn(
+                    f"'{entry.name}' of this {type(model).__name__} is not centered: load the state dict of a folded "
+                    "model next, or call plan.apply(model) instead of plan.replace_modules(model), which folds these",
+                    stacklevel=4,
+                )
+                return
+
+
+def _has_means(entry: CenteredParameter, tensor: Tensor) -> bool:
+    """Whether a parameter is far from centered, and not only by the rounding of its dtype.
+
+    Means of n independent numbers are as large as these numbers divided by √n. What rounding to bfloat16 leaves of them
+    is a thousandth of that.
+    """
+    size = tensor.to(EXACT).square().mean().sqrt()
+    left = (
+        mean.square().mean().sqrt() * math.sqrt(int(axes.count))
+        for mean, axes in zip(entry.means(whole_tensor(tensor)), entry.axes(), strict=True)
+    )
+    return any(bool(part > 0.1 * size) for part in left)
 
 
 def _require(model: nn.Module, problems: list[str]) -> None:

@@ -132,7 +132,9 @@ def _renaming(plan: FoldPlan, names: set[str]) -> Any:
     missing = sorted(min(one) for one in wanted if one.isdisjoint(names))
     raise PlanError(
         f"the checkpoint lacks {len(missing)} of the {len(wanted)} tensors that the plan centers: "
-        f"{', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''}"
+        f"{', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''}. Some libraries change names as they load files "
+        "(transformers does for some models): then load the model, call plan.apply(model), save it with "
+        "save_pretrained, and save the plan beside it"
     )
 
 

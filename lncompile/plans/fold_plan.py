@@ -182,8 +182,8 @@ class FoldPlan:
 
     def __str__(self) -> str:
         buffer = io.StringIO()
-        plain_console(buffer, width=160).print(self)
-        return buffer.getvalue().rstrip()
+        plain_console(buffer).print(self)
+        return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
 
     def __rich_console__(self, console: Console, options: Any) -> Iterable[Any]:
         """How rich prints it."""

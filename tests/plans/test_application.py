@@ -293,3 +293,19 @@ def test_a_compiled_model_notices(without_inductor: None) -> None:
     plan.apply(model)
     torch.testing.assert_close(compiled(IDS)["logits"], expected, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(model(IDS)["logits"], expected, rtol=1e-10, atol=1e-10)
+
+
+def test_modules_without_the_values_are_warned_of(recwarn: pytest.WarningsRecorder) -> None:
+    """With RMSNorms and weights that are not centered a model computes something else."""
+    model = randomised(Residual())
+    plan = lncompile.plan(model, IDS)
+    with pytest.warns(UserWarning, match="is not centered: load the state dict of a folded model next"):
+        plan.replace_modules(copy.deepcopy(model))
+    folded = plan.apply(copy.deepcopy(model))
+    recwarn.clear()
+    for dtype in (torch.float64, torch.bfloat16):
+        loaded = copy.deepcopy(model).to(dtype)
+        loaded.load_state_dict(copy.deepcopy(folded).to(dtype).state_dict())
+        plan.replace_modules(loaded)
+    plan.replace_modules(copy.deepcopy(model).to("meta"))
+    assert not [warning for warning in recwarn if "centered" in str(warning.message)]

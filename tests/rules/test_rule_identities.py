@@ -73,7 +73,7 @@ SINKS: dict[str, tuple[str, Callable[[Tensor], Any]]] = {
 
 def is_unseen(captured: Captured, start: fx.Node, axes: Axes) -> bool:
     """Whether the passes say that nobody sees a shift of a tensor: not its readers, not what is computed from it."""
-    site = SimpleNamespace(input=start, axes=axes, handwritten=None)
+    site = SimpleNamespace(input=start, axes=axes, handwritten=None, folded_before=False)
     graph, inputs = captured.graph_module.graph, captured.example_inputs
     writes = find_writes(graph, examples_of(graph, inputs), can_be_read)
     variables = build_streams([site], GraphFacts(graph, inputs, writes))  # type: ignore[list-item]

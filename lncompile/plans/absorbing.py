@@ -234,6 +234,9 @@ def _layer(product: Product, holdings: Holdings) -> AbsorbingLayer:
 
 def _require_biases(path: str, layers: Sequence[AbsorbingLayer], readers: Sequence[Readers]) -> None:
     """Each bias, and each layer that gets one, must have no other part in any program."""
+    biases = [layer.bias for layer in layers]
+    if len(set(biases)) < len(biases):
+        raise _Stays("layers behind it share a bias, and each would need its own")
     for program in readers:
         nodes = {product.node for product in program.products.get(path, ())}
         for layer in layers:

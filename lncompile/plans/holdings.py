@@ -92,6 +92,15 @@ class Holdings:
             if held.obstacle:
                 yield held.names[0], held
 
+    def sharing_memory_with(self, value: Any) -> Iterator[str]:
+        """The first names of the tensors whose memory a value lies in that has no name in the model."""
+        storage = torch_private.storage_identity(value) if isinstance(value, Tensor) else None
+        if storage is None or self.find(value) is not None:
+            return
+        for held in self._held.values():
+            if torch_private.storage_identity(held.tensor) == storage:
+                yield held.names[0]
+
     def parameters(self) -> Iterator[str]:
         """The first name of each parameter."""
         for held in self._held.values():

@@ -62,6 +62,10 @@ def settle(programs: Sequence[Program], holdings: Holdings, untie: bool, with_re
         with_readers: whether it is asked for what reads the norms.
     """
     state = _State({Slot(name): held.obstacle for name, held in holdings.obstacles()})
+    for program in programs:
+        for value in program.example_inputs:
+            for name in holdings.sharing_memory_with(value):
+                state.kept[Slot(name)] = "shares its memory with a tensor that is not in the state dict"
     odd = set().union(*(odd_lookups(program, holdings) for program in programs))
     lookups = {slot for program in programs for slot in lookups_of(program, holdings) if slot.lookup not in odd}
     settled = _settle(programs, holdings, lookups, state)

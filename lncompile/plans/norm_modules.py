@@ -144,6 +144,10 @@ def rms_norm_of(entry: ReplacedNorm, module: nn.Module) -> RMSNorm:
     Raises:
         ValueError: where something of the module would be lost.
     """
+    for name in ("eps", "variance_epsilon", "epsilon"):
+        eps = getattr(module, name, None)
+        if isinstance(eps, float) and eps != entry.eps:
+            raise ValueError(f"its {name} is {eps}, and the plan was made for {entry.eps}")
     norm = RMSNorm.in_place_of(
         module,
         normalized_shape=entry.normalized_shape,

@@ -15,6 +15,7 @@ from lncompile.lowering import torch_private_dynamo
 from lncompile.models.stand_ins import is_on_meta
 from lncompile.nn import CenteredEmbedding
 from lncompile.plans.absorbing import plan_absorptions
+from lncompile.plans.answers import require_same_answers
 from lncompile.plans.capture import Call, capture, ready_to_capture
 from lncompile.plans.entries import (
     AbsorbedNorm,
@@ -90,6 +91,8 @@ def plan(
         settled = settle(programs, holdings, untie, with_readers=absorb is not None)
         replace, not_replaced = _norm_modules(settled.readings, holdings)
         center = _centered(settled, holdings)
+        if not replace and has_values and all(_is_done(entry, holdings) for entry in center):
+            center = []  # a model that was folded before. One with new weights has some that are zero, and others.
         readers = [reading.readers for reading in settled.readings if reading.readers is not None]
         own_tables = settled.separate if untie else frozenset()
         absorbed: tuple[AbsorbedNorm, ...] = ()
@@ -98,7 +101,7 @@ def plan(
             absorbed, unabsorbed = plan_absorptions(absorb, replace, readers, holdings, own_tables)
         return FoldPlan(
             form,
-            tuple(entry for entry in center if not (has_values and _is_done(entry, holdings))),
+            tuple(center),
             tuple(replace.values()),
             _lookups(settled, holdings, untie),
             absorbed,
@@ -131,6 +134,8 @@ def fold(
 
     Raises:
         ValueError: as for :func:`plan`, and where a weight cannot be written.
+        PlanError: where the folded model answers an example in another way: its code depends on what a fold changes,
+            such as the class of a norm's module.
 
     Example:
         >>> folded = lncompile.fold(model, input_ids)
@@ -138,7 +143,11 @@ def fold(
     """
     model = torch_private_dynamo.original_callable(model)
     found = plan(model, *args, more_calls=more_calls, untie=untie, absorb=absorb, **kwargs)
-    return found.apply(copy.deepcopy(model))
+    folded = found.apply(copy.deepcopy(model))
+    if not found.is_empty and not is_on_meta(model):
+        calls = [*([Call(*args, **kwargs)] if args or kwargs or not more_calls else []), *more_calls]
+        require_same_answers(model, folded, calls)
+    return folded
 
 
 def _centered(settled: Settled, holdings: Holdings) -> list[CenteredParameter]:

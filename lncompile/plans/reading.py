@@ -17,7 +17,7 @@ from lncompile.passes.decisions import Verdict
 from lncompile.passes.graph import provenance
 from lncompile.passes.graph.canonical import canonicalise
 from lncompile.passes.graph.copying import copy_graph_module
-from lncompile.passes.graph.operands import KEPT
+from lncompile.passes.graph.operands import CONSTANTS_STAY, KEPT
 from lncompile.pipeline import uses_in
 from lncompile.plans.absorbing import Readers, find_readers
 from lncompile.plans.capture import Program
@@ -91,6 +91,8 @@ def read(
     for placeholder, slot in zip(placeholders, slots, strict=True):
         if slot is not None and slot in kept:
             placeholder.meta[KEPT] = kept[slot]
+    (output,) = (node for node in graph_module.graph.nodes if node.op == "output")
+    output.meta[CONSTANTS_STAY] = True  # the model's code adds what it adds
     analysis = analyse(graph_module, inputs, _OPTIONS)
     norm_modules = find_norm_modules(analysis, inputs, holdings)
     readers = find_readers(analysis, inputs, slots, holdings) if with_readers else None

@@ -41,7 +41,7 @@ def from_dict(kind: type[Record], values: Any) -> Record:
     if not isinstance(values, Mapping) or values.get("format") != FORMAT:
         raise PlanError("this is not a fold plan")
     version = values.get("version")
-    if not isinstance(version, int) or version > VERSION:
+    if type(version) is not int or not 1 <= version <= VERSION:
         raise PlanError(f"this plan has version {version}, and this lncompile reads version {VERSION}")
     fields = {key: value for key, value in values.items() if key not in ("format", "version")}
     plan: Record = _read(kind, fields, "the plan")
@@ -68,7 +68,9 @@ def _read(kind: Any, value: Any, where: str) -> Any:
             return {read_key(key): _read(arguments[1], item, f"{where}[{key!r}]") for key, item in value.items()}
         except ValueError as error:
             raise PlanError(str(error)) from error
-    return kind(value) if _may_be(kind, value) else _refuse(kind, value, where)
+    if not _may_be(kind, value):
+        return _refuse(kind, value, where)
+    return None if kind is type(None) else kind(value)
 
 
 def _read_record(kind: Any, value: Any, where: str) -> Any:

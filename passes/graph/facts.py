@@ -16,7 +16,7 @@ from lncompile.lowering import torch_private, torch_private_dynamo
 from lncompile.passes.graph import sharding
 from lncompile.passes.graph.canonical import canonicalise, tensor_of
 from lncompile.passes.graph.effects import Writes, examples_of, written_arguments
-from lncompile.passes.graph.operands import KEPT, WRITTEN
+from lncompile.passes.graph.operands import CONSTANTS_STAY, KEPT, WRITTEN
 from lncompile.passes.graph.parameter_expressions import AutocastEffect, autocast_effect, find_autocast, is_settled
 from lncompile.passes.graph.provenance import parameter_name
 
@@ -35,12 +35,18 @@ class GraphFacts:
         parametric: nodes whose value is a function of parameters and buffers only.
         trained: those of them whose gradient is wanted; empty where the graph computes no gradients.
         unsupported: parameters that cannot be rewritten, with why.
+        switches_gradients: whether gradients are wanted, and turned on or off inside of the graph.
+        constants_stay: whether what is the same for all features has to stay in the graph (``meta[CONSTANTS_STAY]``).
         written: as of :class:`Writes`, like ``assigned``, ``writers`` and ``storages``.
     """
 
     def __init__(self, graph: fx.Graph, example_inputs: Sequence[Any], writes: Writes, training: bool = False) -> None:
         self._training = training
         self._writes = writes
+        self.switches_gradients = training and any(
+            node.op == "call_function" and node.target is torch_private.SET_GRAD_ENABLED for node in graph.nodes
+        )
+        self.constants_stay = any(node.meta.get(CONSTANTS_STAY) for node in graph.nodes if node.op == "output")
         self.examples = examples_of(graph, example_inputs)
         self.unsupported: dict[fx.Node, str] = {}
         self.parametric: set[fx.Node] = set()

@@ -61,6 +61,10 @@ CENTERED_ALONG = "lnfold_centered_along"
 # Set in the meta of a parameter's placeholder that is to stay as it is, by whoever asks for an analysis: why, in words.
 KEPT = "lnfold_kept"
 
+# Set in the meta of a graph's output where what is the same for all features has to stay in it (``x + 1``): a rewrite
+# of the graph takes it out with the mean, centered parameters alone do not.
+CONSTANTS_STAY = "lnfold_constants_stay"
+
 # What has no canonical form and is computed element by element too, by the names of torch's functions.
 _COMPARISONS = frozenset(
     "eq ne lt le gt ge and_ or_ xor invert bitwise_and bitwise_or bitwise_not logical_and logical_or logical_not bool "

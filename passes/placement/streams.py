@@ -24,11 +24,12 @@ from torch import Tensor, fx
 from lncompile.passes.decisions import Blocked, Blocker, Reason
 from lncompile.passes.graph import provenance
 from lncompile.passes.graph.axes import Axes
-from lncompile.passes.graph.canonical import Operation, canonicalise, tensor_of
+from lncompile.passes.graph.canonical import Key, Operation, canonicalise, tensor_of
 from lncompile.passes.graph.facts import GraphFacts
 from lncompile.passes.graph.operands import WRITTEN
 from lncompile.passes.graph.sharding import centering_obstacle
 from lncompile.passes.graph.traits import VIEWS, has
+from lncompile.passes.graph.uniform import uniform_value
 from lncompile.passes.norms.sites import NormSite
 from lncompile.passes.placement.costs import A_MARK, NOTHING, Bytes, CostModel
 from lncompile.passes.placement.variables import Variable, VariableKey
@@ -196,6 +197,9 @@ class _Explorer:
             if widened_parameter(operation, operand, self.facts) is not None:
                 variable.source_blocker = Blocker(Reason.UNSUPPORTED_WEIGHT, _would_be_rounded(operand), node)
                 return
+        if self.facts.constants_stay and not _are_zero(operation, resolved.zeros):
+            variable.source_blocker = Blocker(Reason.VISIBLE, _CONSTANT_STAYS, node)
+            return
         variable.operands, variable.needs, variable.zeros = resolved.needs, dict(resolved.needs), resolved.zeros
 
     def _explore_writes(self, variable: Variable) -> None:
@@ -208,6 +212,9 @@ class _Explorer:
                 blocker = Blocker(blocked.reason, blocked.sentence, writer)
                 variable.source_blocker = variable.source_blocker or blocker
                 continue
+            if self.facts.constants_stay and not _are_zero(write.operation, write.zeros):
+                blocker = Blocker(Reason.VISIBLE, _CONSTANT_STAYS, writer)
+                variable.source_blocker = variable.source_blocker or blocker
             for value, axes in write.needs.items():
                 if variable.needs.setdefault(value, axes) != axes:
                     sentence = "one tensor stands in two places with different axes"
@@ -323,6 +330,18 @@ class _Explorer:
                 continue
             return None if result is None else (user, result)
         raise problem or Blocked(*blockers.explain_consumer(user))
+
+
+_CONSTANT_STAYS = "something that is the same for all features is added, which only a rewrite of the graph takes out"
+
+
+def _are_zero(operation: Operation, keys: Sequence[Key]) -> bool:
+    """Whether the operands at some places are zero as they are."""
+    values = [operation[name] if index is None else operation[name][index] for name, index in keys]
+    return all(
+        uniform_value(value) == 0 if isinstance(value, fx.Node) else isinstance(value, int | float) and value == 0
+        for value in values
+    )
 
 
 def _would_be_rounded(narrow: fx.Node) -> str:

@@ -137,6 +137,8 @@ def find_composed_source(operation: Operation, axes: Axes, facts: GraphFacts) ->
     """
     if axes.partial:
         return None  # a part of the channels, whose scales are a part of the scale
+    if facts.switches_gradients:
+        return None  # what is recorded of a scale may not be recorded of the layer that it would go into
     for outermost in _stages_at(operation, facts):
         try:
             source = _compose(outermost, axes, facts)

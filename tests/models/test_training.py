@@ -336,3 +336,39 @@ def test_a_scale_that_is_computed_behind_its_product(trained: bool, without_indu
     assert report.folded == report.total == 1
     for actual, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(actual, expected, **TOLERANCE)
+
+
+class PartlyFrozen(nn.Module):
+    """A layer or its scale is used under no_grad: the gradient of the one is wanted, that of the other is not."""
+
+    def __init__(self, frozen: str) -> None:
+        super().__init__()
+        self.first, self.linear, self.last = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, D)
+        self.scale, self.norm, self.frozen = nn.Parameter(torch.ones(D)), nn.LayerNorm(D), frozen
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.frozen == "layer":
+            with torch.no_grad():
+                y = self.linear(x)
+            y = y * self.scale
+        else:
+            y = self.linear(x)
+            with torch.no_grad():
+                scale = self.scale * 2
+            y = y * scale
+        return self.last(self.norm(self.first(x) + y))
+
+
+@pytest.mark.parametrize("frozen", ["layer", "scale"])
+def test_gradients_that_are_turned_off_inside_stay_off(frozen: str, without_inductor: None) -> None:
+    model, x = randomise(PartlyFrozen(frozen).double()), torch.randn(64, 8, D, dtype=torch.float64)
+    gradients = []
+    for function in (model, torch.compile(model, backend="lnfold", options=ON)):
+        model.zero_grad()
+        function(x).square().mean().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, expected in gradients[0].items():
+        actual = gradients[1][name]
+        assert (actual is None) == (expected is None), name
+        if expected is not None:
+            torch.testing.assert_close(actual, expected, **TOLERANCE)

@@ -49,7 +49,7 @@ def test_a_residual_stream() -> None:
 
 
 def test_the_table_names_what_is_done() -> None:
-    words = str(lncompile.plan(randomised(Tied()), IDS))
+    words = " ".join(str(lncompile.plan(randomised(Tied()), IDS)).split())
     assert "Tied: 2 of 2 LayerNorms fold, 2 of them to an RMSNorm; 2 parameters are centered." in words
     for part in ("branch.weight", "[16, 16]", "axis 0", "centered at each call", "tied: head.weight"):
         assert part in words

@@ -164,7 +164,12 @@ print(json.dumps({"error": error, "folded": [r.folded for r in lncompile.reports
 
 def test_a_second_process_finds_what_the_first_compiled(tmp_path: Path) -> None:
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", COLD_OR_WARM, json.dumps([str(Path(__file__).parent / "support")])]
+    command = [
+        sys.executable,
+        "-c",
+        COLD_OR_WARM,
+        json.dumps([str(Path(__file__).parent), str(Path(__file__).parent / "support")]),
+    ]
     results = []
     for _ in range(2):
         finished = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)

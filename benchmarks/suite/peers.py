@@ -12,11 +12,12 @@ from unittest import mock
 import torch
 from torch import Tensor, fx, nn
 
-from lncompile import safety_net, transform
+from lncompile import safety_net
 from lncompile.backend import lnfold
 from lncompile.comparisons.no_norm import NormsReplaced
 from lncompile.lowering import NormCall, emit
 from lncompile.passes.norms.sites import NormSite
+from lncompile.passes.pipeline import rewriting
 
 
 class Unavailable(Exception):
@@ -51,7 +52,7 @@ def folded_with(norm: RmsNorm, mode: str | None = None) -> Callable[..., Callabl
         # Everything but this one function is to be lnfold's, so it is exchanged for the moment and nothing is copied.
         # Without the safety net, which would time stock torch.compile under the peer's name where the peer fails.
         with (
-            mock.patch.object(transform, "lower_to_rms_norm", lower),
+            mock.patch.object(rewriting, "lower_to_rms_norm", lower),
             mock.patch.object(safety_net, "enabled", False),
         ):
             return lnfold(graph_module, example_inputs, mode=mode)

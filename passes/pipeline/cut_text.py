@@ -136,7 +136,7 @@ def _price(variable: Variable, assist: bool) -> str:
     elif variable.is_recomputed:
         what = "a view of a parameter: done once more, of the centered one"
     elif not assist:
-        return "is not centered at run time (lnfold.assist is False)"
+        return "is not centered at run time (lnfold.assist is 'off')"
     else:
         return f"centering it at run time costs {variable.centering_cost} bytes a call"
     # The mark by which the parameters that an expression is made of are preferred is no traffic.

@@ -15,16 +15,8 @@ from abtesting import ONE, Recorder, SimulatedTime, arms, noisy
 from torch import Tensor
 
 import lncompile
-from lncompile.abtest import Interval, Outcome, rounded_shape_bucket, shape_bucket, timers
+from lncompile.abtest import Interval, Outcome, rounded_shape_bucket, shape_bucket
 from lncompile.abtest.sketch import LatencySketch
-
-
-@pytest.fixture
-def time(monkeypatch: pytest.MonkeyPatch) -> SimulatedTime:
-    clock = SimulatedTime()
-    monkeypatch.setattr(timers.time, "perf_counter", lambda: clock.now)
-    return clock
-
 
 # --- what is counted --------------------------------------------------------------------------------------------------
 

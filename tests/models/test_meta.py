@@ -21,7 +21,7 @@ CHOSEN = {"gpt2", "gpt_neo", "falcon_new", "whisper", "clip", "transformer_encod
 
 
 def decided(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
-    return dataclasses.replace(lncompile.explain(model, **inputs), seconds=0.0).to_dict()
+    return dataclasses.replace(lncompile.explain(model, **inputs), seconds=0.0, passes=()).to_dict()
 
 
 def on_meta(inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def known(graph: Captured, **options: bool) -> Known:
 
 def cut(work: Known) -> str:
     assert work.placed is not None
-    return cut_in_words(work.sites, work.variables, work.placed.placement, work.costs, work.options.assist)
+    return cut_in_words(work.sites, work.variables, work.placed.placement, work.costs, work.options.assist != "off")
 
 
 def test_the_cut_says_why_a_site_folds_and_why_another_stays() -> None:
@@ -136,7 +136,7 @@ def test_the_cut_says_who_would_notice() -> None:
     graph = capture(randomise(Returned()).eval(), torch.randn(3, 8))
     text = cut(known(graph, assist="off"))
     assert "    its shift would be noticed: the stream is also returned by the graph (linear (linear, " in text
-    assert "    is not centered at run time (lnfold.assist is False)" in text
+    assert "    is not centered at run time (lnfold.assist is 'off')" in text
 
 
 def test_every_tensor_of_a_cut_is_said_once() -> None:

@@ -17,7 +17,7 @@ from lncompile.passes.placement.copies import Way, supplies_of
 from lncompile.transform import transform
 
 #: Centering alone.
-ALONE = Options(absorb_affine=False, defer="off")
+ALONE = Options(absorb_affine="off", defer="off")
 ENOUGH = 1 << 40
 
 

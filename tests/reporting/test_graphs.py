@@ -38,8 +38,8 @@ def written(path: Path) -> list[str]:
 
 #: What is written for a net of two norms, of which one folds.
 FILES = [
-    "00-captured.py", "05-facts.txt", "07-sites.txt", "08-streams.txt", "09-place.txt", "12-absorptions.txt",
-    "14-verdicts.txt", "15-center.py", "19-hoist.py", "22-lower.py",
+    "00-captured.py", "06-facts.txt", "08-sites.txt", "09-streams.txt", "10-place.txt", "13-absorptions.txt",
+    "15-verdicts.txt", "16-center.py", "20-hoist.py", "23-lower.py",
 ]  # fmt: skip
 
 
@@ -50,23 +50,23 @@ def test_a_folder_of_graphs(tmp_path: Path) -> None:
     path = tmp_path / "new" / "graphs"
     assert written(path) == [f"graph-1/{name}" for name in FILES] + ["index.txt"]
     captured, centered, lowered = (
-        (path / "graph-1" / name).read_text() for name in ("00-captured.py", "15-center.py", "22-lower.py")
+        (path / "graph-1" / name).read_text() for name in ("00-captured.py", "16-center.py", "23-lower.py")
     )
     assert "_centered_" not in captured
     assert "torch.mean(" in centered
     assert centered.count("functional.layer_norm") == captured.count("functional.layer_norm") == 2
     assert lowered.count("functional.layer_norm") == 1
-    assert " folds: that saves 96 bytes a call" in (path / "graph-1" / "09-place.txt").read_text()
+    assert " folds: that saves 96 bytes a call" in (path / "graph-1" / "10-place.txt").read_text()
     lines = (path / "index.txt").read_text().splitlines()
     rows = [line for line in lines if re.search(r" (?:decides|rewrites) +\d+\.\d\d  ", line)]
     assert len(rows) == len(PIPELINE)
-    assert re.match(r"15-center\.py +center +rewrites +\d+\.\d\d  Centered weights .* \(\+\d+ -1 lines\)$", rows[14])
-    assert rows[20].split()[:2] == ["matrix_vector", "rewrites"], "no file of a pass that changed nothing"
+    assert re.match(r"16-center\.py +center +rewrites +\d+\.\d\d  Centered weights .* \(\+\d+ -1 lines\)$", rows[15])
+    assert rows[21].split()[:2] == ["matrix_vector", "rewrites"], "no file of a pass that changed nothing"
     # Again into the same folder, with less to write.
     compiled = torch.compile(net(), backend="lnfold", options={"lnfold.disable_passes": "center"})
     with watched_by(GraphDirectory(path)):
         lncompile.explain(compiled, torch.randn(3, 8))
-    assert "graph-1/15-center.py" not in written(path)
+    assert "graph-1/16-center.py" not in written(path)
     assert "switched off" in (path / "index.txt").read_text()
 
 
@@ -132,7 +132,7 @@ def test_the_trace_has_each_graph_that_changed(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(torch_private_logs, "trace_text", lambda name, payload: found.update({name: payload()}))
     torch.compile(net(), backend="lnfold")(torch.randn(3, 8))
     assert [name.removeprefix("lnfold_").replace("_", "-", 1) for name in found] == [n.partition(".")[0] for n in FILES]
-    assert "torch.rsqrt" in found["lnfold_22_lower"]
+    assert "torch.rsqrt" in found["lnfold_23_lower"]
 
 
 def test_who_cannot_look_is_passed_over(
@@ -158,7 +158,7 @@ def test_who_cannot_look_is_passed_over(
 # Inductor takes seconds, and shows nothing of ours.
 PROGRAM = """
 import torch
-from lncompile.lowering import torch_private
+from lncompile.lowering import torch_private_inductor
 torch_private_inductor.inductor_compile = lambda graph_module, example_inputs, config: graph_module.forward
 net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8)).eval()
 with torch.no_grad():
@@ -175,8 +175,8 @@ def test_torch_s_own_switches(tmp_path: Path) -> None:
     assert "1 of 1 LayerNorms folded" in done.stderr
     traced = "".join(file.read_text() for file in tmp_path.iterdir())
     names = [json.loads(name) for name in re.findall(r'"name": ("lnfold_\w+")', traced)]
-    assert "lnfold_15_center" in names
-    assert "lnfold_09_place" in names
+    assert "lnfold_16_center" in names
+    assert "lnfold_10_place" in names
 
 
 def test_the_command(tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ def test_what_stays_for_another_reason_is_not_blamed_on_gradients() -> None:
 
 def test_every_remedy_says_what_to_do() -> None:
     assert REMEDIES.keys() == set(Reason)
-    verbs = "put use start make return let normalise write set to keep subtract report".split()
+    verbs = "put take use start make return let normalise write set to keep subtract report".split()
     for remedy in REMEDIES.values():
         assert remedy.split()[0] in verbs, remedy
         assert not re.search(r"\bis no\b|\bfor want of\b|\bnobody\b|\bwhoever\b|would fold with", remedy)

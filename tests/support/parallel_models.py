@@ -132,7 +132,7 @@ def collectives(function: Callable[..., Any], *arguments: Any) -> int:
     return mode.get_total_counts()
 
 
-def compare(model: nn.Module, expected: Tensor, assist: bool = False) -> Found:
+def compare(model: nn.Module, expected: Tensor, assist: str = "off") -> Found:
     """A model that was parallelised, compiled, next to what the whole model gave in eager."""
     ids = token_ids()
     # `compile` in place: a module around it would have the hooks that count collectives fire twice.

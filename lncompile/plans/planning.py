@@ -28,7 +28,7 @@ from lncompile.plans.entries import (
     class_name,
 )
 from lncompile.plans.fold_plan import FoldPlan
-from lncompile.plans.holdings import Holdings, form_of
+from lncompile.plans.holdings import Holdings, Slot, form_of
 from lncompile.plans.legality import Settled, settle
 from lncompile.plans.reading import Reading
 
@@ -94,7 +94,7 @@ def plan(
         if not replace and has_values and all(_is_done(entry, holdings) for entry in center):
             center = []  # a model that was folded before. One with new weights has some that are zero, and others.
         readers = [reading.readers for reading in settled.readings if reading.readers is not None]
-        own_tables = settled.separate if untie else frozenset()
+        own_tables = frozenset(slot for slot in settled.separate if untie and _is_tied(slot, holdings))
         absorbed: tuple[AbsorbedNorm, ...] = ()
         unabsorbed: dict[str, str] = {}
         if absorb is not None:
@@ -181,11 +181,19 @@ def _lookups(settled: Settled, holdings: Holdings, untie: bool) -> tuple[Centere
                 slot.name,
                 held.names[1:],
                 tuple(held.tensor.shape),
-                untie,
+                untie and _is_tied(slot, holdings),
                 held.tensor.numel() * held.tensor.element_size(),
             )
         )
     return tuple(entries)
+
+
+def _is_tied(slot: Slot, holdings: Holdings) -> bool:
+    """Whether an embedding's table has another name as well, which keeps it where the embedding gets its own.
+
+    A table that something reads by the embedding's own attribute cannot be untied.
+    """
+    return len(holdings.named(slot.name).names) > 1
 
 
 def _norm_modules(readings: Sequence[Reading], holdings: Holdings) -> tuple[dict[str, ReplacedNorm], dict[str, str]]:

@@ -160,3 +160,26 @@ def test_a_fold_that_answers_in_another_way_is_refused() -> None:
     model = randomised(LooksAtTheClass(lambda m, x: x))
     with pytest.raises(lncompile.PlanError, match="answers example 1 in another way: the relative error"):
         lncompile.fold(model, value(2, 3))
+
+
+class ReadsTheAttribute(nn.Module):
+    """A head that reads the table as the embedding's attribute: there is no other name that keeps it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.branch = nn.Embedding(11, D), nn.Linear(D, D)
+        self.first, self.second = nn.LayerNorm(D), nn.LayerNorm(D)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        stream = self.table(ids)
+        stream = stream + self.branch(self.first(stream))
+        return functional.linear(self.second(stream), self.table.weight)
+
+
+@pytest.mark.parametrize("untie", [True, False])
+def test_a_table_without_another_name_is_centered_behind_its_look_up(untie: bool) -> None:
+    model, ids = randomised(ReadsTheAttribute()), torch.tensor([[1, 2, 3]])
+    plan = lncompile.plan(model, ids, untie=untie)
+    assert plan.folded == 2
+    assert [entry.untied for entry in plan.lookups] == [False]
+    assert error(plan.apply(copy.deepcopy(model)), model, ids) <= 1e-10

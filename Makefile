@@ -29,7 +29,7 @@ SMOKE := tests/test_structure.py tests/test_backend.py tests/placement/test_plac
 # A process for every core, and one thread in each: the models are tiny. Tests of one group share what they compile.
 pytest := OMP_NUM_THREADS=1 $(python) -m pytest -n auto --dist loadgroup
 
-test: $(stamp)-test ## the test suite (about 20 minutes on two cores)
+test: $(stamp)-test ## the test suite (20 to 25 minutes on two cores)
 	$(pytest) -m "not slow"
 
 smoke: $(stamp)-test ## the part of the test suite that says within three minutes whether anything works

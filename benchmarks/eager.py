@@ -97,7 +97,7 @@ def run(device: str, chosen: argparse.Namespace, console: Console) -> dict[str, 
 
     Args:
         device: ``"cpu"`` or ``"cuda"``.
-        chosen: ``seconds`` for each case.
+        chosen: ``models``, and ``seconds`` for each case.
         console: where to print.
 
     Returns:
@@ -107,7 +107,7 @@ def run(device: str, chosen: argparse.Namespace, console: Console) -> dict[str, 
     table = Table(title=f"eager, on {device}", box=None, pad_edge=False)
     for header in ("model", "dtype", "folded", "as it is ms", "folded ms", "folded over as it is"):
         table.add_column(header)
-    for model, dtype in itertools.product(MODELS, DTYPES):
+    for model, dtype in itertools.product(chosen.models, DTYPES):
         name = str(dtype).removeprefix("torch.")
         console.print(f"measuring {model}, {name} ...")
         case = {"model": model, "dtype": name, "device": device}
@@ -121,10 +121,11 @@ def run(device: str, chosen: argparse.Namespace, console: Console) -> dict[str, 
             str(timings.speedup(FOLDED, AS_IT_IS)),
         )
     console.print(table)
-    return {"models": list(MODELS), "cases": cases}
+    return {"cases": cases}
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
+    "--models": {"nargs": "+", "default": list(MODELS), "choices": list(MODELS), "help": "default: all"},
     "--seconds": {"type": float, "default": 12.0, "help": "for each case (default: 12)"},
 }
 

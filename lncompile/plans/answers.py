@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lncompile.lowering import torch_private
-from lncompile.plans.capture import Call
+from lncompile.plans.capture import Call, own_arguments
 from lncompile.plans.entries import PlanError
 
 #: Relative errors far above what rounding makes of a whole model, by the size of a dtype in bits.
@@ -40,7 +39,7 @@ def require_same_answers(model: nn.Module, folded: nn.Module, calls: Sequence[Ca
 
 
 def _answer(model: nn.Module, call: Call) -> list[Any]:
-    args, kwargs = copy.deepcopy((call.args, call.kwargs))
+    args, kwargs = own_arguments(call, copies=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:

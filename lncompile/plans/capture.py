@@ -96,7 +96,7 @@ def _capture_with_dynamo(model: nn.Module, call: Call) -> Program:
         # Code that no call has seen. Of the model's own Dynamo remembers which sizes varied, and what it gave up on and
         # leaves to eager, whatever is asked for.
         function = types.FunctionType(_call.__code__.replace(), _call.__globals__)
-        args, kwargs = _own_containers(call)
+        args, kwargs = own_arguments(call)
         torch.compile(function, backend=backend, fullgraph=True, dynamic=False)(model, call.method, args, kwargs)
     if len(graphs) > 1:
         raise RuntimeError(f"Dynamo made {len(graphs)} graphs of the model")
@@ -125,7 +125,7 @@ def _empty_graph() -> fx.Graph:
 def _capture_with_export(model: nn.Module, call: Call) -> Program:
     if call.method != "__call__":
         raise RuntimeError("torch.export takes the model's forward alone, not another method")
-    args, kwargs = _own_containers(call)
+    args, kwargs = own_arguments(call)
     exported = torch.export.export(model, args, kwargs, strict=False)
     graph_module = exported.graph_module
     for node in list(graph_module.graph.nodes):
@@ -150,12 +150,17 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters(remove_duplicate=False)
 
 
-def _own_containers(call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call in containers of their own: a cache that the model appends to stays as it was given."""
+def own_arguments(call: Call, copies: bool = False) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call in containers of their own: a cache that the model appends to stays as it was given.
+
+    Args:
+        call: the call.
+        copies: whether its tensors are copied as well, for a model that writes into them.
+    """
     memo: dict[int, Any] = {}
     for leaf in torch_private.tree_leaves((call.args, call.kwargs)):
         if isinstance(leaf, Tensor):
-            memo[id(leaf)] = leaf
+            memo[id(leaf)] = leaf.detach().clone() if copies else leaf
     args, kwargs = copy.deepcopy((call.args, call.kwargs), memo)
     return args, kwargs
 
@@ -178,7 +183,7 @@ def ready_to_capture(model: nn.Module, calls: Sequence[Call]) -> Iterator[Sequen
     """
     if not is_on_meta(model):
         for call in calls:
-            args, kwargs = _own_containers(call)
+            args, kwargs = own_arguments(call)
             getattr(model, call.method)(*args, **kwargs)
         yield calls
         return

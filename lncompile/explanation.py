@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from lncompile import safety_net
-from lncompile.backend import compiled_graphs
+from lncompile.backend import CompiledGraph, compiled_graphs
 from lncompile.lowering import torch_private, torch_private_breaks, torch_private_dynamo, torch_private_inductor
 from lncompile.models.stand_ins import is_on_meta, stand_ins
 from lncompile.options import parse_options
@@ -130,7 +130,7 @@ def reports(compiled: Callable[..., Any]) -> Reports:
     Returns:
         A list with one report for each compiled graph, which prints as one table. It is empty before the first call,
         and then says so where it is printed. A graph of a module is found by its parameters, one of a function by its
-        source.
+        source, one of a module's method by both.
 
     Example:
         >>> compiled = torch.compile(model, backend="lnfold"); compiled(x)
@@ -145,11 +145,13 @@ def reports(compiled: Callable[..., Any]) -> Reports:
         for record in sorted(compiled_graphs, key=lambda record: record.number)
         if settings is None or _same_settings(settings, record.arguments)
     ]
-    if isinstance(original, torch.nn.Module):
-        ours = {id(parameter) for parameter in original.parameters()}
-        records = [record for record in records if record.served() & ours]
-    else:
+    owner = original if isinstance(original, torch.nn.Module) else getattr(original, "__self__", None)
+    if owner is not original:
         records = [record for record in records if record.code is not None and _same_source(record.code, original)]
+    if isinstance(owner, torch.nn.Module):
+        # A method has its source in common with all modules of the class; without parameters that is all there is.
+        ours = {id(parameter) for parameter in owner.parameters()}
+        records = [record for record in records if _is_of(record, ours, original is not owner)]
     found = [record.report for record in records]
     found = [
         report if _is_own_code(record.code, original) else inside(report)
@@ -158,6 +160,12 @@ def reports(compiled: Callable[..., Any]) -> Reports:
     served = set().union(*(record.served() for record in records))
     outside = norms_outside(original, served, [site.name for report in found for site in report.sites])
     return Reports(found, _why_none(compiled, original), outside if found else ())
+
+
+def _is_of(record: CompiledGraph, parameters: set[int], without_any: bool) -> bool:
+    """Whether a graph was called with some of these parameters; or with none at all, where that is asked for."""
+    served = record.served()
+    return bool(served & parameters) or (without_any and not served)
 
 
 def _why_none(compiled: Any, original: Any) -> str:

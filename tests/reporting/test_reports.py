@@ -257,6 +257,16 @@ def test_several_graphs_are_one_table_in_the_order_of_compilation(without_induct
     assert f"graph break at test_reports.py:{line}" in str(found)
 
 
+def test_a_method_is_told_from_that_of_another_model_of_its_class(without_inductor: None) -> None:
+    """Compiled methods of one class have their source in common."""
+    models = [model(layers=1), model(layers=2)]
+    compiled = [torch.compile(each.forward, backend="lnfold") for each in models]
+    for function in compiled:
+        function(IDS)
+    for function, folded in zip(compiled, (3, 5), strict=True):
+        assert [report.folded for report in lncompile.reports(function)] == [folded]
+
+
 def test_no_reports_before_the_first_call_and_they_say_so(without_inductor: None) -> None:
     net = model(layers=1)
     compiled = torch.compile(net, backend="lnfold")

@@ -7,6 +7,7 @@ for. torch finds the backend by its entry point, with or without this import.
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import lncompile.nn as nn  # noqa: F401 - a public module, found in the package
     from lncompile.abtest import ABTest
     from lncompile.explanation import explain, refresh, reports
     from lncompile.integrations import allow_in_accelerate
@@ -65,9 +66,11 @@ _MODULES = {
 if not TYPE_CHECKING:  # a type checker that sees `__getattr__` takes every misspelt name for one of ours
 
     def __getattr__(name: str) -> object:
-        """Import what a public name stands for, once (PEP 562)."""
+        """Import what a public name stands for, once (PEP 562), or the public module ``lncompile.nn``."""
         import importlib
 
+        if name == "nn":
+            return importlib.import_module(f"{__name__}.nn")
         for module, names in _MODULES.items():
             if name in names:
                 value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
@@ -77,4 +80,4 @@ if not TYPE_CHECKING:  # a type checker that sees `__getattr__` takes every miss
 
     def __dir__() -> list[str]:
         """Public names, whether or not they were asked for yet."""
-        return sorted({*globals(), *__all__})
+        return sorted({*globals(), *__all__, "nn"})

@@ -59,7 +59,7 @@ class RMSNorm(nn.Module):
         self.normalized_shape = _sizes(normalized_shape)
         self.eps = eps
         self.elementwise_affine = elementwise_affine
-        self._weight_name, self._bias_name = "weight", "bias"
+        self._weight_name, self._bias_name, self._argument = "weight", "bias", "input"
         for name, wanted in (("weight", elementwise_affine), ("bias", elementwise_affine and bias)):
             value = torch.empty(self.normalized_shape, device=device, dtype=dtype) if wanted else None
             self.register_parameter(name, None if value is None else nn.Parameter(value))
@@ -83,6 +83,7 @@ class RMSNorm(nn.Module):
         eps: float | None = None,
         weight: str = "weight",
         bias: str = "bias",
+        argument: str = "input",
     ) -> RMSNorm:
         """Return a norm to put in the place of another one, which is not changed.
 
@@ -95,6 +96,7 @@ class RMSNorm(nn.Module):
             eps: by default ``norm.eps``.
             weight: the name of γ among its parameters and buffers. Where it has none of that name, γ is 1.
             bias: the name of β, likewise. Where it has none of that name, β is 0.
+            argument: what the other norm calls the tensor that it normalises, for calls that name it.
 
         Raises:
             ValueError: where something of the other norm would be lost (a hook, a submodule, a parameter that is
@@ -115,7 +117,7 @@ class RMSNorm(nn.Module):
         if others:
             raise ValueError(f"{_class_name(norm)} has parameters beside its weight and bias: {', '.join(others)}")
         _take_over_tensors(folded, norm)
-        folded._weight_name, folded._bias_name = weight, bias
+        folded._weight_name, folded._bias_name, folded._argument = weight, bias, argument
         tensors = folded._affine()
         for name, value in zip((weight, bias), tensors, strict=True):
             if value is not None and tuple(value.shape) != folded.normalized_shape:
@@ -123,8 +125,12 @@ class RMSNorm(nn.Module):
         folded.elementwise_affine = any(value is not None for value in tensors)
         return folded.train(norm.training)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalise ``[..., *normalized_shape]``."""
+    def forward(self, input: Tensor | None = None, **named: Tensor) -> Tensor:
+        """Normalise ``[..., *normalized_shape]``, given by position or by the name that the norm had for it."""
+        if input is None:
+            input = named.pop(self._argument, None)
+        if input is None or named:
+            raise TypeError(f"RMSNorm takes one tensor, by position or as '{self._argument}'")
         weight, bias = self._affine()
         shape, eps = self.normalized_shape, self.eps
         if input.dtype not in _NARROW or (bias is None and (weight is None or weight.dtype == input.dtype)):

@@ -22,6 +22,11 @@ from lncompile.plans.entries import CenteredParameter
 if TYPE_CHECKING:
     from lncompile.plans.fold_plan import FoldPlan
 
+#: What is said of values that a dtype cannot hold.
+TOO_LARGE = "would have values that {} cannot hold, or has some that are not finite: fold the model in a wider dtype"
+# Rounding moves numbers by the spacing of their dtype. More than this many is what underflow does.
+_ROUNDINGS = 8
+
 #: What is taken out of parameters that are centered, by their names.
 Means = Mapping[str, tuple[CenteredParameter, Sequence[Tensor]]]
 
@@ -89,6 +94,21 @@ def zero_biases(plan: FoldPlan, tensors: Mapping[str, Tensor]) -> dict[str, nn.P
             value = weight.new_zeros(weight.shape[1 - layer.dimension])
             added[layer.bias] = nn.Parameter(value, weight.requires_grad)
     return added
+
+
+def lost_in(exact: Tensor, dtype: torch.dtype) -> str:
+    """Say what a dtype would lose of values beyond their rounding; ``""`` where it holds them.
+
+    Args:
+        exact: the values, in float64.
+        dtype: they are to be kept in.
+    """
+    rounded = exact.to(dtype)
+    if not bool(rounded.isfinite().all()):
+        return TOO_LARGE.format(dtype)
+    if float((rounded.to(EXACT) - exact).norm()) > _ROUNDINGS * torch.finfo(dtype).eps * float(exact.norm()):
+        return f"would have values so small that {dtype} loses them: fold the model in a wider dtype"
+    return ""
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:

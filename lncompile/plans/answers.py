@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lncompile.lowering import torch_private
 from lncompile.plans.capture import Call, own_arguments
 from lncompile.plans.entries import PlanError
+from lncompile.plans.keeping import kept_as_it_was
 
 #: Relative errors far above what rounding makes of a whole model, by the size of a dtype in bits.
 _TOLERANCES = {64: 1e-6, 32: 1e-2, 16: 0.25}
@@ -27,7 +28,7 @@ def require_same_answers(model: nn.Module, folded: nn.Module, calls: Sequence[Ca
     Raises:
         PlanError: where an answer has another form, or is another one beyond rounding.
     """
-    with torch.no_grad():
+    with torch.no_grad(), kept_as_it_was(model), kept_as_it_was(folded):
         for number, call in enumerate(calls, 1):
             wanted, found = (_answer(one, call) for one in (model, folded))
             problem = _difference(wanted, found)

@@ -15,33 +15,58 @@ from lncompile.lowering import torch_private, torch_private_dynamo
 from lncompile.nn import CenteredEmbedding, RMSNorm
 from lncompile.passes.graph.sharding import is_sharded, sharded_like
 from lncompile.passes.rewrites.arithmetic import EXACT, add_means
-from lncompile.plans.absorbed_values import Absorption, Means, absorbed, scales_of, shifted, whole_tensor, zero_biases
+from lncompile.plans.absorbed_values import (
+    TOO_LARGE,
+    Absorption,
+    Means,
+    absorbed,
+    lost_in,
+    scales_of,
+    shifted,
+    whole_tensor,
+    zero_biases,
+)
 from lncompile.plans.entries import CenteredLookup, CenteredParameter, Centering, PlanError, ReplacedNorm
-from lncompile.plans.holdings import form_of
+from lncompile.plans.fitting import is_one, misfits, require, unwritable
+from lncompile.plans.keeping import undone_on_failure
 from lncompile.plans.norm_modules import rms_norm_of
 
 if TYPE_CHECKING:
     from lncompile.plans.fold_plan import FoldPlan
 
-_SHOWN = 8
-
 
 def apply(plan: FoldPlan, model: nn.Module) -> nn.Module:
     """Do what :meth:`FoldPlan.apply` promises."""
     model = torch_private_dynamo.original_callable(model)
+    require_no_inference_mode("apply a plan")
     modules = dict(model.named_modules(remove_duplicate=False))
     tensors = _named_tensors(model)
-    _require(model, [*_misfits(plan, model), *_unwritable(plan, tensors)])
+    require(model, [*misfits(plan, model), *unwritable(plan, tensors)])
     with torch.no_grad():
         exchanges = _exchanges(plan, modules)
         tables = _own_tables(plan, modules, tensors)
-        means = {entry.name: (entry, taken) for entry, taken in _means(plan, tensors)}
+        means = {entry.name: (entry, taken) for entry, taken in _means(plan, modules, tensors)}
         absorption = absorbed(plan, tensors, means)
-        _write(tensors, means, absorption)
-        _put_tables(model, tables)
-        _exchange(model, exchanges)
-        _finish_absorption(plan, model, absorption.added)
+        require(model, [*_unrepresentable(tensors, means, absorption, tables)])
+        with undone_on_failure(model):
+            _put_tables(model, tables)
+            _exchange(model, exchanges)
+            _finish_absorption(plan, model, absorption.added)
+            _write(tensors, means, absorption)  # last: what was written is put back to the rounding of its dtype alone
     return model
+
+
+def require_no_inference_mode(what: str) -> None:
+    """Raise PlanError under ``torch.inference_mode()``.
+
+    Args:
+        what: cannot be done there, in words.
+    """
+    if torch.is_inference_mode_enabled():
+        raise PlanError(
+            f"you cannot {what} under torch.inference_mode(): what is made and written there nothing can notice later. "
+            "Do it before, outside of that context (torch.no_grad() is no obstacle)"
+        )
 
 
 def replace_modules(plan: FoldPlan, model: nn.Module) -> nn.Module:
@@ -49,7 +74,7 @@ def replace_modules(plan: FoldPlan, model: nn.Module) -> nn.Module:
     model = torch_private_dynamo.original_callable(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     tensors = _named_tensors(model)
-    _require(model, list(_misfits(plan, model)))
+    require(model, list(misfits(plan, model)))
     exchanges = _exchanges(plan, modules)
     made: dict[str, nn.Parameter] = {}
     tables = []
@@ -58,9 +83,10 @@ def replace_modules(plan: FoldPlan, model: nn.Module) -> nn.Module:
             made[entry.table] = nn.Parameter(module.weight.detach().clone(), module.weight.requires_grad)
         tables.append((module, made[entry.table]))
     _warn_of_values(plan, model, tensors)
-    _put_tables(model, tables)
-    _exchange(model, exchanges)
-    _finish_absorption(plan, model, zero_biases(plan, tensors))
+    with undone_on_failure(model):
+        _put_tables(model, tables)
+        _exchange(model, exchanges)
+        _finish_absorption(plan, model, zero_biases(plan, tensors))
     return model
 
 
@@ -92,92 +118,6 @@ def _has_means(entry: CenteredParameter, tensor: Tensor) -> bool:
         for mean, axes in zip(entry.means(whole_tensor(tensor)), entry.axes(), strict=True)
     )
     return any(bool(part > 0.1 * size) for part in left)
-
-
-def _require(model: nn.Module, problems: list[str]) -> None:
-    if problems:
-        shown = "".join(f"\n  {problem}" for problem in problems[:_SHOWN])
-        more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        raise PlanError(f"the plan does not fit this {type(model).__name__}, which stays as it is:{shown}{more}")
-
-
-# --- what is checked ---
-
-
-def _misfits(plan: FoldPlan, model: nn.Module) -> Iterator[str]:
-    """In what a model differs from the one that the plan was made for."""
-    ours, theirs = plan.form, form_of(model)
-    if ours.class_name != theirs.class_name:
-        yield f"the plan is of a {ours.class_name}, not of a {theirs.class_name}"
-    gone = {entry.bias for entry in plan.absorb}
-    added = {layer.bias for entry in plan.absorb for layer in entry.layers if layer.adds_bias}
-    for name, shape in ours.tensors.items():
-        if name not in theirs.tensors:
-            if name in gone:
-                continue  # it is absorbed already
-            yield f"'{name}' is missing"
-        elif tuple(theirs.tensors[name]) != tuple(shape):
-            yield f"'{name}' has shape {list(theirs.tensors[name])}, not {list(shape)}"
-    for name in theirs.tensors:
-        if name not in ours.tensors and name not in added:
-            yield f"'{name}' is not in the plan's model"
-    modules = dict(model.named_modules(remove_duplicate=False))
-    replaced = {path for entry in plan.replace for path in (entry.path, *entry.also)}
-    lookups = {path for entry in plan.lookups for path in (entry.path, *entry.also)}
-    for path in dict.fromkeys((*ours.modules, *theirs.modules)):
-        wanted, found = ours.modules.get(path), theirs.modules.get(path)
-        if path in replaced and isinstance(modules.get(path), RMSNorm):
-            continue
-        if path in lookups and isinstance(modules.get(path), CenteredEmbedding):
-            continue
-        if wanted != found:
-            yield f"module '{path}' is {found or 'missing'}, not {wanted or 'there'}"
-            continue
-        has, had = theirs.settings.get(path, {}), ours.settings.get(path, {})
-        for name in dict.fromkeys((*had, *has)):
-            if has.get(name) != had.get(name):
-                yield f"'{name}' of module '{path}' is {has.get(name)!r}, not {had.get(name)!r}"
-
-
-def _unwritable(plan: FoldPlan, tensors: dict[str, Tensor]) -> Iterator[str]:
-    """Which parameters cannot be centered as they are."""
-    names = [name for entry in plan.center for name in (entry.name, *entry.scaled_by)]
-    names += [entry.table for entry in plan.lookups if entry.untied]
-    for absorbing in plan.absorb:
-        names += [name for name in (absorbing.weight, absorbing.bias) if name is not None]
-        for layer in absorbing.layers:
-            names += [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
-            if layer.adds_bias and is_sharded(tensors.get(layer.weight)):
-                yield f"'{layer.weight}' is sharded, and a bias is to be added beside it: fold first, then shard"
-    for name in dict.fromkeys(names):
-        tensor = tensors.get(name)
-        if tensor is None:
-            continue  # said already
-        problem = _problem_with(tensor)
-        if problem:
-            yield f"'{name}' {problem}"
-    for entry in plan.center:
-        tensor = tensors.get(entry.name)
-        names_here = {name for name, other in tensors.items() if other is tensor}
-        for name in sorted({entry.name, *entry.also} ^ names_here) if tensor is not None else ():
-            was = "not tied" if name in names_here else "tied"
-            yield f"'{name}' is {'tied' if name in names_here else 'not tied'} to '{entry.name}': it was {was}"
-
-
-def _problem_with(tensor: Tensor) -> str:
-    if torch_private.is_opaque_tensor(tensor) and not is_sharded(tensor):
-        return f"is a {type(tensor).__name__}, whose values cannot be centered: fold first, then quantize or wrap"
-    if not tensor.is_floating_point() or torch.finfo(tensor.dtype).bits < 16:
-        return f"has dtype {tensor.dtype}, in which it cannot be centered"
-    if tensor.is_inference():
-        return "was made under torch.inference_mode(): make or load the model outside of it"
-    if tensor.device.type == "meta":
-        return "is on the meta device and has no values"
-    if tensor.layout is not torch.strided:
-        return f"has layout {tensor.layout}"
-    if tensor.numel() > 0 and 0 in tensor.stride():
-        return "is expanded: several of its elements are one number in memory"
-    return ""
 
 
 def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -229,24 +169,38 @@ def _own_tables(
     tables = []
     for entry, module in _still_tied(plan, modules, tensors):
         if entry.table not in made:
-            rows = CenteredParameter(entry.table, (), entry.shape, (Centering(entry.shape, (1,)),))
+            rows = _rows_of(entry.table, entry)
             value = add_means(module.weight, -rows.means(module.weight)[0], rows.axes()[0])
             made[entry.table] = nn.Parameter(value.to(module.weight.dtype), module.weight.requires_grad)
         tables.append((module, made[entry.table]))
     return tables
 
 
+def _rows_of(name: str, entry: CenteredLookup) -> CenteredParameter:
+    """How a table is centered that an embedding has for itself."""
+    return CenteredParameter(name, (), entry.shape, (Centering(entry.shape, (1,)),))
+
+
 def _still_tied(
     plan: FoldPlan, modules: dict[str, nn.Module], tensors: dict[str, Tensor]
 ) -> Iterator[tuple[CenteredLookup, nn.Embedding]]:
     """The embeddings that are to be untied, and are not yet."""
+    for entry, module, is_tied in _untied_lookups(plan, modules, tensors):
+        if is_tied:
+            yield entry, module
+
+
+def _untied_lookups(
+    plan: FoldPlan, modules: dict[str, nn.Module], tensors: dict[str, Tensor]
+) -> Iterator[tuple[CenteredLookup, nn.Embedding, bool]]:
+    """The embeddings that are to have a table of their own, and whether theirs is still another one's as well."""
     untied = [entry for entry in plan.lookups if entry.untied]
     own = {f"{path}.weight" for entry in untied for path in (entry.path, *entry.also)}
     for entry in untied:
         module = modules[entry.path]
         others = {entry.table, *entry.tied} - own
-        if isinstance(module, nn.Embedding) and any(tensors[name] is module.weight for name in others):
-            yield entry, module
+        if isinstance(module, nn.Embedding):
+            yield entry, module, any(is_one(tensors[name], module.weight) for name in others if name in tensors)
 
 
 def _put_tables(model: nn.Module, tables: Sequence[tuple[nn.Embedding, nn.Parameter]]) -> None:
@@ -258,16 +212,52 @@ def _put_tables(model: nn.Module, tables: Sequence[tuple[nn.Embedding, nn.Parame
         config.tie_word_embeddings = False
 
 
-def _means(plan: FoldPlan, tensors: dict[str, Tensor]) -> Iterator[tuple[CenteredParameter, Sequence[Tensor]]]:
+def _means(
+    plan: FoldPlan, modules: dict[str, nn.Module], tensors: dict[str, Tensor]
+) -> Iterator[tuple[CenteredParameter, Sequence[Tensor]]]:
     """The means of each parameter that is not centered yet. Those of a sharded one are of the whole tensor."""
-    for entry in plan.center:
+    own = {
+        id(module.weight): _rows_of(f"{entry.path}.weight", entry)
+        for entry, module, is_tied in _untied_lookups(plan, modules, tensors)
+        if not is_tied
+    }
+    for entry in (*plan.center, *own.values()):
         whole, scales = whole_tensor(tensors[entry.name]), scales_of(entry, tensors)
         if not entry.is_done(whole, scales):
             yield entry, entry.means(entry.scaled(whole, scales))
 
 
+def _unrepresentable(
+    tensors: dict[str, Tensor],
+    means: Means,
+    absorption: Absorption,
+    tables: Sequence[tuple[nn.Embedding, nn.Parameter]],
+) -> Iterator[str]:
+    """Which values would not be the model's any more once they are rounded to the dtype they are kept in."""
+    for name, (entry, taken) in means.items():
+        if name in absorption.values:
+            continue
+        tensor = tensors[name]
+        moved = max(float(mean.abs().max()) for mean in taken if mean.numel())
+        largest = float(tensor.abs().max()) + moved  # NaN and infinity stay what they are
+        if not largest <= torch.finfo(tensor.dtype).max:
+            problem = lost_in(shifted(entry, whole_tensor(tensor), [-mean for mean in taken]), tensor.dtype)
+            if problem:
+                yield f"'{name}' {problem}"
+    for name, value in absorption.values.items():
+        problem = lost_in(value(), tensors[name].dtype)
+        if problem:
+            yield f"'{name}' {problem}"
+    for name, bias in absorption.added.items():
+        if not bool(bias.isfinite().all()):
+            yield f"'{name}' {TOO_LARGE.format(bias.dtype)}"
+    for module, table in tables:
+        if not bool(table.isfinite().all()):
+            yield f"the table of {module} {TOO_LARGE.format(table.dtype)}"
+
+
 def _write(tensors: dict[str, Tensor], means: Means, absorption: Absorption) -> None:
-    """Write into parameters. A failure puts back what was there; means up to one rounding."""
+    """Write into parameters. A failure puts back what was there; what was centered to one rounding."""
     undo: list[Callable[[], object]] = []
     try:
         for name, (entry, taken) in means.items():

@@ -75,7 +75,7 @@ class Centering:
             if math.prod(factor.size for factor in dimension) != size or not dimension:
                 names_all = False
             dimensions.append(tuple(factor for factor in dimension if factor.size != 1))
-        if factors or not names_all or not rows_exist or not self.axes:
+        if factors or not names_all or not rows_exist or not self.axes or min(self.view) < 1:
             raise PlanError(f"{self} is not a centering of a parameter of shape {list(shape)}")
         return Axes(tuple(dimensions))
 
@@ -163,6 +163,7 @@ class ReplacedNorm:
         eps: ε.
         weight: the name of γ in the module, or None where it has none.
         bias: the name of β in the module, or None where it has none.
+        argument: the name that the module gives to what it normalises.
     """
 
     path: str
@@ -172,6 +173,7 @@ class ReplacedNorm:
     eps: float
     weight: str | None
     bias: str | None
+    argument: str = "input"
 
 
 @dataclass(frozen=True)
@@ -278,6 +280,10 @@ class KeptParameter:
     reason: str
 
 
+#: What a module keeps as an attribute that says what it computes; None where calls change it.
+Setting = bool | int | float | str | None
+
+
 @dataclass(frozen=True)
 class ModelForm:
     """What a model must have so that a plan fits it.
@@ -286,14 +292,19 @@ class ModelForm:
         class_name: the model's class.
         tensors: the shape of everything in its state dict, by name.
         modules: the class of each module, by path.
-        settings: flags that modules keep as attributes, ``{"decoder.layers.0": {"do_layer_norm_before": True}}``: they
-            say what a module computes where its parameters and its class do not.
+        settings: flags, words, numbers and the names of functions that modules keep as attributes,
+            ``{"decoder.layers.0": {"do_layer_norm_before": True}}``: they say what a module computes where its
+            parameters and its class do not. None is for what calls change.
+        hooks: the names of the functions that are hooked to the calls of modules, by path.
+        tied: the names in the state dict that are one tensor.
     """
 
     class_name: str
     tensors: Mapping[str, tuple[int, ...]]
     modules: Mapping[str, str]
-    settings: Mapping[str, Mapping[str, bool]]
+    settings: Mapping[str, Mapping[str, Setting]]
+    hooks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    tied: tuple[tuple[str, ...], ...] = ()
 
 
 def class_name(value: Any) -> str:

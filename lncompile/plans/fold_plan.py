@@ -15,6 +15,7 @@ from torch import nn
 from lncompile.console import plain_console
 from lncompile.plans import application, checkpoint, table
 from lncompile.plans.checkpoint import FoldedCheckpoint
+from lncompile.plans.consistency import require_consistent
 from lncompile.plans.entries import (
     AbsorbedNorm,
     CenteredLookup,
@@ -159,11 +160,12 @@ class FoldPlan:
         """Read a plan from a file.
 
         Raises:
-            PlanError: where the file is not a plan, or one of a newer version than this one reads.
+            PlanError: where the file is not a plan, one of a newer version than this one reads, or one whose parts do
+                not fit each other. The message says what is wrong.
         """
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PlanError(f"{path} is not a fold plan: {error}") from error
         return cls.from_dict(values)
 
@@ -176,9 +178,11 @@ class FoldPlan:
         """Make it of what :meth:`to_dict` returned.
 
         Raises:
-            PlanError: where it is something else.
+            PlanError: where it is something else, or its parts do not fit each other.
         """
-        return from_dict(cls, values)
+        plan = from_dict(cls, values)
+        require_consistent(plan)
+        return plan
 
     def __str__(self) -> str:
         buffer = io.StringIO()

@@ -10,10 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from lncompile.lowering import torch_private
-from lncompile.plans.entries import ModelForm, class_name
-
-# Flags that have no say in what a module computes without gradients.
-_WITHOUT_A_SAY = frozenset({"training", "gradient_checkpointing", "inplace"})
+from lncompile.plans.forms import named_tensors
 
 
 class Slot(NamedTuple):
@@ -54,7 +51,7 @@ class Holdings:
         names: dict[int, list[str]] = defaultdict(list)
         tensors: dict[int, Tensor] = {}
         transient: set[int] = set()
-        for name, tensor, is_persistent in _tensors(model):
+        for name, tensor, is_persistent in named_tensors(model):
             names[id(tensor)].append(name)
             tensors[id(tensor)] = tensor
             if not is_persistent:
@@ -110,35 +107,3 @@ class Holdings:
     def paths_of(self, path: str) -> tuple[str, ...]:
         """All paths of the module at a path, the first as in ``named_modules()``."""
         return tuple(self.paths[id(self.modules[path])])
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
-    """Each name of each parameter and buffer, and whether it is in the state dict."""
-    for path, module in model.named_modules(remove_duplicate=False):
-        prefix = f"{path}." if path else ""
-        for name, parameter in vars(module)["_parameters"].items():
-            if parameter is not None:
-                yield prefix + name, parameter, True
-        for name, buffer in vars(module)["_buffers"].items():
-            if buffer is not None:
-                yield prefix + name, buffer, name not in vars(module)["_non_persistent_buffers_set"]
-
-
-def form_of(model: nn.Module) -> ModelForm:
-    """What a model must have so that a plan made for this one fits it."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    settings = {}
-    for path, module in modules.items():
-        own = {
-            name: value
-            for name, value in vars(module).items()
-            if isinstance(value, bool) and not name.startswith("_") and name not in _WITHOUT_A_SAY
-        }
-        if own:
-            settings[path] = own
-    return ModelForm(
-        class_name(model),
-        {name: tuple(tensor.shape) for name, tensor, is_persistent in _tensors(model) if is_persistent},
-        {path: class_name(module) for path, module in modules.items()},
-        settings,
-    )

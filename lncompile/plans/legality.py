@@ -11,7 +11,7 @@ what the embedding looks up can be centered apart from its table.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lncompile.plans.capture import Program
@@ -52,13 +52,15 @@ class _State:
     barred: set[Slot] = field(default_factory=set)
 
 
-def settle(programs: Sequence[Program], holdings: Holdings, untie: bool, with_readers: bool = False) -> Settled:
+def settle(
+    programs: Sequence[Program], holdings: Holdings, untied: Collection[Slot], with_readers: bool = False
+) -> Settled:
     """Decide what is centered.
 
     Args:
         programs: the example calls.
         holdings: what the model holds.
-        untie: whether tied tables may get a copy for their look-up.
+        untied: embeddings that get a centered table of their own, if their table cannot be centered.
         with_readers: whether it is asked for what reads the norms.
     """
     state = _State({Slot(name): held.obstacle for name, held in holdings.obstacles()})
@@ -66,19 +68,28 @@ def settle(programs: Sequence[Program], holdings: Holdings, untie: bool, with_re
         for value in program.example_inputs:
             for name in holdings.sharing_memory_with(value):
                 state.kept[Slot(name)] = "shares its memory with a tensor that is not in the state dict"
-    odd = set().union(*(odd_lookups(program, holdings) for program in programs))
-    lookups = {slot for program in programs for slot in lookups_of(program, holdings) if slot.lookup not in odd}
+    lookups = all_lookups(programs, holdings)
     settled = _settle(programs, holdings, lookups, state)
-    worth = 1 if untie else _NORMS_WORTH_A_CENTERING
     for lookup in sorted(settled.separate):
         without = _State(dict(state.kept), state.separate - {lookup}, state.barred | {lookup})
         kept_tied = _settle(programs, holdings, lookups, without)
-        if settled.folded - kept_tied.folded < worth:
+        if settled.folded - kept_tied.folded < (1 if lookup in untied else _NORMS_WORTH_A_CENTERING):
             settled, state = kept_tied, without
     if with_readers:
         readings = [read(program, holdings, state.kept, state.separate, True) for program in programs]
         settled = dataclasses.replace(settled, readings=readings)
     return settled
+
+
+def all_lookups(programs: Sequence[Program], holdings: Holdings) -> set[Slot]:
+    """The embeddings whose look-ups can be centered apart from their tables, in all programs.
+
+    Args:
+        programs: the example calls.
+        holdings: what the model holds.
+    """
+    odd = set().union(*(odd_lookups(program, holdings) for program in programs))
+    return {slot for program in programs for slot in lookups_of(program, holdings) if slot.lookup not in odd}
 
 
 def _settle(programs: Sequence[Program], holdings: Holdings, lookups: set[Slot], state: _State) -> Settled:

@@ -121,21 +121,24 @@ def _replacement(
     sizes = site.normalized_shape
     if not all(isinstance(size, int) for size in sizes):
         raise _Obstacle("the size it normalises is not a number")
-    required = [
-        parameter
-        for parameter in inspect.signature(module.forward).parameters.values()
-        if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
-    ]
-    if len(required) != 1:
-        raise _Obstacle("its module takes several arguments")
+    argument = _argument(module)
     weight, bias = (_own_name(node, inside, module, examples) for node in (site.weight, site.bias))
     paths = holdings.paths_of(path)
-    entry = ReplacedNorm(paths[0], paths[1:], class_name(module), sizes, float(site.eps), weight, bias)
+    entry = ReplacedNorm(paths[0], paths[1:], class_name(module), sizes, float(site.eps), weight, bias, argument)
     try:
         rms_norm_of(entry, module)
     except ValueError as error:
         raise _Obstacle(str(error)) from error
     return entry
+
+
+def _argument(module: nn.Module) -> str:
+    """What a module calls the tensor that it normalises."""
+    parameters = list(inspect.signature(module.forward).parameters.values())
+    if len(parameters) != 1 or parameters[0].kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
+        # What it does with further ones, no example may have shown.
+        raise _Obstacle("its module can be called with several arguments")
+    return parameters[0].name
 
 
 def rms_norm_of(entry: ReplacedNorm, module: nn.Module) -> RMSNorm:
@@ -154,6 +157,7 @@ def rms_norm_of(entry: ReplacedNorm, module: nn.Module) -> RMSNorm:
         eps=entry.eps,
         weight=entry.weight or "weight",
         bias=entry.bias or "bias",
+        argument=entry.argument,
     )
     for name, own in (("weight", entry.weight), ("bias", entry.bias)):
         if own is None and getattr(norm, name, None) is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from lncompile.models.stand_ins import is_on_meta
 from lncompile.nn import CenteredEmbedding
 from lncompile.plans.absorbing import plan_absorptions
 from lncompile.plans.answers import require_same_answers
+from lncompile.plans.application import require_no_inference_mode
 from lncompile.plans.capture import Call, capture, ready_to_capture
 from lncompile.plans.entries import (
     AbsorbedNorm,
@@ -28,9 +29,12 @@ from lncompile.plans.entries import (
     class_name,
 )
 from lncompile.plans.fold_plan import FoldPlan
-from lncompile.plans.holdings import Holdings, Slot, form_of
-from lncompile.plans.legality import Settled, settle
+from lncompile.plans.forms import form_of, without_state
+from lncompile.plans.holdings import Holdings, Slot
+from lncompile.plans.keeping import kept_as_it_was
+from lncompile.plans.legality import Settled, all_lookups, settle
 from lncompile.plans.reading import Reading
+from lncompile.plans.untying import can_be_untied
 
 #: What the layers behind a folded norm may take of it: β, or γ and β.
 ABSORB = ("bias", "affine")
@@ -57,8 +61,9 @@ def plan(
         model: in evaluation mode.
         args: an example of what it is called with.
         more_calls: further examples.
-        untie: whether a tied table that is looked up in gets a centered copy of its own. By default the tie stays, and
-            what is looked up is centered at each call, if two norms or more fold for that.
+        untie: whether a tied table that is looked up in gets a centered copy of its own, where nothing reads it by the
+            embedding's own attribute. By default the tie stays, and what is looked up is centered at each call, if two
+            norms or more fold for that.
         absorb: what goes from folded norms into the layers that read them, wherever nothing else reads those.
             ``"bias"``: β, into their biases (``b + Wβ``; one is added to an ``nn.Linear`` without); ``"affine"``: γ as
             well, into their weights. What is left is an RMSNorm without β, with γ = 1; None: nothing.
@@ -85,16 +90,18 @@ def plan(
     calls = [*([Call(*args, **kwargs)] if args or kwargs or not more_calls else []), *more_calls]
     form = form_of(model)
     has_values = not is_on_meta(model)
-    with torch.no_grad(), ready_to_capture(model, calls) as ready:
+    with torch.no_grad(), kept_as_it_was(model), ready_to_capture(model, calls) as ready:
         holdings = Holdings(model)
         programs = [capture(model, call) for call in ready]
-        settled = settle(programs, holdings, untie, with_readers=absorb is not None)
+        form = without_state(form, form_of(model))
+        lookups = all_lookups(programs, holdings) if untie else ()
+        own_tables = can_be_untied(model, ready, holdings, lookups)
+        settled = settle(programs, holdings, own_tables, with_readers=absorb is not None)
         replace, not_replaced = _norm_modules(settled.readings, holdings)
         center = _centered(settled, holdings)
         if not replace and has_values and all(_is_done(entry, holdings) for entry in center):
             center = []  # a model that was folded before. One with new weights has some that are zero, and others.
         readers = [reading.readers for reading in settled.readings if reading.readers is not None]
-        own_tables = frozenset(slot for slot in settled.separate if untie and _is_tied(slot, holdings))
         absorbed: tuple[AbsorbedNorm, ...] = ()
         unabsorbed: dict[str, str] = {}
         if absorb is not None:
@@ -103,7 +110,7 @@ def plan(
             form,
             tuple(center),
             tuple(replace.values()),
-            _lookups(settled, holdings, untie),
+            _lookups(settled, holdings, own_tables),
             absorbed,
             _norms(settled.readings, replace, not_replaced, unabsorbed, holdings),
             _kept(settled, holdings),
@@ -142,6 +149,7 @@ def fold(
         >>> torch.save(folded.state_dict(), "folded.pt")
     """
     model = torch_private_dynamo.original_callable(model)
+    require_no_inference_mode("fold a model")
     found = plan(model, *args, more_calls=more_calls, untie=untie, absorb=absorb, **kwargs)
     folded = found.apply(copy.deepcopy(model))
     if not found.is_empty and not is_on_meta(model):
@@ -169,7 +177,7 @@ def _is_done(entry: CenteredParameter, holdings: Holdings) -> bool:
     return entry.is_done(holdings.named(entry.name).tensor, scales)
 
 
-def _lookups(settled: Settled, holdings: Holdings, untie: bool) -> tuple[CenteredLookup, ...]:
+def _lookups(settled: Settled, holdings: Holdings, own_tables: Collection[Slot]) -> tuple[CenteredLookup, ...]:
     entries = []
     for slot in sorted(settled.separate):
         held, paths = holdings.named(slot.name), holdings.paths_of(slot.lookup)
@@ -181,19 +189,11 @@ def _lookups(settled: Settled, holdings: Holdings, untie: bool) -> tuple[Centere
                 slot.name,
                 held.names[1:],
                 tuple(held.tensor.shape),
-                untie and _is_tied(slot, holdings),
+                slot in own_tables,
                 held.tensor.numel() * held.tensor.element_size(),
             )
         )
     return tuple(entries)
-
-
-def _is_tied(slot: Slot, holdings: Holdings) -> bool:
-    """Whether an embedding's table has another name as well, which keeps it where the embedding gets its own.
-
-    A table that something reads by the embedding's own attribute cannot be untied.
-    """
-    return len(holdings.named(slot.name).names) > 1
 
 
 def _norm_modules(readings: Sequence[Reading], holdings: Holdings) -> tuple[dict[str, ReplacedNorm], dict[str, str]]:

@@ -112,6 +112,24 @@ def lookups_of(program: Program, holdings: Holdings) -> set[Slot]:
     return found
 
 
+def reads_beside_lookups(program: Program, holdings: Holdings, table: Tensor, paths: Collection[str]) -> bool:
+    """Whether a program reads a table otherwise than by look-ups of the embeddings at some paths.
+
+    Args:
+        program: the program.
+        holdings: what the model holds.
+        table: the table.
+        paths: the first paths of the embeddings.
+    """
+    for placeholder, value in zip(_placeholders(program.graph_module), program.example_inputs, strict=True):
+        if value is table:
+            found = _lookups(placeholder, table, holdings)
+            looked_up = {node for path, nodes in found.items() if path in paths for node in nodes}
+            if set(placeholder.users) - looked_up:
+                return True
+    return False
+
+
 def odd_lookups(program: Program, holdings: Holdings) -> set[str]:
     """The embeddings that do something else than look up in their table, or do it where it cannot be separated."""
     looked_up: dict[str, set[fx.Node]] = defaultdict(set)

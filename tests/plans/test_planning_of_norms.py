@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -105,3 +106,54 @@ def test_a_norm_with_a_hook_is_not_replaced() -> None:
     model = randomised(Once())
     model.norm.register_forward_hook(lambda module, args, output: None)
     assert becomes(check(model, 1, 1, (value(2, 3),))) == ["centered"]
+
+
+class Named(nn.Module):
+    """Calls its norm by the name of the argument."""
+
+    def __init__(self, norm: nn.Module, name: str) -> None:
+        super().__init__()
+        self.linear, self.norm, self.name = nn.Linear(WIDTH, WIDTH), norm, name
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(**{self.name: self.linear(x)})
+
+
+class WithOptions(nn.LayerNorm):
+    """Takes a further argument that no example gives, and words that it passes over."""
+
+    def forward(self, input: Tensor, residual: Tensor | None = None, **words: object) -> Tensor:
+        return super().forward(input if residual is None else input + residual)
+
+
+class Hidden(nn.LayerNorm):
+    """With another name for what it normalises."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return super().forward(hidden_states)
+
+
+@pytest.mark.parametrize(
+    ("norm", "name", "outcome"),
+    [
+        (nn.LayerNorm, "input", "rms_norm"),
+        (Hidden, "hidden_states", "rms_norm"),
+        (WithOptions, "input", "centered"),
+    ],
+)
+def test_norms_called_by_name(norm: type[nn.LayerNorm], name: str, outcome: str) -> None:
+    model = randomised(Named(norm(WIDTH), name))
+    plan = check(model, 1, 1, (value(2, 3),))
+    assert becomes(plan) == [outcome]
+    folded = plan.apply(copy.deepcopy(model))
+    if outcome == "rms_norm":
+        assert plan.replace[0].argument == name
+        with pytest.raises(TypeError, match=f"takes one tensor, by position or as '{name}'"):
+            folded.norm(value(2, 3), residual=value(2, 3))
+        with pytest.raises(TypeError, match="takes one tensor"):
+            folded.norm()
+    else:
+        assert "can be called with several arguments" in plan.norms[0].detail
+        x, y = value(2, 3), value(2, 3, seed=1)
+        centered = model.linear(x) - model.linear(x).mean(-1, keepdim=True)
+        torch.testing.assert_close(folded.norm(centered, y, word=1), model.norm(centered, y), rtol=1e-10, atol=1e-10)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lncompile.plans.capture import Call
     from lncompile.plans.entries import PlanError
     from lncompile.plans.fold_plan import FoldPlan
+    from lncompile.plans.loading import load_folded
     from lncompile.plans.planning import fold, plan
     from lncompile.reporting.report import FoldReport
     from lncompile.verification import Verification, verify
@@ -40,6 +41,7 @@ __all__ = [
     "explain",
     "fold",
     "generated_code",
+    "load_folded",
     "plan",
     "refresh",
     "reports",
@@ -57,6 +59,7 @@ _MODULES = {
     "passes.decisions": ("Reason", "Verdict"),
     "plans.capture": ("Call",),
     "plans.fold_plan": ("FoldPlan",),
+    "plans.loading": ("load_folded",),
     "plans.planning": ("fold", "plan"),
     "plans.entries": ("PlanError",),
     "reporting.report": ("FoldReport",),

@@ -10,7 +10,7 @@ from lncompile.cli.parameters import InputError
 from lncompile.cli.running import Run
 from lncompile.models.loading import LoadedModel
 from lncompile.models.names import Kind, kind_of
-from lncompile.plans.checkpoint import OTHER_WEIGHTS, PLAN_FILE, FoldedCheckpoint
+from lncompile.plans.checkpoint import OTHER_WEIGHTS, FoldedCheckpoint
 from lncompile.plans.fold_plan import FoldPlan
 from lncompile.plans.planning import plan as make_plan
 
@@ -79,7 +79,6 @@ def _words(written: FoldedCheckpoint, plan: FoldPlan) -> str:
         lines.append(f"Left out, because they are not folded: {', '.join(written.left_out)}.")
     lines += [
         "To load it:",
-        f"  model = {plan.form.class_name.rpartition('.')[2]}.from_pretrained({str(written.path)!r})",
-        f"  lncompile.FoldPlan.load({str(written.path / PLAN_FILE)!r}).replace_modules(model)",
+        f"  model = lncompile.load_folded({plan.form.class_name.rpartition('.')[2]}, {str(written.path)!r})",
     ]
     return "\n".join(lines)

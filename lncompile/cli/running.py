@@ -208,11 +208,20 @@ def running(asked: Asked, steps: int) -> Iterator[Run]:
         if isinstance(error, GeneratorExit):
             raise
         if any(isinstance(link, KeyboardInterrupt) for link in chain_of(error)):
+            _show_error("interrupted", asked)
             raise typer.Exit(INTERRUPTED) from None
         if asked.show_traceback:
             traceback.print_exc()
-        typer.echo(f"error: {_sentence(error, asked, run)}", err=True)
+        sentence = _sentence(error, asked, run)
+        typer.echo(f"error: {sentence}", err=True)
+        _show_error(sentence, asked)
         raise typer.Exit(2) from None
+
+
+def _show_error(sentence: str, asked: Asked) -> None:
+    """Print what went wrong for a program, where it is one that reads stdout."""
+    if asked.as_json:
+        typer.echo(json.dumps({"model": asked.model, "error": sentence}, indent=2))
 
 
 def chain_of(error: BaseException) -> list[BaseException]:

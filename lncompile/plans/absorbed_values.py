@@ -7,7 +7,7 @@ out), and it is rounded once.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lncompile.passes.graph.sharding import is_sharded, whole_of
 from lncompile.passes.rewrites.affine import scale_weight, shift_bias
 from lncompile.passes.rewrites.arithmetic import EXACT, add_means
-from lncompile.plans.entries import CenteredParameter
+from lncompile.plans.entries import AbsorbedNorm, CenteredParameter
 
 if TYPE_CHECKING:
     from lncompile.plans.fold_plan import FoldPlan
@@ -44,11 +44,28 @@ class Absorption:
     added: dict[str, nn.Parameter] = field(default_factory=dict)
 
 
-def absorbed(plan: FoldPlan, tensors: Mapping[str, Tensor], means: Means) -> Absorption:
+def means_in(
+    entries: Iterable[CenteredParameter], tensors: Mapping[str, Tensor]
+) -> dict[str, tuple[CenteredParameter, Sequence[Tensor]]]:
+    """The means of each parameter that is not centered yet. Those of a sharded one are of the whole tensor.
+
+    Args:
+        entries: what is to be centered.
+        tensors: of the model, by name.
+    """
+    means: dict[str, tuple[CenteredParameter, Sequence[Tensor]]] = {}
+    for entry in entries:
+        whole, scales = whole_tensor(tensors[entry.name]), scales_of(entry, tensors)
+        if not entry.is_done(whole, scales):
+            means[entry.name] = (entry, entry.means(entry.scaled(whole, scales)))
+    return means
+
+
+def absorbed(absorb: Iterable[AbsorbedNorm], tensors: Mapping[str, Tensor], means: Means) -> Absorption:
     """Compute what layers take of the norms in front of them.
 
     Args:
-        plan: the plan.
+        absorb: what is absorbed.
         tensors: of the model, by name.
         means: what is taken out of those of them that are centered.
     """
@@ -59,7 +76,7 @@ def absorbed(plan: FoldPlan, tensors: Mapping[str, Tensor], means: Means) -> Abs
             found.values[name] = functools.partial(_centered, name, tensors, means)
             for scale in centered.scaled_by:
                 ones[scale] = functools.partial(torch.ones_like, whole_tensor(tensors[scale]))
-    for entry in plan.absorb:
+    for entry in absorb:
         gamma = None if entry.weight is None else whole_tensor(tensors[entry.weight]).clone()
         beta = None if entry.bias is None or entry.bias not in tensors else whole_tensor(tensors[entry.bias])
         for layer in entry.layers:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +21,7 @@ from lncompile.plans.absorbed_values import (
     Means,
     absorbed,
     lost_in,
-    scales_of,
+    means_in,
     shifted,
     whole_tensor,
     zero_biases,
@@ -45,8 +45,8 @@ def apply(plan: FoldPlan, model: nn.Module) -> nn.Module:
     with torch.no_grad():
         exchanges = _exchanges(plan, modules)
         tables = _own_tables(plan, modules, tensors)
-        means = {entry.name: (entry, taken) for entry, taken in _means(plan, modules, tensors)}
-        absorption = absorbed(plan, tensors, means)
+        means = means_in((*plan.center, *_own_rows(plan, modules, tensors)), tensors)
+        absorption = absorbed(plan.absorb, tensors, means)
         require(model, [*_unrepresentable(tensors, means, absorption, tables)])
         with undone_on_failure(model):
             _put_tables(model, tables)
@@ -212,19 +212,13 @@ def _put_tables(model: nn.Module, tables: Sequence[tuple[nn.Embedding, nn.Parame
         config.tie_word_embeddings = False
 
 
-def _means(
-    plan: FoldPlan, modules: dict[str, nn.Module], tensors: dict[str, Tensor]
-) -> Iterator[tuple[CenteredParameter, Sequence[Tensor]]]:
-    """The means of each parameter that is not centered yet. Those of a sharded one are of the whole tensor."""
-    own = {
+def _own_rows(plan: FoldPlan, modules: dict[str, nn.Module], tensors: dict[str, Tensor]) -> Iterable[CenteredParameter]:
+    """The tables that embeddings have for themselves already, where that is what the plan is to give them."""
+    return {
         id(module.weight): _rows_of(f"{entry.path}.weight", entry)
         for entry, module, is_tied in _untied_lookups(plan, modules, tensors)
         if not is_tied
-    }
-    for entry in (*plan.center, *own.values()):
-        whole, scales = whole_tensor(tensors[entry.name]), scales_of(entry, tensors)
-        if not entry.is_done(whole, scales):
-            yield entry, entry.means(entry.scaled(whole, scales))
+    }.values()
 
 
 def _unrepresentable(

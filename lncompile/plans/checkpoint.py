@@ -19,10 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
+from lncompile.passes.rewrites.arithmetic import EXACT
 from lncompile.plans import safetensors_file
-from lncompile.plans.checkpoint_tensors import INDEX, Output, Place, Shard, added_to, shards_of
+from lncompile.plans.absorbed_values import absorbed, lost_in, means_in
+from lncompile.plans.checkpoint_tensors import INDEX, SUFFIX, Absorbing, Output, Place, Shard, added_to, shards_of
 from lncompile.plans.entries import CenteredParameter
 from lncompile.plans.safetensors_file import CheckpointError, SafetensorsFile, StoredTensor
 from lncompile.plans.slices import center_in_place, is_rounded
@@ -45,7 +48,7 @@ class FoldedCheckpoint:
         path: the folder.
         files: names of its safetensors files.
         centered: names of the tensors that were centered, as they stand in the files.
-        tables: names of tensors that were added, where a tied table was untied.
+        tables: names of tensors that were added: tables that were untied, biases that take β.
         resumed: names of the files that an earlier, interrupted call had finished.
         left_out: names of files that were not taken over: weights in other formats, which are not folded.
     """
@@ -61,7 +64,7 @@ class FoldedCheckpoint:
 def apply_to_checkpoint(plan: FoldPlan, source: Path, target: Path, progress: Say | None = None) -> FoldedCheckpoint:
     """Do what :meth:`FoldPlan.apply_to_checkpoint` promises."""
     say = progress or _say_nothing
-    source, target = source.resolve(), target.absolute()
+    source, target = source.absolute(), target.absolute()  # a link may have the name that its file lacks
     work = target.parent / f".{target.name}.folding"
     folder = source if source.is_dir() else source.parent
     _check_places(source, folder, target)
@@ -78,7 +81,7 @@ def apply_to_checkpoint(plan: FoldPlan, source: Path, target: Path, progress: Sa
         for number, shard in enumerate(shards, 1):
             words = f"{number} of {len(shards)}: {shard.name}"
             say(words, done / total)
-            record = {"plan": digest, **_identity(shard.source.path)}
+            record = {"plan": digest, "sources": [_identity(path) for path in shard.read_from]}
             if _is_finished(model / shard.name, records / f"{shard.name}.json", record):
                 resumed.append(shard.name)
             else:
@@ -115,7 +118,7 @@ def _check_places(source: Path, folder: Path, target: Path) -> None:
         raise CheckpointError(f"there is no checkpoint '{source}'")
     if target.exists():
         raise CheckpointError(f"'{target}' exists already: nothing is overwritten")
-    if target.resolve().is_relative_to(folder) and source.is_dir():
+    if target.resolve().is_relative_to(folder.resolve()) and source.is_dir():
         raise CheckpointError(f"'{target}' is inside of the checkpoint itself")
 
 
@@ -172,6 +175,9 @@ def _write(shard: Shard, path: Path) -> Iterator[int]:
 
 
 def _values(output: Output, read: Any) -> Iterator[bytes | memoryview]:
+    if output.absorbing is not None:
+        yield from safetensors_file.pieces_of(_absorbed(output, output.absorbing))
+        return
     if output.entry is None and not output.is_one:
         yield from safetensors_file.pieces(read, output.stored)
         return
@@ -191,7 +197,27 @@ def _scaled_and_centered(entry: CenteredParameter, tensor: Tensor, scales: Seque
         return tensor
     exact = entry.scaled(tensor, scales).contiguous()
     center_in_place(entry, exact)
-    return exact.to(tensor.dtype)
+    return _rounded(entry.name, exact, tensor.dtype)
+
+
+def _absorbed(output: Output, absorbing: Absorbing) -> Tensor:
+    """What a weight or bias becomes that takes γ or β of a norm."""
+    tensors = {name: _load(place) for name, place in absorbing.places.items()}
+    absorption = absorbed([absorbing.entry], tensors, means_in(absorbing.center, tensors))
+    if absorbing.name in absorption.added:
+        return _rounded(output.name, absorption.added[absorbing.name].data.to(EXACT), _dtype_of(output))
+    return _rounded(output.name, absorption.values[absorbing.name]().contiguous(), _dtype_of(output))
+
+
+def _dtype_of(output: Output) -> torch.dtype:
+    return safetensors_file.FLOATING[output.stored.dtype]
+
+
+def _rounded(name: str, exact: Tensor, dtype: torch.dtype) -> Tensor:
+    problem = lost_in(exact, dtype)
+    if problem:
+        raise CheckpointError(f"'{name}' {problem}")
+    return exact.to(dtype)
 
 
 def _load(place: Place) -> Tensor:
@@ -209,8 +235,12 @@ def _verify(outputs: Sequence[Output], digests: Sequence[str], path: Path) -> No
                 actual.update(piece)
             if actual.hexdigest() != digest:
                 raise CheckpointError(f"'{output.name}' reads back other than it was written to '{path}'")
-            if output.entry is not None and not is_rounded(output.entry, safetensors_file.load(file, stored)):
-                raise CheckpointError(f"'{output.name}' cannot be centered: are all of its values finite?")
+            if output.entry is None or output.absorbing is not None:
+                continue  # what takes a scale is centered along other elements than it was
+            if not is_rounded(output.entry, safetensors_file.load(file, stored)):
+                raise CheckpointError(
+                    f"'{output.name}' cannot be centered: are all of its values finite, and once it is centered, too?"
+                )
 
 
 def _in_order(found: SafetensorsFile, outputs: Sequence[Output], path: Path) -> list[StoredTensor]:
@@ -249,7 +279,7 @@ def _copy_the_rest(plan: FoldPlan, folder: Path, model: Path, shards: Sequence[S
     left_out = []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
-        if path.is_dir() or str(name) in written or name.name == PLAN_FILE:
+        if path.is_dir() or str(name) in written or name.name == PLAN_FILE or path.suffix == SUFFIX:
             continue
         weights = path.name.removesuffix(".index.json")
         if Path(weights).suffix in OTHER_WEIGHTS:

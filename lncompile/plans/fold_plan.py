@@ -123,11 +123,14 @@ class FoldPlan:
 
         Each tensor is centered in float64 and rounded once, as :meth:`apply` does it. The plan is written beside the
         weights as ``lncompile_fold.json``, and the other files of the folder are copied. Weights in other formats,
-        which would stay as they were, are left out. Names may lack the prefix of a base model, or have it.
+        which would stay as they were, are left out. Names may lack the prefix of a base model, or have it; where
+        transformers renames tensors as it loads them, its own mapping says how.
 
         The target comes into being when everything is written and was read back: means of what was centered are near
-        zero, the bytes of the rest are those of the source. What a call had finished that was interrupted, at whatever
-        moment, the next call with the same arguments takes over. Memory is for the largest tensor and some 200 MiB.
+        zero, the bytes of the rest are those of the source. Biases that are to take β are added where there were none,
+        and β leaves the files: :func:`lncompile.load_folded` loads those. What a call had finished that was
+        interrupted, at whatever moment, the next call with the same arguments takes over. Memory is for the largest
+        tensor and some 200 MiB.
 
         Args:
             source: a folder as ``save_pretrained`` writes it, in one file or in several with an index; or one file.
@@ -139,15 +142,14 @@ class FoldPlan:
 
         Raises:
             PlanError: where the plan does not fit the checkpoint: tensors are missing, have other shapes or a dtype
-                in which they cannot be centered; or it absorbs γ and β, which changes the names in the state dict.
-                Nothing was written.
-            CheckpointError: where the source cannot be read, the target exists, another process is writing it, or a
-                tensor with values that are not finite cannot be centered.
+                in which they cannot be centered. Nothing was written.
+            CheckpointError: where the source cannot be read, has weights in folders inside of it or of something else,
+                the target exists, another process is writing it, or a tensor with values that are not finite, before or
+                after, cannot be centered.
 
         Example:
             >>> lncompile.FoldPlan.load("opt.fold.json").apply_to_checkpoint("opt-13b", "opt-13b-folded")
-            >>> model = OPTForCausalLM.from_pretrained("opt-13b-folded")
-            >>> model = lncompile.FoldPlan.load("opt-13b-folded/lncompile_fold.json").replace_modules(model)
+            >>> model = lncompile.load_folded(OPTForCausalLM, "opt-13b-folded")
         """
         return checkpoint.apply_to_checkpoint(self, Path(source), Path(target), progress)
 

@@ -15,11 +15,11 @@ from lncompile.plans.entries import ModelForm, Setting, class_name
 
 # Attributes that have no say in what a module computes without gradients, or that shapes say already.
 _WITHOUT_A_SAY = frozenset(
-    "training gradient_checkpointing inplace name_or_path layer_idx "
+    "training gradient_checkpointing inplace momentum name_or_path layer_idx "
     "in_features out_features num_embeddings embedding_dim in_channels out_channels".split()
 )
-# Hooks that distribute a module's inputs and parameters, and those of compilers, compute nothing of their own.
-_LIBRARIES_WITHOUT_A_SAY = ("torch.distributed.", "torch._dynamo.", "lncompile.")
+# Hooks that distribute a module's inputs and parameters, note what it returns, or compile it, compute nothing new.
+_LIBRARIES_WITHOUT_A_SAY = ("torch.distributed.", "torch._dynamo.", "transformers.utils.output_capturing.")
 
 
 def form_of(model: nn.Module) -> ModelForm:

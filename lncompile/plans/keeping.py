@@ -12,9 +12,6 @@ from torch import Tensor, nn
 
 from lncompile.lowering import torch_private
 
-# The dicts of a module that registering something changes in place.
-_REGISTRIES = ("_parameters", "_buffers", "_modules")
-
 
 @contextlib.contextmanager
 def kept_as_it_was(model: nn.Module) -> Iterator[None]:
@@ -46,6 +43,11 @@ def kept_as_it_was(model: nn.Module) -> Iterator[None]:
                         buffer.copy_(value)
 
 
+def _is_registry(value: Any) -> bool:
+    """Whether an attribute is a dict that is changed in place: of parameters, of hooks, of what a model remembers."""
+    return isinstance(value, dict)
+
+
 def _has_no_values(buffer: Tensor) -> bool:
     return buffer.device.type == "meta" or torch_private.is_opaque_tensor(buffer)
 
@@ -70,13 +72,14 @@ def undone_on_failure(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _registries_put_back(model: nn.Module, always: bool) -> Iterator[None]:
-    """Context after which modules hold the parameters, buffers and modules that they held.
+    """Context after which modules hold the parameters, buffers, modules and hooks that they held.
 
     Args:
         model: the model.
         always: whether that is so where nothing fails, too.
     """
-    held = [(vars(module)[kind], dict(vars(module)[kind])) for module in model.modules() for kind in _REGISTRIES]
+    registries = [value for module in model.modules() for value in vars(module).values() if _is_registry(value)]
+    held = [(registry, dict(registry)) for registry in registries]
     transient = [(module, set(module._non_persistent_buffers_set)) for module in model.modules()]
     failed = True
     try:

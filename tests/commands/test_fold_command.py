@@ -32,7 +32,7 @@ def test_with_a_plan_of_its_own(checkpoint: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "Folded: 5 of 5 LayerNorms, 9 tensors centered" in result.stdout
     lines = [line.strip() for line in result.stdout.splitlines() if line.startswith("  ")]
-    assert lines[0] == f"model = GPT2LMHeadModel.from_pretrained({str(tmp_path / 'folded')!r})"
+    assert lines[0] == f"model = lncompile.load_folded(GPT2LMHeadModel, {str(tmp_path / 'folded')!r})"
     scope = {"GPT2LMHeadModel": transformers.GPT2LMHeadModel, "lncompile": lncompile}
     exec("\n".join(lines), scope)
     folded, original = scope["model"].double().eval(), load(checkpoint)
@@ -58,6 +58,18 @@ def test_one_file_of_weights(checkpoint: Path, tmp_path: Path) -> None:
     found = answer("fold", weights, tmp_path / "folded", "--plan", tmp_path / "plan.json")
     assert found["files"] == ["model.safetensors"]
     assert_refused("fold", weights, tmp_path / "other", says=("--plan",))
+
+
+def test_a_failure_is_json_for_a_program(checkpoint: Path, tmp_path: Path) -> None:
+    for target, arguments, says in (
+        (checkpoint, (), "exists already"),
+        (tmp_path / "folded", ("--plan", tmp_path / "gone.json"), "there is no file"),
+    ):
+        found = answer("fold", checkpoint, target, *arguments, exit_code=2)
+        assert found["model"] == str(checkpoint)
+        assert says in found["error"]
+        assert "error: " in run("fold", checkpoint, target, *arguments, "--json").stderr
+    assert answer("explain", tmp_path / "nowhere", exit_code=2)["error"], "every command does"
 
 
 def test_what_is_refused(checkpoint: Path, tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ import transformers
 from architectures import randomise
 from checkpoints import PROMPT, contents, gpt2, saved
 from hand_folded import IDS, Decoder
+from plan_models import Scaled
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 import lncompile
 from lncompile.nn import CenteredEmbedding, RMSNorm
@@ -240,20 +241,6 @@ def test_values_that_are_not_finite(tmp_path: Path) -> None:
     assert not (tmp_path / "folded").exists()
 
 
-class Scaled(nn.Module):
-    """A branch with LayerScale, which the layer before it takes in."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tokens = nn.Embedding(29, 16)
-        self.norm, self.branch, self.final = nn.LayerNorm(16), nn.Linear(16, 16), nn.LayerNorm(16)
-        self.scale = nn.Parameter(torch.zeros(16))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.tokens(ids)
-        return self.final(x + self.scale * self.branch(self.norm(x)))
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_a_scale_is_taken_in(dtype: torch.dtype, tmp_path: Path) -> None:
     model = randomise(Scaled().double()).to(dtype).eval()
@@ -268,11 +255,43 @@ def test_a_scale_is_taken_in(dtype: torch.dtype, tmp_path: Path) -> None:
     assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
-def test_a_plan_that_absorbs_is_refused(tmp_path: Path) -> None:
-    model = randomise(Decoder().double()).eval()
-    plan = lncompile.plan(model, IDS, absorb="affine")
-    assert plan.absorb
-    save_file(model.state_dict(), tmp_path / "model.safetensors")
-    with pytest.raises(PlanError, match="absorb"):
+# --- folders as they are found ---
+
+
+def test_a_file_behind_a_link_keeps_its_name(tmp_path: Path) -> None:
+    """As in the cache of huggingface_hub, whose files are called by their digests."""
+    model = randomise(Decoder()).eval()
+    plan = lncompile.plan(model, IDS)
+    save_file(dict(model.state_dict()), tmp_path / "0a1b2c")
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "0a1b2c")
+    for number, source in enumerate(("model.safetensors", "0a1b2c")):
+        written = plan.apply_to_checkpoint(tmp_path / source, tmp_path / f"folded{number}")
+        assert written.files == ("model.safetensors",)
+        assert load_file(tmp_path / f"folded{number}" / "model.safetensors").keys() == model.state_dict().keys()
+
+
+def test_weights_that_would_stay_as_they_are(tmp_path: Path) -> None:
+    model = randomise(Decoder()).eval()
+    plan, source = lncompile.plan(model, IDS), tmp_path / "model"
+    (source / "original").mkdir(parents=True)
+    save_file(dict(model.state_dict()), source / "model.safetensors")
+    save_file(dict(model.state_dict()), source / "original" / "consolidated.safetensors")
+    with pytest.raises(CheckpointError, match=r"weights in folders inside of it.*original/consolidated\.safetensors"):
+        plan.apply_to_checkpoint(source, tmp_path / "folded")
+    (source / "original" / "consolidated.safetensors").unlink()
+    save_file({"lora_A": torch.zeros(2)}, source / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors holds no tensor of the plan's model"):
+        plan.apply_to_checkpoint(source, tmp_path / "folded")
+    (source / "adapter_model.safetensors").unlink()
+    assert plan.apply_to_checkpoint(source, tmp_path / "folded"), "the control"
+
+
+def test_values_that_half_precision_cannot_hold(tmp_path: Path) -> None:
+    model = randomise(Scaled().double()).eval()
+    plan = lncompile.plan(model, IDS)
+    with torch.no_grad():
+        model.scale.fill_(6e4)
+        model.branch.weight.fill_(1.0)[0] = -30.0
+    save_file(model.half().state_dict(), tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"'branch\.weight' would have values that torch\.float16 cannot hold"):
         plan.apply_to_checkpoint(tmp_path / "model.safetensors", tmp_path / "folded")
-    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]

@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from architectures import randomise
 from checkpoints import PROMPT, contents, gpt2, saved
+from plan_models import IDS, Scaled
+from safetensors.torch import save_file
 
 import lncompile
 from lncompile.plans import checkpoint
@@ -162,3 +165,21 @@ def test_what_is_written_wrong_is_noticed(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(CheckpointError, match="reads back other"):
         plan.apply_to_checkpoint(source, tmp_path / "folded")
     assert not (tmp_path / "folded").exists()
+
+
+def test_a_scale_in_another_file_that_changed_meanwhile(tmp_path: Path) -> None:
+    """What was finished was made of the old one."""
+    model = randomise(Scaled().double()).eval()
+    plan, source, target = lncompile.plan(model, IDS), tmp_path / "model", tmp_path / "folded"
+    state = model.state_dict()
+    source.mkdir()
+    save_file({name: value for name, value in state.items() if name != "scale"}, source / "a.safetensors")
+    for values in (state["scale"], torch.randn(16, dtype=torch.float64)):
+        save_file({"scale": values}, source / "b.safetensors")
+        if not target.exists() and not (tmp_path / ".folded.folding").exists():
+            with pytest.raises(KeyboardInterrupt):
+                plan.apply_to_checkpoint(source, target, interrupted_in(2))
+    written = plan.apply_to_checkpoint(source, target)
+    assert written.resumed == ()
+    plan.apply_to_checkpoint(source, tmp_path / "expected")
+    assert contents(target) == contents(tmp_path / "expected")

@@ -29,6 +29,7 @@ class Counting(Residual):
         self.last = torch.ones(1) * ids.shape[0]
         self.number += 1
         if not hasattr(self, "made"):
+            self.branch.register_forward_hook(lambda *_: None)
             self.made = torch.ones(1, dtype=torch.float64)
         noise = torch.rand(1, dtype=torch.float64) * 0
         return {"logits": super().forward(ids, scale)["logits"] * self.made + noise}
@@ -50,6 +51,7 @@ def test_buffers_attributes_and_generators(what: str) -> None:
         assert torch.equal(buffer, buffers[name][1]), name
     assert model.number == 0
     assert not hasattr(model, "made")
+    assert not model.branch._forward_hooks
     model(IDS)
     assert (model.number, int(model.calls)) == (1, 1), "the control: a call changes them"
     if what == "fold":

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from plan_models import IDS, TOLERANCE, WIDTH, Residual, Tied, error, randomised, value
+from plan_models import IDS, TOLERANCE, WIDTH, Residual, Scaled, Tied, error, randomised, value
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -277,19 +277,6 @@ def test_a_weight_that_half_precision_cannot_hold_once_it_is_centered() -> None:
         model.branch.weight[0, 0] = float("nan")
     with pytest.raises(lncompile.PlanError, match="or has some that are not finite"):
         plan.apply(model)
-
-
-class Scaled(nn.Module):
-    """A branch with LayerScale."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tokens, self.scale = nn.Embedding(48, WIDTH), nn.Parameter(torch.ones(WIDTH))
-        self.norm, self.branch, self.final = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.tokens(ids)
-        return self.final(x + self.scale * self.branch(self.norm(x)))
 
 
 @pytest.mark.parametrize(

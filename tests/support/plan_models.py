@@ -85,6 +85,19 @@ class Once(nn.Module):
         return self.norm(self.linear(x))
 
 
+class Scaled(nn.Module):
+    """A branch with LayerScale, which the layer before it takes in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.scale = nn.Embedding(WORDS, WIDTH), nn.Parameter(torch.ones(WIDTH))
+        self.norm, self.branch, self.final = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.tokens(ids)
+        return self.final(x + self.scale * self.branch(self.norm(x)))
+
+
 class QueriesAndKeysNormed(nn.Module):
     """Queries and keys are normed head by head, values are not: a part of the joint projection is centered."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 
 import pytest
@@ -101,9 +102,46 @@ def test_fold_first_then_quantize() -> None:
     assert linear_weights(folded) == linear_weights(model) == ["Int8Tensor", "Int8Tensor"]
     stock, ours = (relative_error(each(IDS)["logits"], reference) for each in (model, folded))
     assert 1e-4 < stock < 0.02, "the control: quantization did round"
-    assert ours < 1.5 * stock
+    assert ours < 1.5 * stock, "of one model; the next test says it of many"
     compiled = torch.compile(folded, backend="inductor")(IDS)["logits"]
     assert relative_error(compiled, folded(IDS)["logits"]) < 1e-5
+
+
+EVERY_WORD = torch.arange(48).reshape(4, 12)
+
+#: The error of int8 weights of a folded model, as a multiple of that of the model as it was: a geometric mean over
+#: models. int8 steps are as wide as a row's largest number says, and centering takes from each column its mean. If
+#: columns have means beyond chance, rows shrink by them. If numbers are drawn evenly up to an edge, as a layer that is
+#: not trained has them, their chance means push some beyond it.
+INT8_ERRORS = {"columns with means": (0.85, 0.93), "normal": (0.98, 1.04), "uniform": (1.04, 1.10)}
+
+
+@pytest.mark.parametrize("kind", INT8_ERRORS)
+def test_the_error_of_int8_weights_over_many_models(kind: str) -> None:
+    """Not above that of the unfolded model, except for numbers with an edge."""
+    quantization = pytest.importorskip("torchao.quantization")
+    width, logarithms = 64, []
+    plan = lncompile.plan(randomise(Residual(width)).eval(), IDS)
+    for seed in range(60):
+        model = randomise(Residual(width), seed).eval()
+        draw = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            weight = model.branch.weight
+            normal = torch.randn(weight.shape, generator=draw)
+            weight.copy_(normal if kind != "uniform" else torch.rand(weight.shape, generator=draw) - 0.5)
+            weight.add_(0.5 * torch.randn(width, generator=draw) if kind == "columns with means" else 0)
+            weight.div_(weight.std() * width**0.5)
+        reference = copy.deepcopy(model).double()(EVERY_WORD)["logits"]
+        errors = []
+        for each in (model, plan.apply(copy.deepcopy(model))):
+            quantization.quantize_(
+                each, quantization.Int8WeightOnlyConfig(), filter_fn=lambda module, name: name == "branch"
+            )
+            errors.append(relative_error(each(EVERY_WORD)["logits"], reference))
+        assert min(errors) > 1e-4, "the control: quantization did round"
+        logarithms.append(math.log(errors[1] / errors[0]))
+    lowest, highest = INT8_ERRORS[kind]
+    assert lowest < math.exp(sum(logarithms) / len(logarithms)) < highest
 
 
 def test_quantized_weights_are_left_alone_with_a_reason() -> None:

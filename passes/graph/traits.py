@@ -71,7 +71,7 @@ _OPERATIONS = {
     Trait.SPLITS: "split chunk unbind",
     Trait.ROTATES: "roll flip",
     Trait.SELECTS: "index_select",
-    Trait.LOOKS_UP: "embedding gather take_along_dim",
+    Trait.LOOKS_UP: "embedding gather take_along_dim index",
     Trait.DUPLICATES: "repeat_interleave unfold",
     Trait.JOINS: "cat stack",
     Trait.CHOOSES: "where masked_fill",

@@ -56,6 +56,14 @@ def getitem(operation: Operation) -> Sequence[Linear]:
     return _whole_or_part(index.part, index.map)
 
 
+@linear_rule("index")
+def index(operation: Operation) -> Sequence[Linear]:
+    """``(Cx)[i, :, j] = C(x[i, :, j])``: ATen's own index, in which None stands for a whole dimension."""
+    items = [slice(None) if item is None else item for item in operation["indices"]]
+    taken = read_index(items, shape(operation["input"]), result_shape(operation))
+    return [Linear({("input", None): taken.map})]
+
+
 def _whole_or_part(part: AxisMap | None, whole: AxisMap) -> Sequence[Linear]:
     readings = [Linear({("input", None): whole})]
     return readings if part is None else [Linear({("input", None): part}, selective=True), *readings]

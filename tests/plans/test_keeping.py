@@ -60,4 +60,4 @@ def test_buffers_attributes_and_generators(what: str) -> None:
     else:
         assert (made.folded, made.total) == (2, 2)
         assert made.form.settings[""]["number"] is None
-        assert made.apply(model)
+        assert made.apply(randomised(Counting()))

@@ -100,6 +100,53 @@ def check_axes(seed: int) -> None:
         assert reading.carriers["input", None].backward(moved) == axes
 
 
+def test_the_axes_go_where_atens_index_takes_them() -> None:
+    """In it None is a whole dimension, not a new one."""
+    check_each(SEEDS, check_axes_of_aten)
+
+
+def check_axes_of_aten(seed: int) -> None:
+    choose = random.Random(seed)
+    length = choose.choice([1, 4])
+    indices = [
+        choose.choice([None, torch.arange(length) % size, torch.arange(3 * length).view(3, length) % size])
+        for size in SIZES[: choose.randint(1, 4)]
+    ]
+    if all(index is None for index in indices):
+        return
+    value = torch.randn(SIZES, dtype=torch.float64)
+    result = torch.ops.aten.index.Tensor(value, indices)
+    graph = fx.Graph()
+    source = graph.placeholder("source")
+    source.meta["example_value"] = value
+    nodes: list[fx.Node | None] = []
+    for number, item in enumerate(indices):
+        nodes.append(None if item is None else graph.placeholder(f"index_{number}"))
+        if item is not None:
+            nodes[-1].meta["example_value"] = item  # type: ignore[union-attr]
+    node = graph.call_function(torch.ops.aten.index.Tensor, (source, nodes))
+    node.meta["example_value"] = result
+    operation = canonicalise(node)
+    assert operation is not None
+    assert operation.name == "index"
+    (reading,) = RULES["index"](operation)
+    carried = reading.carriers["input", None]
+    for dimension in range(len(SIZES)):
+        indexed = dimension < len(indices) and indices[dimension] is not None
+        axes = Axes.of(SIZES, [dimension])
+        try:
+            moved = carried.forward(axes)
+        except Blocked:
+            assert indexed, "a whole dimension stays one"
+            continue
+        assert moved is not None
+        assert not indexed, "what is picked along the normalised axis has another mean"
+        centered = value - value.mean(dimension, keepdim=True)
+        expected = result - result.mean(moved.normalised_dimensions, keepdim=True)
+        torch.testing.assert_close(torch.ops.aten.index.Tensor(centered, indices), expected)
+        assert carried.backward(moved) == axes
+
+
 def test_the_part_that_is_taken_can_be_centered_alone() -> None:
     """Centering just what is taken, in the source, centers the result; the rest of the source stays as it is."""
     check_each(SEEDS, check_part)

@@ -126,6 +126,17 @@ ELEMENTS = {
     "index_tensor_twice": folds("getitem", lambda m, x, y, e: x[e["rows"], e["rows"]]),
     "index_tensors_apart_take_features": stays(
         "getitem", Reason.DIFFERENT_AXES, lambda m, x, y, e: x + x[e["rows"], :, e["features"]].sum()),
+    "aten_index": folds("index", lambda m, x, y, e: aten.index.Tensor(x, [e["rows"]])),
+    "aten_index_behind_a_whole_dimension": folds(
+        "index", lambda m, x, y, e: aten.index.Tensor(x, [None, e["columns"]])),
+    "aten_indices": folds("index", lambda m, x, y, e: aten.index.Tensor(x, [e["rows"], e["columns"]])),
+    "aten_indices_apart": folds(
+        "index", lambda m, x, y, e: aten.index.Tensor(x[:, :, None], [e["rows"], None, e["zeros"]])),
+    "aten_index_of_a_mask": folds("index", lambda m, x, y, e: aten.index.Tensor(x, [e["mask"][..., 0]])),
+    "aten_index_of_features": stays(
+        "index", Reason.DIFFERENT_AXES, lambda m, x, y, e: aten.index.Tensor(x, [None, None, e["features"]]), norm=3),
+    "aten_index_of_features_behind_rows": stays("index", Reason.DIFFERENT_AXES, lambda m, x, y, e: (
+        x + aten.index.Tensor(x, [e["rows"], None, e["features"]]).sum())),
     "boolean_index": folds("getitem", lambda m, x, y, e: x[e["mask"][:, 0, 0]]),
     "boolean_index_of_two_axes": folds("getitem", lambda m, x, y, e: x[e["mask"][..., 0]]),
     "boolean_index_behind_a_slice": folds("getitem", lambda m, x, y, e: x[:, e["mask"][0, :, 0]]),

@@ -112,13 +112,19 @@ EVERY_WORD = torch.arange(48).reshape(4, 12)
 #: The error of int8 weights of a folded model, as a multiple of that of the model as it was: a geometric mean over
 #: models. int8 steps are as wide as a row's largest number says, and centering takes from each column its mean. If
 #: columns have means beyond chance, rows shrink by them. If numbers are drawn evenly up to an edge, as a layer that is
-#: not trained has them, their chance means push some beyond it.
-INT8_ERRORS = {"columns with means": (0.85, 0.93), "normal": (0.98, 1.04), "uniform": (1.04, 1.10)}
+#: not trained has them, their chance means push some beyond it. And the mean of all rounding errors, which a LayerNorm
+#: takes away and an RMSNorm does not, reaches layers behind the norm, as far as their rows have means.
+INT8_ERRORS = {
+    "columns with means": (0.85, 0.93),
+    "normal": (0.98, 1.04),
+    "uniform": (1.04, 1.10),
+    "rows with means behind the norm": (1.1, 1.25),
+}
 
 
 @pytest.mark.parametrize("kind", INT8_ERRORS)
 def test_the_error_of_int8_weights_over_many_models(kind: str) -> None:
-    """Not above that of the unfolded model, except for numbers with an edge."""
+    """Below that of the unfolded model, the same or above it: that depends on the weights."""
     quantization = pytest.importorskip("torchao.quantization")
     width, logarithms = 64, []
     plan = lncompile.plan(randomise(Residual(width)).eval(), IDS)
@@ -131,6 +137,8 @@ def test_the_error_of_int8_weights_over_many_models(kind: str) -> None:
             weight.copy_(normal if kind != "uniform" else torch.rand(weight.shape, generator=draw) - 0.5)
             weight.add_(0.5 * torch.randn(width, generator=draw) if kind == "columns with means" else 0)
             weight.div_(weight.std() * width**0.5)
+            if "rows" not in kind:
+                model.head.weight.copy_(torch.randn(model.head.weight.shape, generator=draw))
         reference = copy.deepcopy(model).double()(EVERY_WORD)["logits"]
         errors = []
         for each in (model, plan.apply(copy.deepcopy(model))):

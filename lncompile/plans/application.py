@@ -229,13 +229,13 @@ def _unrepresentable(
 ) -> Iterator[str]:
     """Which values would not be the model's any more once they are rounded to the dtype they are kept in."""
     for name, (entry, taken) in means.items():
-        if name in absorption.values:
+        tensor = whole_tensor(tensors[name])
+        if name in absorption.values or tensor.numel() == 0:
             continue
-        tensor = tensors[name]
         moved = max(float(mean.abs().max()) for mean in taken if mean.numel())
         largest = float(tensor.abs().max()) + moved  # NaN and infinity stay what they are
         if not largest <= torch.finfo(tensor.dtype).max:
-            problem = lost_in(shifted(entry, whole_tensor(tensor), [-mean for mean in taken]), tensor.dtype)
+            problem = lost_in(shifted(entry, tensor, [-mean for mean in taken]), tensor.dtype)
             if problem:
                 yield f"'{name}' {problem}"
     for name, value in absorption.values.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +107,7 @@ def unwritable(plan: FoldPlan, tensors: Mapping[str, Tensor]) -> Iterator[str]:
             names += [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
             if layer.adds_bias and is_sharded(tensors.get(layer.weight)):
                 yield f"'{layer.weight}' is sharded, and a bias is to be added beside it: fold first, then shard"
+    memory = {name: _in_memory(tensor) for name, tensor in tensors.items()}
     for name in dict.fromkeys(names):
         tensor = tensors.get(name)
         if tensor is None:
@@ -115,7 +116,7 @@ def unwritable(plan: FoldPlan, tensors: Mapping[str, Tensor]) -> Iterator[str]:
         if problem:
             yield f"'{name}' {problem}"
         else:
-            yield from _other_ties(name, plan, tensors)
+            yield from _other_ties(name, plan, tensors, memory)
 
 
 def _own_names(path: str, also: Collection[str]) -> list[str]:
@@ -139,7 +140,9 @@ def _problem_with(tensor: Tensor) -> str:
     return ""
 
 
-def _other_ties(name: str, plan: FoldPlan, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+def _other_ties(
+    name: str, plan: FoldPlan, tensors: Mapping[str, Tensor], memory: Mapping[str, _Memory | None]
+) -> Iterator[str]:
     """Names that are one tensor with a name where they were not in the plan's model, and the other way round."""
     was = next((set(group) for group in plan.form.tied if name in group), {name})
     free: set[str] = set()
@@ -147,52 +150,61 @@ def _other_ties(name: str, plan: FoldPlan, tensors: Mapping[str, Tensor]) -> Ite
         own = set(_own_names(entry.path, entry.also))
         if entry.untied and was & {entry.table, *entry.tied, *own}:
             free |= own if name not in own else was  # the tie is to be cut, or is cut already
-    tensor = tensors[name]
+    tensor, own_memory = tensors[name], memory[name]
     for other, value in tensors.items():
         if other == name or other in free:
             continue
-        if is_one(value, tensor):
+        if value is tensor or _are_one(memory[other], own_memory):
             if other not in was:
                 yield f"'{other}' is tied to '{name}': it was not tied"
         elif other in was:
             yield f"'{other}' is not tied to '{name}': it was tied"
-        elif _overlap(value, tensor):
+        elif _overlap(memory[other], own_memory):
             yield f"'{other}' shares its memory with '{name}', and centering that would change it"
 
 
 def is_one(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are the same elements of memory in the same order."""
-    if one is other:
-        return True
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    here, there = _in_memory(one), _in_memory(other)
-    return (
-        here is not None
-        and there is not None
-        and (here.device, here.data_ptr(), here.stride()) == (there.device, there.data_ptr(), there.stride())
-    )
+    return one is other or _are_one(_in_memory(one), _in_memory(other))
 
 
-def _overlap(one: Tensor, other: Tensor) -> bool:
-    """Whether the stretches of memory that two tensors lie in have bytes in common."""
-    here, there = _in_memory(one), _in_memory(other)
-    if here is None or there is None or here.device != there.device:
-        return False
-    (start, end), (first, last) = _stretch(here), _stretch(there)
-    return start < last and first < end
+class _Memory(NamedTuple):
+    """Where the elements of a tensor are.
+
+    Attributes:
+        device: whose memory it is.
+        start: the address of the first byte.
+        end: the address behind the last one.
+        order: how the elements lie in it.
+    """
+
+    device: torch.device
+    start: int
+    end: int
+    order: tuple[object, ...]
 
 
-def _in_memory(tensor: Tensor) -> Tensor | None:
-    """The plain tensor that a tensor's elements are in; None where there is none."""
+def _in_memory(tensor: Tensor) -> _Memory | None:
+    """Where the elements of a tensor are; of a sharded one those of this process. None where that cannot be known."""
+    shape = tuple(tensor.shape)
     if is_sharded(tensor):
         tensor = torch_private.local_tensor(tensor)
     if torch_private.is_opaque_tensor(tensor) or tensor.layout is not torch.strided or tensor.device.type == "meta":
         return None
-    return tensor if tensor.numel() else None
-
-
-def _stretch(tensor: Tensor) -> tuple[int, int]:
-    """Where the bytes of a tensor begin and end in memory."""
+    if tensor.numel() == 0:
+        return None
     length = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + length * tensor.element_size()
+    start = tensor.data_ptr()
+    order = (shape, tensor.stride(), tensor.dtype)
+    return _Memory(tensor.device, start, start + length * tensor.element_size(), order)
+
+
+def _are_one(one: _Memory | None, other: _Memory | None) -> bool:
+    return one is not None and one == other
+
+
+def _overlap(one: _Memory | None, other: _Memory | None) -> bool:
+    """Whether the stretches of memory that two tensors lie in have bytes in common."""
+    if one is None or other is None:
+        return False
+    return one.start < other.end and other.start < one.end and one.device == other.device

@@ -81,7 +81,7 @@ def _settings(module: nn.Module) -> dict[str, Setting]:
         elif isinstance(value, float):
             if "drop" not in name and type(module).__module__ != nn.Dropout.__module__:
                 found[name] = value if math.isfinite(value) else str(value)
-        elif callable(value) and hasattr(value, "__qualname__" if not isinstance(value, functools.partial) else "func"):
+        elif callable(value):
             found[name] = f"the function {_name_of(value)}"
     return found
 

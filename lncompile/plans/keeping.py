@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -45,7 +46,7 @@ def kept_as_it_was(model: nn.Module) -> Iterator[None]:
 
 def _is_registry(value: Any) -> bool:
     """Whether an attribute is a dict that is changed in place: of parameters, of hooks, of what a model remembers."""
-    return isinstance(value, dict)
+    return type(value) in (dict, OrderedDict, defaultdict)
 
 
 def _has_no_values(buffer: Tensor) -> bool:

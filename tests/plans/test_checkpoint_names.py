@@ -21,7 +21,7 @@ from lncompile.plans.entries import PlanError
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
 
 #: What transformers writes of these has other names than the model's state dict.
-RENAMED = ("vit",)
+RENAMED = ("vit", "dinov2")
 
 
 def architecture(name: str) -> tuple[torch.nn.Module, dict[str, Tensor]]:

@@ -144,7 +144,7 @@ def _publish(report: FoldReport) -> None:
 
 def _remember(compiled: Callable[..., Any], record: CompiledGraph) -> Callable[..., Any]:
     """Return what Inductor made, with the record tied to it. A call costs what it costs with stock."""
-    compiled = torch_private_dynamo.innermost_function(compiled)
+    compiled = torch_private_precompile.savable(torch_private_dynamo.innermost_function(compiled))
     try:
         return _tied(compiled, record)
     except AttributeError:  # a bound method, say

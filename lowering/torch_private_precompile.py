@@ -67,11 +67,15 @@ def record(artifact: BackendCacheArtifact[Any]) -> None:
     PrecompileContext.record_artifact(artifact)
 
 
-def is_compiled_ahead_of_time() -> bool:
-    """Whether what is being compiled may be saved: AOTAutograd makes functions that can be."""
+def savable(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that Inductor compiled as ``aot_compile`` wants it, if that is what it is compiled for.
+
+    Of other backends than its own Dynamo does not wrap it itself before torch 2.13.
+    """
     from torch._functorch import config
 
-    return bool(config.bundled_autograd_cache)
+    is_ahead_of_time = config.bundled_autograd_cache and getattr(compiled, "serialize", None) is not None
+    return BundledAOTAutogradSerializableCallable(compiled) if is_ahead_of_time else compiled
 
 
 def serialized(compiled: Callable[..., Any]) -> bytes:
@@ -115,9 +119,9 @@ __all__ = [
     "SerializableCallable",
     "backend_of_load",
     "deserialized",
-    "is_compiled_ahead_of_time",
     "record",
     "recorded",
     "rename_recorded",
+    "savable",
     "serialized",
 ]

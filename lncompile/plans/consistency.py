@@ -92,6 +92,8 @@ def _wrong_parts(entry: CenteredParameter) -> Iterator[str]:
         yield f"'{entry.name}' is to be centered along nothing"
     if entry.scaled_by and not 0 <= entry.dimension < len(entry.shape):
         yield f"'{entry.name}' does not have a dimension {entry.dimension}"
+    if len(entry.centerings) < 2:
+        return
     sets = [_elements(centering, entry.shape) for centering in entry.centerings]
     for index, one in enumerate(sets):
         for other in sets[:index]:

@@ -89,8 +89,12 @@ class FoldPlan:
             The model.
 
         Raises:
-            PlanError: where the plan does not fit the model, or a weight cannot be written (quantized, on the meta
-                device, made under ``torch.inference_mode()``). The message lists what differs, and nothing was changed.
+            PlanError: where the plan does not fit the model (names, shapes, ties, classes, attributes, hooks), a weight
+                cannot be written (quantized, on the meta device, made under ``torch.inference_mode()``), or its dtype
+                cannot hold what it would become. The message lists what differs, and nothing was changed.
+
+            What interrupts the writing itself (Ctrl-C, no memory) leaves the model as it was, too, but for centered
+            weights, which are put back to one rounding of their dtype.
 
         Example:
             >>> lncompile.FoldPlan.load("opt.fold.json").apply(model)

@@ -142,7 +142,7 @@ def fold(
     Raises:
         ValueError: as for :func:`plan`, and where a weight cannot be written.
         PlanError: where the folded model answers an example in another way: its code depends on what a fold changes,
-            such as the class of a norm's module.
+            such as the class of a norm's module; under ``torch.inference_mode()``; and as for :meth:`FoldPlan.apply`.
 
     Example:
         >>> folded = lncompile.fold(model, input_ids)

@@ -230,6 +230,24 @@ class Breaks(Residual):
         return self.head(self.final(stream + self.branch(torch.relu(self.norm(stream)))))
 
 
+class Picks(Breaks):
+    """Picks positions of the stream with an index tensor, or features along the normalised axis."""
+
+    def __init__(self, features: bool = False) -> None:
+        super().__init__()
+        self.features = features
+        self.register_buffer("picked", torch.tensor([2, 0, 2, 1]))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        stream = self.table(ids)
+        torch._dynamo.graph_break()
+        if self.features:
+            return self.head(
+                self.final(stream.transpose(0, 2)[self.picked].mean(0, keepdim=True).transpose(0, 2) + stream)
+            )
+        return self.head(self.final(stream[:, self.picked]))
+
+
 class Decides(Once):
     """What it does depends on a value."""
 
@@ -241,6 +259,15 @@ def test_a_graph_break_is_passed() -> None:
     plan = check(randomised(Breaks()), 2, 2, (IDS,))
     assert centered(plan) == ["table.weight", "branch.weight", "branch.bias"]
     assert becomes(plan) == ["rms_norm", "rms_norm"]
+
+
+def test_index_tensors_in_atens_words() -> None:
+    """torch.export writes them as aten.index."""
+    plan = check(randomised(Picks()), 1, 1, (IDS,))
+    assert centered(plan) == ["table.weight"]
+    assert becomes(plan) == ["rms_norm"]
+    stays = check(randomised(Picks(features=True)), 0, 1, (IDS,))
+    assert becomes(stays) == ["layer_norm"]
 
 
 def test_a_model_that_decides_by_values_is_refused() -> None:

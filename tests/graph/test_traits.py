@@ -54,6 +54,7 @@ CALLS: dict[str, Callable[[Tensor], Tensor | tuple[Tensor, ...]]] = {
     "index_select": lambda x: x.index_select(1, ROWS),
     "gather": lambda x: x.gather(1, ROWS.view(1, 3, 1).expand(2, 3, 4)),
     "take_along_dim": lambda x: torch.take_along_dim(x, ROWS.view(1, 3, 1), 1),
+    "index": lambda x: torch.ops.aten.index.Tensor(x, [None, ROWS]),
     "embedding": lambda x: nn.functional.embedding(ROWS, x.flatten(1)),
     "repeat_interleave": lambda x: x.repeat_interleave(2, 1),
     "unfold": lambda x: x.unfold(1, 2, 1),

@@ -73,7 +73,8 @@ def test_public_names_are_no_modules_whatever_is_imported_first() -> None:
     )
     assert "module" not in kinds.values()
     assert [name for name, kind in kinds.items() if kind == "function"] == [
-        "allow_in_accelerate", "explain", "fold", "generated_code", "plan", "refresh", "reports", "verify",
+        "allow_in_accelerate", "explain", "fold", "generated_code", "load_folded", "plan", "refresh", "reports",
+        "verify",
     ]  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from lncompile.runtime.materialize import Materializer
 from lncompile.runtime.parameter_identity import ParameterReference, parameters_of
 from lncompile.runtime.renewals import tell_again
 from lncompile.runtime.unfolded import Unfolded, given_up
+from lncompile.selection.choose import prepare_fastest
 from lncompile.versions import warn_if_untested
 
 
@@ -88,7 +89,8 @@ def lnfold(
     arguments = {"mode": mode, "options": dict(options or {})}
     try:
         freezes = torch_private_inductor.freezes_weights(inductor_config)
-        prepared = (prepare_frozen if freezes else prepare)(graph_module, example_inputs, ours, inductor_config)
+        by = prepare_frozen if freezes else prepare
+        prepared, inductor_config = prepare_fastest(graph_module, example_inputs, ours, inductor_config, by)
     except Exception as error:
         if not safety_net.enabled:
             raise

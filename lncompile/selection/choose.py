@@ -238,7 +238,8 @@ class _Asked:
         if not finish.enough:
             reason = f"a call takes too long to be raced ({finish.rounds} rounds in {seconds:.0f} s)"
             return Selection(MODEL, reason=reason, minimum_speedup=least)
-        reason = f"no other way is shown to be more than {least:g} times as fast"
+        faster = "faster" if least == 1 else f"more than {least:g} times as fast"
+        reason = f"no other way is shown to be {faster}"
         if finish.winner != STOCK:
             reason = (
                 f"the lower end of its interval is above {least:g}, and no other is faster by more than half a percent"
@@ -260,7 +261,7 @@ def _left_to_stock(report: FoldReport, selection: Selection) -> FoldReport:
             folded_before=False,
             lowering="layer_norm",
             reason=Reason.MEASURED,
-            detail=f"it can be folded ({site.detail}), and is not: {selection.reason} than stock torch.compile",
+            detail=f"it could be folded, but stock torch.compile won the race: {selection.reason}",
             centered_by=(),
             centered_after=(),
             affine_absorbed_by=(),

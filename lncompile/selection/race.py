@@ -198,7 +198,7 @@ def _dropouts(
     found: dict[str, str] = {}
     for name in left:
         if standings[name].high <= minimum_speedup:
-            found[name] = f"not {minimum_speedup:g} times as fast as stock"
+            found[name] = "not faster than stock" if minimum_speedup == 1 else f"not {minimum_speedup:g} times as fast"
         elif name != leader and median_interval(_ratios(samples[name], samples[leader]), alpha)[1] < AS_GOOD:
             found[name] = f"slower than '{leader}'"
     return found

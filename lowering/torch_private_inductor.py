@@ -54,6 +54,7 @@ def inductor_compile_apart(
         example_inputs: its inputs, none of them fake.
         config_patches: what differs from Inductor's own configuration.
     """
+    from torch._functorch import config as functorch_config
     from torch._guards import TracingContext, tracing
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -62,7 +63,12 @@ def inductor_compile_apart(
     mode = FakeTensorMode(shape_env=ShapeEnv())
     # The mode knows a tensor that it has seen, as long as the fake one is held: here with the sizes that it has.
     static = [mode.from_tensor(value, static_shapes=True) for value in example_inputs if isinstance(value, Tensor)]
-    with tracing(TracingContext(mode)):
+    # What is saved for other processes is what is compiled in the end.
+    not_saved = (
+        functorch_config.patch(bundled_autograd_cache=False),
+        torch._dynamo.config.patch(caching_precompile=False),
+    )
+    with tracing(TracingContext(mode)), not_saved[0], not_saved[1]:
         compiled = inductor_compile(graph_module, example_inputs, config_patches)
     del static  # had to live until here
     return innermost_function(compiled)

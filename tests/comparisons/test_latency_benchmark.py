@@ -21,7 +21,7 @@ from suite.candidates import ALL_RECIPES, BASELINE, CANDIDATE, EAGER, LIMIT, PEE
 from suite.measurement import Settings, WrongAnswer, measure_workload
 from suite.presentation import draw
 from suite.repeated import combine
-from suite.workloads import SUITES
+from suite.suites import SUITES
 
 from lncompile.comparisons.machine import describe_machine
 from lncompile.comparisons.processes import RepeatedTimings

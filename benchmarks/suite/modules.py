@@ -1,0 +1,126 @@
+"""Models that no class of transformers is: pre-norm encoders, a residual MLP, MLP-Mixer, as their papers have them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def _encoder(width: int, layers: int, heads: int) -> nn.TransformerEncoder:
+    layer = nn.TransformerEncoderLayer(
+        width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+    )
+    return nn.TransformerEncoder(layer, layers, norm=nn.LayerNorm(width), enable_nested_tensor=False)
+
+
+class SeriesEncoder(nn.Module):
+    """A token for each patch of a series, a pre-norm encoder over them, and a forecast from each (as in 2211.14730).
+
+    Args:
+        width: of the encoder.
+        layers: of it.
+        heads: of attention.
+        patches: that a series is cut into.
+        patch: points in each.
+    """
+
+    def __init__(self, width: int, layers: int, heads: int, patches: int, patch: int) -> None:
+        super().__init__()
+        self.patch = patch
+        self.first, self.place = nn.Linear(patch, width), nn.Parameter(torch.randn(patches, width))
+        self.encoder, self.head = _encoder(width, layers, heads), nn.Linear(width, patch)
+
+    def forward(self, series: Tensor) -> Tensor:
+        """Return ``[batch, patches, patch]`` for ``[batch, patches * patch]``."""
+        patches = series.unflatten(-1, (-1, self.patch))
+        return self.head(self.encoder(self.first(patches) + self.place))
+
+
+class TableEncoder(nn.Module):
+    """A token for each column, a pre-norm encoder over them, and a head on the first (FT-Transformer, 2106.11959).
+
+    Args:
+        width: of the encoder.
+        layers: of it.
+        heads: of attention.
+        columns: of the table.
+    """
+
+    def __init__(self, width: int, layers: int, heads: int, columns: int) -> None:
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.randn(columns, width)), nn.Parameter(torch.randn(columns, width))
+        self.encoder = _encoder(width, layers, heads)
+        self.head = nn.Linear(width, 1)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Return ``[batch, columns, 1]`` for ``[batch, columns]``."""
+        return self.head(self.encoder(rows[..., None] * self.scale + self.shift))
+
+
+class ResidualMLP(nn.Module):
+    """Pre-norm blocks of two linear layers on rows of a table (the ResNet of 2106.11959, with LayerNorm).
+
+    Args:
+        width: of the stream.
+        layers: blocks.
+        columns: of the table.
+    """
+
+    def __init__(self, width: int, layers: int, columns: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(columns, width)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width))
+            for _ in range(layers)
+        )
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 1)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Return ``[batch, 1]`` for ``[batch, columns]``."""
+        stream = self.first(rows)
+        for block in self.blocks:
+            stream = stream + block(stream)
+        return self.head(self.norm(stream))
+
+
+class MixerBlock(nn.Module):
+    """Mixes tokens, then channels, each behind a norm."""
+
+    def __init__(self, width: int, tokens: int) -> None:
+        super().__init__()
+        self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.tokens = nn.Sequential(nn.Linear(tokens, width // 2), nn.GELU(), nn.Linear(width // 2, tokens))
+        self.channels = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, stream: Tensor) -> Tensor:
+        """Return ``[batch, tokens, width]`` of the same."""
+        stream = stream + self.tokens(self.norm_1(stream).transpose(1, 2)).transpose(1, 2)
+        return stream + self.channels(self.norm_2(stream))
+
+
+class MLPMixer(nn.Module):
+    """MLP-Mixer (2105.01601).
+
+    Args:
+        width: channels.
+        layers: blocks.
+        image_size: of the square images.
+        patch_size: of the patches they are cut into.
+    """
+
+    def __init__(self, width: int, layers: int, image_size: int, patch_size: int) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, patch_size, patch_size)
+        tokens = (image_size // patch_size) ** 2
+        self.blocks = nn.ModuleList(MixerBlock(width, tokens) for _ in range(layers))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 1000)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Return ``[batch, 1000]`` for ``[batch, 3, image_size, image_size]``."""
+        stream = self.patches(pixel_values).flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            stream = block(stream)
+        return self.head(self.norm(stream).mean(1))
+
+
+__all__ = ["MLPMixer", "ResidualMLP", "SeriesEncoder", "TableEncoder"]

@@ -65,7 +65,7 @@ FOR_ONE_ROW = (
         "lnfold, products as sums",
         "lnfold with lnfold.matrix_vector='on'",
         lambda model, mode: compile_apart(
-            model, backend="lnfold", **arms(mode, {"lnfold.matrix_vector": "on"})["lnfold"]
+            model, backend="lnfold", **arms(mode, {"lnfold.matrix_vector": "on", "lnfold.select": "model"})["lnfold"]
         ),
     ),
 )

@@ -4,13 +4,30 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 
-def _encoder(width: int, layers: int, heads: int) -> nn.TransformerEncoder:
-    layer = nn.TransformerEncoderLayer(
-        width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-    )
-    return nn.TransformerEncoder(layer, layers, norm=nn.LayerNorm(width), enable_nested_tensor=False)
+class PreNormLayer(nn.Module):
+    """Attention and a feed-forward, each behind a norm, written out: torch's own layer is one operator in evaluation.
+
+    Args:
+        width: of the stream.
+        heads: of attention.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.joint, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, stream: Tensor) -> Tensor:
+        """Return ``[batch, tokens, width]`` of the same."""
+        parts = self.joint(self.norm_1(stream)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = functional.scaled_dot_product_attention(*parts.unbind())
+        stream = stream + self.out(mixed.transpose(1, 2).flatten(2))
+        return stream + self.down(functional.gelu(self.up(self.norm_2(stream))))
 
 
 class SeriesEncoder(nn.Module):
@@ -28,7 +45,8 @@ class SeriesEncoder(nn.Module):
         super().__init__()
         self.patch = patch
         self.first, self.place = nn.Linear(patch, width), nn.Parameter(torch.randn(patches, width))
-        self.encoder, self.head = _encoder(width, layers, heads), nn.Linear(width, patch)
+        self.encoder = nn.Sequential(*(PreNormLayer(width, heads) for _ in range(layers)), nn.LayerNorm(width))
+        self.head = nn.Linear(width, patch)
 
     def forward(self, series: Tensor) -> Tensor:
         """Return ``[batch, patches, patch]`` for ``[batch, patches * patch]``."""
@@ -37,7 +55,7 @@ class SeriesEncoder(nn.Module):
 
 
 class TableEncoder(nn.Module):
-    """A token for each column, a pre-norm encoder over them, and a head on the first (FT-Transformer, 2106.11959).
+    """A token for each column, torch's own pre-norm encoder over them, and a head (FT-Transformer, 2106.11959).
 
     Args:
         width: of the encoder.
@@ -49,7 +67,10 @@ class TableEncoder(nn.Module):
     def __init__(self, width: int, layers: int, heads: int, columns: int) -> None:
         super().__init__()
         self.scale, self.shift = nn.Parameter(torch.randn(columns, width)), nn.Parameter(torch.randn(columns, width))
-        self.encoder = _encoder(width, layers, heads)
+        layer = nn.TransformerEncoderLayer(
+            width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.encoder = nn.TransformerEncoder(layer, layers, norm=nn.LayerNorm(width), enable_nested_tensor=False)
         self.head = nn.Linear(width, 1)
 
     def forward(self, rows: Tensor) -> Tensor:
@@ -123,4 +144,4 @@ class MLPMixer(nn.Module):
         return self.head(self.norm(stream).mean(1))
 
 
-__all__ = ["MLPMixer", "ResidualMLP", "SeriesEncoder", "TableEncoder"]
+__all__ = ["MLPMixer", "PreNormLayer", "ResidualMLP", "SeriesEncoder", "TableEncoder"]

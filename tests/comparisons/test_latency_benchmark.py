@@ -189,7 +189,7 @@ def test_the_command_runs_one_tiny_workload(recipes, tmp_path: Path, monkeypatch
     assert len(found["commit"].split()[0]) == 40
     assert found["versions"]["torch"] == torch.__version__
     (workload,) = found["workloads"]
-    assert list(workload["candidates"]) == [EAGER, BASELINE, CANDIDATE, LIMIT, "torch rms_norm"]
+    assert list(workload["candidates"]) == [EAGER, BASELINE, CANDIDATE, LIMIT, "torch rms_norm", "lnfold, measured"]
     assert found["summary"]["prefill"]["workloads"] == 1
     assert (tmp_path / "latency-cpu-dry-run.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out

@@ -141,14 +141,14 @@ class _Asked:
         """Race all ways that lead to different graphs."""
         global _spent
         started = time.perf_counter()
+        if self.prepared(MODEL).graph_module is None:
+            return Selection(MODEL, reason="nothing folds in it: every way leads to the same code")
         written = raceable.written_inputs(self.graph_module, self.example_inputs)
         if written is None:
             return Selection(MODEL, reason="it may write into memory that is not one of its inputs")
         notes, distinct = self._distinct()
         if len(distinct) == 1:
-            return Selection(
-                MODEL, reason="nothing folds in it, or nothing of it changes: every way leads to the same code"
-            )
+            return Selection(MODEL, reason="every way leads to the same code")
         devices = {value.device for value in self.example_inputs if isinstance(value, Tensor)}
         with kept_random_state(devices), torch.no_grad():
             inputs = WorkingInputs(self.example_inputs, written)

@@ -24,13 +24,12 @@ from lncompile.lowering import (
     torch_private_precompile,
 )
 from lncompile.options import Options, parse_options
-from lncompile.pipeline import prepare, prepare_frozen
 from lncompile.reporting import log_lines
 from lncompile.reporting.report import FoldReport
 from lncompile.runtime.parameter_identity import parameters_of
 from lncompile.runtime.renewals import tell_again
 from lncompile.runtime.unfolded import Unfolded
-from lncompile.selection.choose import prepare_fastest
+from lncompile.selection.entrance import prepare_selected
 from lncompile.versions import warn_if_untested
 
 _used_configurations: list[dict[str, Any]] = []
@@ -60,6 +59,9 @@ def lnfold(
     Example:
         >>> compiled = torch.compile(model, backend="lnfold", options={"lnfold.nonfoldable": "eager"})
     """
+    # Here, and not above: a process that loads what another has compiled does not need the passes.
+    from lncompile.pipeline import prepare, prepare_frozen
+
     ours, inductor_config = parse_options(mode, options)
     warn_if_untested()
     if inductor_config not in _used_configurations:
@@ -69,7 +71,7 @@ def lnfold(
     try:
         freezes = torch_private_inductor.freezes_weights(inductor_config)
         by = prepare_frozen if freezes else prepare
-        prepared, inductor_config = prepare_fastest(graph_module, example_inputs, ours, inductor_config, by)
+        prepared, inductor_config = prepare_selected(graph_module, example_inputs, ours, inductor_config, by)
     except Exception as error:
         if not safety_net.enabled:
             raise

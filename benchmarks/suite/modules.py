@@ -27,7 +27,8 @@ class PreNormLayer(nn.Module):
         parts = self.joint(self.norm_1(stream)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         mixed = functional.scaled_dot_product_attention(*parts.unbind())
         stream = stream + self.out(mixed.transpose(1, 2).flatten(2))
-        return stream + self.down(functional.gelu(self.up(self.norm_2(stream))))
+        result: Tensor = stream + self.down(functional.gelu(self.up(self.norm_2(stream))))
+        return result
 
 
 class SeriesEncoder(nn.Module):
@@ -50,8 +51,9 @@ class SeriesEncoder(nn.Module):
 
     def forward(self, series: Tensor) -> Tensor:
         """Return ``[batch, patches, patch]`` for ``[batch, patches * patch]``."""
-        patches = series.unflatten(-1, (-1, self.patch))
-        return self.head(self.encoder(self.first(patches) + self.place))
+        patches = series.reshape(series.shape[0], -1, self.patch)
+        result: Tensor = self.head(self.encoder(self.first(patches) + self.place))
+        return result
 
 
 class TableEncoder(nn.Module):
@@ -75,7 +77,8 @@ class TableEncoder(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """Return ``[batch, columns, 1]`` for ``[batch, columns]``."""
-        return self.head(self.encoder(rows[..., None] * self.scale + self.shift))
+        result: Tensor = self.head(self.encoder(rows[..., None] * self.scale + self.shift))
+        return result
 
 
 class ResidualMLP(nn.Module):
@@ -101,7 +104,8 @@ class ResidualMLP(nn.Module):
         stream = self.first(rows)
         for block in self.blocks:
             stream = stream + block(stream)
-        return self.head(self.norm(stream))
+        result: Tensor = self.head(self.norm(stream))
+        return result
 
 
 class MixerBlock(nn.Module):
@@ -116,7 +120,8 @@ class MixerBlock(nn.Module):
     def forward(self, stream: Tensor) -> Tensor:
         """Return ``[batch, tokens, width]`` of the same."""
         stream = stream + self.tokens(self.norm_1(stream).transpose(1, 2)).transpose(1, 2)
-        return stream + self.channels(self.norm_2(stream))
+        result: Tensor = stream + self.channels(self.norm_2(stream))
+        return result
 
 
 class MLPMixer(nn.Module):
@@ -141,7 +146,8 @@ class MLPMixer(nn.Module):
         stream = self.patches(pixel_values).flatten(2).transpose(1, 2)
         for block in self.blocks:
             stream = block(stream)
-        return self.head(self.norm(stream).mean(1))
+        result: Tensor = self.head(self.norm(stream).mean(1))
+        return result
 
 
 __all__ = ["MLPMixer", "PreNormLayer", "ResidualMLP", "SeriesEncoder", "TableEncoder"]

@@ -31,7 +31,7 @@ class OwnArchitecture(Architecture):
         with torch.random.fork_rng(), torch.device(device):
             torch.manual_seed(0)
             model: nn.Module = getattr(modules, self.model_class)(**vars(config))
-        model.config = config  # type: ignore[assignment]  # as those of transformers have one
+        model.config = config  # as those of transformers have one
         return model.eval()
 
 

@@ -48,7 +48,7 @@ def prepare_fastest(
     inductor: dict[str, Any],
     prepare: Prepare,
 ) -> tuple[Prepared, dict[str, Any]]:
-    """Make a graph ready for Inductor in the way that is chosen for it (``lnfold.select``).
+    """Make a graph ready for Inductor in the way that wins, or won earlier (``lnfold.select="measure"``).
 
     Args:
         graph_module: the graph Dynamo captured; it is not changed.
@@ -65,8 +65,6 @@ def prepare_fastest(
         >>> prepared.report.selections[0].chosen
         'fold alone'
     """
-    if options.select == "model":
-        return prepare(graph_module, example_inputs, options, inductor), inductor
     asked = _Asked(graph_module, example_inputs, options, inductor, prepare)
     reason = raceable.why_not(graph_module, example_inputs)
     if not reason and _spent > PROCESS_SECONDS:

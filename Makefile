@@ -62,8 +62,10 @@ bench: bench-cpu ## everything that is measured on a CPU: bench-cpu, and the oth
 	$(python) benchmarks/norm_kernels.py
 	OMP_NUM_THREADS=1 $(python) benchmarks/norm_kernels_on_cpu.py
 
-bench-cpu: $(stamp)-test ## latency of models on the CPU: stock, lnfold, without norms, eager (10 minutes)
+bench-cpu: $(stamp)-test ## latency of models on the CPU: stock, lnfold, lnfold measured, without norms, eager (70 minutes)
 	$(python) benchmarks/latency.py --suite cpu $(BENCH)
+	OMP_NUM_THREADS=1 $(python) benchmarks/latency.py --suite narrow $(BENCH)
+	OMP_NUM_THREADS=1 $(python) benchmarks/selection.py
 
 bench-gpu: $(stamp)-test ## the same on an NVIDIA GPU (8 minutes; BENCH="--only gpt2" for a part)
 	$(python) benchmarks/latency.py --suite gpu $(BENCH)

@@ -29,6 +29,7 @@ from lncompile.reporting.report import FoldReport
 from lncompile.runtime.parameter_identity import parameters_of
 from lncompile.runtime.renewals import tell_again
 from lncompile.runtime.unfolded import Unfolded
+from lncompile.selection.entrance import prepare_selected
 from lncompile.versions import warn_if_untested
 
 _used_configurations: list[dict[str, Any]] = []
@@ -69,7 +70,8 @@ def lnfold(
     arguments = {"mode": mode, "options": dict(options or {})}
     try:
         freezes = torch_private_inductor.freezes_weights(inductor_config)
-        prepared = (prepare_frozen if freezes else prepare)(graph_module, example_inputs, ours, inductor_config)
+        by = prepare_frozen if freezes else prepare
+        prepared, inductor_config = prepare_selected(graph_module, example_inputs, ours, inductor_config, by)
     except Exception as error:
         if not safety_net.enabled:
             raise

@@ -16,7 +16,7 @@ from lncompile.compiled_graphs import CompiledGraph, are_same, arguments_of
 from lncompile.lowering import torch_private_precompile as precompile
 from lncompile.lowering.host_words import compiled_comparison, keep_comparison
 from lncompile.lowering.norms import register_aten_layer_norm
-from lncompile.options import Options, parse_ours
+from lncompile.options import Options, parse_ours, with_selection_of
 from lncompile.passes.graph.expressions import Expression
 from lncompile.reporting.report import FoldReport
 from lncompile.runtime.materialize import Materializer
@@ -132,7 +132,8 @@ class Saved:
         if asked is None:
             raise RuntimeError("this was compiled with backend 'lnfold', and another backend is asked for")
         # The environment has a say in our options as well.
-        if not are_same(asked, self.arguments) or parse_ours(asked.get("options")) != self.options:
+        ours = parse_ours(with_selection_of(asked.get("mode"), asked.get("options")))
+        if not are_same(asked, self.arguments) or ours != self.options:
             raise RuntimeError("this was compiled with lnfold under another mode or other options")
 
     def restored(self, compiled: Callable[..., Any]) -> FoldedGraph:

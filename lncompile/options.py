@@ -6,6 +6,7 @@ torch is imported where it is asked for Inductor's, so that ours can be checked 
 from __future__ import annotations
 
 import difflib
+import math
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -53,6 +54,15 @@ class Options:
             ``"auto"``: on a GPU where Inductor's ``coordinate_descent_tuning`` is on (mode ``"max-autotune"``), with
             weights that need no copy for it; ``"on"``: wherever it can be done, with that tuning turned on unless the
             options say something else; ``"off"``: nowhere.
+        persistent: whether rows of folded norms that Inductor would loop over are held in registers
+            (:mod:`lncompile.lowering.persistent`), on a GPU. ``"auto"``: where they fit; ``"off"``: Inductor's choice.
+        select: who chooses between the ways to compile a graph that our options leave open. ``"model"``: the model of
+            costs; ``"measure"``: a race of these ways, stock among them, when the graph is compiled
+            (:mod:`lncompile.selection`), the default with ``mode="max-autotune"``.
+        minimum_speedup: another way than stock wins that race only if the lower end of its interval, as many times as
+            fast as stock, is above this.
+        selection_file: a file with results of races, as ``lncompile tune --output`` writes it; None for none. A graph
+            that is in it is not raced. The environment variable ``LNCOMPILE_SELECTION_FILE`` names another.
         disable_passes: passes that are switched off, by their names (:mod:`lncompile.passes.switches`), to find out
             which one is to blame for something: a tuple of names, or a string of them with commas between. Outputs stay
             right. Those that the environment variable ``LNCOMPILE_DISABLE_PASSES`` names are switched off as well.
@@ -66,6 +76,10 @@ class Options:
     absorb_affine: str = "auto"
     defer: str = "auto"
     matrix_vector: str = "auto"
+    persistent: str = "auto"
+    select: str = "model"
+    minimum_speedup: float = 1.0
+    selection_file: str | None = None
     disable_passes: tuple[str, ...] = ()
 
     @property
@@ -91,6 +105,10 @@ _VALUES: dict[str, tuple[Any, ...] | str] = {
     "absorb_affine": ("auto", "on", "off"),
     "defer": ("auto", "on", "off"),
     "matrix_vector": ("auto", "on", "off"),
+    "persistent": ("auto", "off"),
+    "select": ("model", "measure"),
+    "minimum_speedup": "a positive number, such as 1.0 or 1.02",
+    "selection_file": "the name of a file, or None",
     "disable_passes": "names of passes, in a tuple or in a string with commas between",
 }
 
@@ -114,7 +132,7 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> tuple[
     """
     from lncompile.lowering import torch_private_inductor
 
-    ours = parse_ours(options)
+    ours = parse_ours(with_selection_of(mode, options))
     inductors = {key: value for key, value in (options or {}).items() if not key.startswith(PREFIX)}
     known = torch_private_inductor.inductor_option_names()
     for key in inductors:
@@ -130,6 +148,23 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> tuple[
     except RuntimeError as error:
         # An Inductor option of the wrong type, or an unknown mode: torch's sentence says which.
         raise OptionError(str(error)) from None
+
+
+def with_selection_of(mode: str | None, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the options with what a mode stands for among ours: ``"max-autotune"`` races, unless they say otherwise.
+
+    Args:
+        mode: a mode of torch.compile, or None.
+        options: option names and values, or None.
+
+    Example:
+        >>> with_selection_of("max-autotune", {})
+        {'lnfold.select': 'measure'}
+    """
+    chosen = dict(options or {})
+    if mode == "max-autotune":
+        chosen.setdefault(f"{PREFIX}select", "measure")
+    return chosen
 
 
 def parse_ours(options: Mapping[str, Any] | None) -> Options:
@@ -195,7 +230,8 @@ def arms(mode: str | None, options: Mapping[str, Any] | None) -> dict[str, dict[
     if mode is not None and patches:
         from lncompile.lowering import torch_private_inductor
 
-        patches, mode = {**torch_private_inductor.inductor_config(mode, {}), **patches}, None
+        ours = with_selection_of(mode, patches)
+        patches, mode = {**torch_private_inductor.inductor_config(mode, {}), **ours}, None
     stock = {key: value for key, value in patches.items() if not key.startswith(PREFIX)}
     by_backend = {"inductor": stock, "lnfold": patches}
     return {
@@ -210,6 +246,10 @@ def _takes(name: str, value: Any) -> bool:
         return isinstance(value, str) or (
             isinstance(value, Collection) and all(isinstance(part, str) for part in value)
         )
+    if name == "selection_file":
+        return value is None or (isinstance(value, str) and bool(value))
+    if name == "minimum_speedup":
+        return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
     if isinstance(values, str):
         is_amount = isinstance(value, int) and not isinstance(value, bool) and value >= 0
         return value is None or is_amount or (isinstance(value, float) and 0 <= value <= 1)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from lncompile.lowering import leave_rows_to_inductor
 from lncompile.options import Options
 from lncompile.passes.graph.expressions import Expression
 from lncompile.passes.pipeline.analysis import Analysis
@@ -39,6 +40,8 @@ def transform(analysis: Analysis, options: Options, runner: Runner | None = None
     """
     work = Rewriting(analysis, options)
     (runner or Runner(options.switched_off)).run(REWRITE, work)
+    if options.persistent == "off":
+        leave_rows_to_inductor(work.graph)
     work.graph.lint()
     work.graph_module.recompile()
     return Transformed(work.graph_module, tuple(work.expressions), tuple(work.rewritten.trained))

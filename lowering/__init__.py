@@ -6,7 +6,12 @@ from lncompile.lowering.emit import emit
 from lncompile.lowering.host_words import HostWords, can_compare
 from lncompile.lowering.matrix_vector import matrix_vector, normed_matrix_vector, transposed_copy
 from lncompile.lowering.norms import NormCall, lower_to_aten, lower_to_rms_norm
-from lncompile.lowering.persistent import FOLDED_STATISTIC, persistent_norms
+from lncompile.lowering.persistent import (
+    FOLDED_STATISTIC,
+    is_folded_statistic,
+    leave_rows_to_inductor,
+    persistent_norms,
+)
 from lncompile.lowering.realised import realised
 from lncompile.lowering.rms_norm import (
     compute_dtype_of,
@@ -30,6 +35,8 @@ __all__ = [
     "compute_dtype_of",
     "emit",
     "grouped_rms_norm",
+    "is_folded_statistic",
+    "leave_rows_to_inductor",
     "lower_to_aten",
     "lower_to_rms_norm",
     "matrix_vector",

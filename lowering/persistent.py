@@ -120,6 +120,19 @@ def is_folded_statistic(node: fx.Node) -> bool:
     return FOLDED_STATISTIC.items() <= (node.meta.get("custom") or {}).items()
 
 
+def leave_rows_to_inductor(graph: fx.Graph) -> None:
+    """Take the marks off the statistics of folded norms, so that Inductor itself chooses their kernels.
+
+    Args:
+        graph: changed in place.
+    """
+    for node in graph.nodes:
+        if is_folded_statistic(node):
+            node.meta["custom"] = {
+                key: value for key, value in node.meta["custom"].items() if key not in FOLDED_STATISTIC
+            }
+
+
 __all__ = [
     "FOLDED_STATISTIC",
     "ROW_REGISTERS",
@@ -127,5 +140,6 @@ __all__ = [
     "ReductionKernel",
     "holds_its_row",
     "is_folded_statistic",
+    "leave_rows_to_inductor",
     "persistent_norms",
 ]

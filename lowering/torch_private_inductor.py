@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch._dynamo
-from torch import fx
+from torch import Tensor, fx
 
 from lncompile.lowering.torch_private import fake_mode_of
 from lncompile.lowering.torch_private_dynamo import innermost_function
@@ -40,6 +40,78 @@ def inductor_compile_later(graph_module: fx.GraphModule, config_patches: dict[st
     with tracing(TracingContext(mode)):
         compiled = innermost_function(inductor_compile(graph_module, examples, config_patches))
     return compiled if environment is None or len(environment.guards) == before else None
+
+
+def inductor_compile_apart(
+    graph_module: fx.GraphModule, example_inputs: Sequence[Any], config_patches: dict[str, Any]
+) -> Callable[..., Any]:
+    """Make that call while Dynamo compiles something, without a trace in what Dynamo knows of it.
+
+    Its guards, its fake tensors and what AOTAutograd notes for it are those of the graph that is compiled in the end.
+
+    Args:
+        graph_module: what is compiled; its sizes are static.
+        example_inputs: its inputs, none of them fake.
+        config_patches: what differs from Inductor's own configuration.
+    """
+    from torch._functorch import config as functorch_config
+    from torch._guards import TracingContext, tracing
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    # Without an environment for sizes, in which there are none here, Inductor's caches are not asked.
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    # The mode knows a tensor that it has seen, as long as the fake one is held: here with the sizes that it has.
+    static = [mode.from_tensor(value, static_shapes=True) for value in example_inputs if isinstance(value, Tensor)]
+    # What is saved for other processes is what is compiled in the end.
+    not_saved = (
+        functorch_config.patch(bundled_autograd_cache=False),
+        torch._dynamo.config.patch(caching_precompile=False),
+    )
+    with tracing(TracingContext(mode)), not_saved[0], not_saved[1]:
+        compiled = inductor_compile(graph_module, example_inputs, config_patches)
+    del static  # had to live until here
+    return innermost_function(compiled)
+
+
+def called_apart() -> Any:
+    """Context in which compiled code is called while Dynamo compiles something, as if it did not."""
+    from torch._guards import tracing
+
+    return tracing(None)
+
+
+def uses_cuda_graphs(config_patches: Mapping[str, Any]) -> bool:
+    """Whether Inductor records what it compiles into CUDA graphs."""
+    from torch._inductor import config
+
+    return bool(config_patches.get("triton.cudagraphs", config.triton.cudagraphs))
+
+
+def configuration_in_words(config_patches: Mapping[str, Any]) -> str:
+    """Return what Inductor is asked for, the settings of this process included, in a text that another one repeats.
+
+    Folders, and what a process measures or logs, are left out.
+    """
+    from torch._inductor import config
+
+    settings = {
+        name: value
+        for name, value in config.get_config_copy().items()
+        if isinstance(value, bool | int | float | str | None) and not any(part in name for part in _NOT_OF_THE_CODE)
+    }
+    return repr(sorted({**settings, **config_patches}.items()))
+
+
+# Parts of the names of settings that differ from one machine or folder to the next, and not in what is generated.
+_NOT_OF_THE_CODE = ("_dir", "path", "log", "thread", "worker", "timeout", "trace", "debug", "cache", "_profile")
+
+
+def cache_folder() -> str:
+    """Return the folder of Inductor's caches."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return str(cache_dir())
 
 
 def inductor_config(mode: str | None, options: dict[str, Any]) -> dict[str, Any]:

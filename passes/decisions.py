@@ -40,6 +40,8 @@ class Reason(enum.Enum):
     TRAINING = "training"
     #: The weights change or move at nearly every call, and centering them anew would cost more than folding saves.
     MOVING_WEIGHTS = "moving_weights"
+    #: A race of the ways to compile the graph was won by stock torch.compile (``lnfold.select="measure"``).
+    MEASURED = "measured"
     #: The pass that folds it is switched off (``lnfold.disable_passes``).
     SWITCHED_OFF = "switched_off"
     #: A mean is subtracted, but that is not recognised as a LayerNorm: said of a difference, which is not a site.
@@ -75,6 +77,8 @@ REMEDIES: dict[Reason, str] = {
     Reason.TRAINING: "to predict, call the model under torch.no_grad() or torch.inference_mode(); to train, take more "
     "tokens a step, or set lnfold.training='on' to fold whatever it costs",
     Reason.MOVING_WEIGHTS: "keep the weights where they are between calls (no offloading)",
+    Reason.MEASURED: "to fold it whatever the race said, set lnfold.select='model'; to fold where less is gained, set "
+    "a smaller lnfold.minimum_speedup",
     Reason.SWITCHED_OFF: "take the pass out of lnfold.disable_passes and LNCOMPILE_DISABLE_PASSES",
     Reason.UNRECOGNISED: "subtract the mean and use it for nothing else, then multiply or divide the difference by a "
     "function of itself (its standard deviation, its root mean square, its norm)",

@@ -52,13 +52,20 @@ RECIPES = (
     ),
 )
 
+#: Where the choice is to be seen beside what lnfold does by itself.
+MEASURED = Recipe(
+    "lnfold, measured",
+    "lnfold with lnfold.select='measure'",
+    lambda model, mode: compile_apart(model, backend="lnfold", **arms(mode, {"lnfold.select": "measure"})["lnfold"]),
+)
+
 #: For steps of decoding on a GPU: what is not on by itself, to see whether it should be.
 FOR_ONE_ROW = (
     Recipe(
         "lnfold, products as sums",
         "lnfold with lnfold.matrix_vector='on'",
         lambda model, mode: compile_apart(
-            model, backend="lnfold", **arms(mode, {"lnfold.matrix_vector": "on"})["lnfold"]
+            model, backend="lnfold", **arms(mode, {"lnfold.matrix_vector": "on", "lnfold.select": "model"})["lnfold"]
         ),
     ),
 )
@@ -88,4 +95,4 @@ PEERS = (
 )
 
 #: Every candidate that there is, by name.
-ALL_RECIPES = {recipe.name: recipe for recipe in (*RECIPES, *FOR_ONE_ROW, *PEERS)}
+ALL_RECIPES = {recipe.name: recipe for recipe in (*RECIPES, MEASURED, *FOR_ONE_ROW, *PEERS)}

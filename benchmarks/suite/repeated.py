@@ -12,7 +12,8 @@ from lncompile.comparisons.processes import RepeatedTimings, orders, run_process
 from lncompile.comparisons.timing import PairedTimings
 from suite.candidates import ALL_RECIPES, Recipe
 from suite.measurement import Settings, measure_workload, summarise
-from suite.workloads import SUITES, Workload
+from suite.suites import SUITES
+from suite.workloads import Workload
 
 
 def measure_in_processes(

@@ -129,6 +129,26 @@ def bench(run: Run, seconds: Seconds = 20.0, processes: Processes = 4) -> bool:
     return True
 
 
+@command(steps=2)
+def tune(
+    run: Run,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", metavar="FILE", help="Also write the results into a file, to be shipped."),
+    ] = None,
+) -> bool:
+    """Race the ways to compile a model, before it is needed.
+
+    Times stock torch.compile and what lnfold can make of the model, with its inputs, on this machine. The result is
+    kept: torch.compile with lnfold.select="measure" and the same mode, options and inputs then compiles the winner
+    alone.
+    """
+    with importing():
+        from lncompile.cli.tune import run_tune
+    run_tune(run, output)
+    return True
+
+
 @command(steps=3)
 def ab(
     run: Run,

@@ -39,7 +39,7 @@ _BEFORE: dict[str, tuple[Any, Any]] = {
 _BEHIND: dict[str, tuple[Any, Any]] = {"as_json": (AsJson, False), "show_traceback": (Traceback, False)}
 
 #: The parameters that name a file to write.
-_FILES = ("html", "plot")
+_FILES = ("html", "plot", "output")
 
 Work = Callable[..., bool]
 

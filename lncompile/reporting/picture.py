@@ -20,6 +20,7 @@ import torch
 
 from lncompile.passes.decisions import PartKind, Stream, StreamPart, Verdict
 from lncompile.reporting.report import FoldReport
+from lncompile.reporting.selection import in_words as selection_in_words
 
 #: Height of a row and distance of two lanes, in pixels; where what enters meets the stream, and where the norm stands.
 ROW, LANE, ENTERS, NORM = 34, 22, 10, 24
@@ -83,6 +84,7 @@ def draw(report: FoldReport, title: str = "", description: str = "") -> str:
         reasons=Counter((site.reason, site.remedy) for site in report.sites if site.reason is not None).most_common(),
         weight_bytes=weight_bytes,
         entry_name=entry_name,
+        selection_in_words=selection_in_words,
         labels=layer_labels(rows),
         width=max((line.x for row in rows for line in row.lines), default=LANE) + LANE,
         height=ROW,

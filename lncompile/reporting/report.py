@@ -24,6 +24,7 @@ from lncompile.passes.decisions import (
     Verdict,
     WeightRewrite,
 )
+from lncompile.reporting.selection import Selection
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class FoldReport:
         folded_without_gradients: sites that would fold under ``torch.no_grad()``, where some stay only because
             gradients are recorded though the model is in evaluation mode; else None.
         passes: how long each of our passes took, in their order; of several graphs the sums.
+        selections: how the way to compile each graph was chosen, where that was asked for (``lnfold.select``).
 
     Example:
         >>> report = lncompile.explain(model, input_ids)
@@ -70,6 +72,7 @@ class FoldReport:
     rms_norms: int = 0
     folded_without_gradients: int | None = None
     passes: tuple[PassTime, ...] = ()
+    selections: tuple[Selection, ...] = ()
 
     @property
     def total(self) -> int:
@@ -193,6 +196,7 @@ def merge(reports: Iterable[FoldReport]) -> FoldReport:
         if all(gain is None for gain in gains)
         else sum(report.folded if gain is None else gain for report, gain in zip(listed, gains, strict=True)),
         _sums(report.passes for report in listed),
+        tuple(selection for report in listed for selection in report.selections),
     )
 
 

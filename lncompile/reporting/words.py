@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from lncompile.passes.decisions import PartKind, Verdict
 from lncompile.passes.norms.folded_before import FOLDED_NORM
 from lncompile.passes.placement.budget import amount
+from lncompile.reporting import selection as report_selection
 
 if TYPE_CHECKING:
     from lncompile.reporting.report import FoldReport
@@ -129,6 +130,8 @@ def notes(report: FoldReport) -> Iterator[str]:
         yield outside(report.norms_outside)
     for found in report.graph_breaks:
         yield f"graph break{f' at {found.location}' if found.location else ''}: {found.reason}"
+    for selection in report.selections:
+        yield from report_selection.in_words(selection)
 
 
 def outside(names: Sequence[str]) -> str:

@@ -23,7 +23,7 @@ from lncompile.cli.group import command_group
 from lncompile.models.names import Kind, ModelError, kind_of
 
 CLONE = HERE.parent.parent
-COMMANDS = ("explain", "verify", "bench", "ab")
+COMMANDS = ("explain", "verify", "bench", "tune", "ab")
 
 
 def in_a_process(*arguments: str, **settings):

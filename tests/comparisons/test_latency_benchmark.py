@@ -21,7 +21,7 @@ from suite.candidates import ALL_RECIPES, BASELINE, CANDIDATE, EAGER, LIMIT, PEE
 from suite.measurement import Settings, WrongAnswer, measure_workload
 from suite.presentation import draw
 from suite.repeated import combine
-from suite.workloads import SUITES
+from suite.suites import SUITES
 
 from lncompile.comparisons.machine import describe_machine
 from lncompile.comparisons.processes import RepeatedTimings
@@ -189,7 +189,7 @@ def test_the_command_runs_one_tiny_workload(recipes, tmp_path: Path, monkeypatch
     assert len(found["commit"].split()[0]) == 40
     assert found["versions"]["torch"] == torch.__version__
     (workload,) = found["workloads"]
-    assert list(workload["candidates"]) == [EAGER, BASELINE, CANDIDATE, LIMIT, "torch rms_norm"]
+    assert list(workload["candidates"]) == [EAGER, BASELINE, CANDIDATE, LIMIT, "torch rms_norm", "lnfold, measured"]
     assert found["summary"]["prefill"]["workloads"] == 1
     assert (tmp_path / "latency-cpu-dry-run.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out

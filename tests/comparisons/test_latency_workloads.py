@@ -15,7 +15,7 @@ from latency_suite import ARCHITECTURES, WORKLOADS, tiny, without_norms
 from suite import peers
 from suite.candidates import FOR_ONE_ROW
 from suite.decoding import decode_step
-from suite.workloads import SUITES
+from suite.suites import SUITES
 from torch import nn
 
 import lncompile
@@ -37,6 +37,14 @@ PARAMETERS = {
     "dinov2-l": 304.4,
     "clip-l": 303.2,
     "whisper-small": 88.2,  # its encoder
+    "table encoder 64": 0.204,
+    "series encoder 128": 1.202,
+    "residual mlp 64": 0.103,
+    "mlp-mixer-s/16": 18.5,
+    "vit-tiny": 5.6,
+    "esm-2-8m": 7.5,  # without its language head
+    "segformer-b0": 3.3,  # its encoder
+    "wav2vec2 front end": 4.2,
 }
 
 
@@ -51,6 +59,9 @@ def test_shapes_are_the_real_models(name: str) -> None:
 CLASSES = {architecture.model_class: architecture.name for architecture in reversed(ARCHITECTURES.values())}
 
 
+ONE_NORM_A_LAYER = "residual mlp 64"
+
+
 @pytest.mark.parametrize("name", CLASSES.values())
 def test_every_model_runs_its_tasks_and_every_norm_can_be_found(name: str) -> None:
     """With real norms, as many as layers say, on the arguments the suite makes."""
@@ -62,7 +73,7 @@ def test_every_model_runs_its_tasks_and_every_norm_can_be_found(name: str) -> No
         torch._dynamo.reset()
         report = lncompile.explain(model, **inputs)
         assert report.graphs == 1, "a graph break would hide norms"
-        assert report.total >= 2 * dry.depth
+        assert report.total >= (dry.depth + 1 if name == ONE_NORM_A_LAYER else 2 * dry.depth)
         assert report.folded or name in ("bloom-560m", "clip-l", "whisper-small")
 
 

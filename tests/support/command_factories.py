@@ -34,6 +34,10 @@ def make_net():
     return randomise(Net()), torch.randn(2, 8)
 
 
+def make_linear():
+    return randomise(nn.Linear(8, 8)), torch.randn(2, 8)
+
+
 def make_sized(batch=2, tokens=3):
     return randomise(Net()), torch.randn(batch, tokens, 8)
 

@@ -6,7 +6,7 @@ import copy
 
 from suite import workloads
 from suite.measurement import Settings
-from suite.workloads import SUITES
+from suite.suites import SUITES
 from torch import nn
 
 WORKLOADS = {(suite, workload.name): workload for suite, members in SUITES.items() for workload in members}

@@ -1,0 +1,212 @@
+"""Does a race (``lnfold.select="measure"``) choose the fastest way there is, and never one below stock?
+
+For every workload of the CPU suites, in several processes: the model is compiled with the race, which starts from
+nothing in each process; then stock and every way that was raced are compiled by themselves, and timed interleaved with
+what the race chose.
+
+    python benchmarks/selection.py [--suite cpu narrow] [--only WORD ...] [--seconds 20] [--processes 4] [--dry-run]
+
+Prints a table and writes ``benchmarks/results/selection.json``. Exit code 1 where a choice is below 0.99 of the best
+way, or below stock beyond noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import recording
+import torch
+from one_process import SPEEDUPS_ARE, answer_task
+from rich.console import Console
+from rich.table import Table
+from suite.decoding import decode_step
+from suite.suites import SUITES
+from suite.workloads import Workload
+
+import lncompile
+from lncompile.comparisons.even_terms import compile_apart, settle
+from lncompile.comparisons.machine import describe_machine
+from lncompile.comparisons.processes import RepeatedTimings, orders, run_processes
+from lncompile.comparisons.timing import PairedTimings, Ratio, measure
+from lncompile.lowering import torch_private_caches, torch_private_dynamo
+from lncompile.selection.candidates import MODEL, STOCK
+from lncompile.selection.kept import FOLDER_VARIABLE
+
+#: What a choice has to reach of the best way's speed.
+OF_THE_BEST = 0.99
+CHOSEN = "chosen"
+
+
+def workload_of(name: str, suite: str, dry: bool) -> Workload:
+    """Return a workload by its name."""
+    (found,) = (workload for workload in SUITES[suite] if workload.name == name)
+    return found.dry() if dry else found
+
+
+def carry_out(task: dict[str, Any]) -> dict[str, Any]:
+    """Race one workload in this process, then time what was raced and what was chosen.
+
+    Args:
+        task: suite, workload, whether it is tiny, seconds, and whether the ways are compiled in the opposite order.
+    """
+    workload = workload_of(task["workload"], task["suite"], task["dry"])
+    settle("cpu")
+    model = workload.build("cpu")
+    inputs, rewind = (
+        decode_step(workload, model, "cpu")
+        if workload.task == "decode"
+        else (workload.inputs(model, "cpu"), lambda: None)
+    )
+    with tempfile.TemporaryDirectory(prefix="lncompile-selection-") as folder:
+        os.environ[FOLDER_VARIABLE] = folder
+        chosen = _compiled(model, inputs, rewind, backend="lnfold", options={"lnfold.select": "measure"})
+    selections = [selection for report in lncompile.reports(chosen) for selection in report.selections]
+    if len(selections) != 1 or not selections[0].is_race:
+        why = selections[0].reason if len(selections) == 1 else f"{len(selections)} graphs"
+        return {"seconds": {}, "raced": False, "why": why}
+    (selection,) = selections
+    ways: dict[str, Callable[..., Any]] = {CHOSEN: chosen}
+    raced = [way for way in selection.raced if way.rounds]
+    for way in reversed(raced) if task["opposite"] else raced:
+        arguments: dict[str, Any] = {"backend": "inductor"}
+        if way.name != STOCK:
+            arguments = {"backend": "lnfold", "options": {**way.options, "lnfold.select": "model"}}
+        ways[way.name] = _compiled(model, inputs, rewind, **arguments)
+    timings = measure(
+        {name: _call(function, inputs) for name, function in ways.items()},
+        seconds=task["seconds"],
+        maximum_rounds=300,
+        prepare=dict.fromkeys(ways, rewind),
+    )
+    return {
+        "seconds": dict(timings.seconds),
+        "raced": True,
+        "choice": selection.chosen,
+        "race_s": selection.seconds,
+        "in_the_race": {way.name: [way.speedup, way.low, way.high, way.rounds] for way in raced},
+    }
+
+
+def _compiled(model: Any, inputs: dict[str, Any], rewind: Callable[[], None], **arguments: Any) -> Callable[..., Any]:
+    arguments["options"] = arguments.get("options") or None
+    function = compile_apart(model, **arguments)
+    gc.collect()  # what earlier compilations left would be holes to fill
+    with torch_private_dynamo.many_recompiles(), torch_private_caches.without_autograd_cache():
+        rewind()
+        function(**inputs)
+    return function
+
+
+def _call(function: Callable[..., Any], inputs: dict[str, Any]) -> Callable[[], Any]:
+    return lambda: function(**inputs)
+
+
+def judge(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Say how the choices of several processes did.
+
+    Args:
+        results: of :func:`carry_out`.
+
+    Returns:
+        What is written for a workload. ``of_the_best`` compares what each process chose with the way that is the best
+        over all processes.
+    """
+    unraced = [result["why"] for result in results if not result["raced"]]
+    if unraced:
+        return {"raced": False, "why": unraced[0]}
+    names = [name for name in results[0]["seconds"] if all(name in result["seconds"] for result in results)]
+    timings = RepeatedTimings(
+        tuple(PairedTimings({name: tuple(result["seconds"][name]) for name in names}) for result in results)
+    )
+    best = max((name for name in names if name != CHOSEN), key=lambda name: timings.speedup(name, STOCK).median)
+    over_best, over_stock = timings.speedup(CHOSEN, best), timings.speedup(CHOSEN, STOCK)
+    return {
+        "raced": True,
+        "choices": [result["choice"] for result in results],
+        "race_s": [result["race_s"] for result in results],
+        "best": best,
+        "of_the_best": vars(over_best),
+        "over_stock": vars(over_stock),
+        "speedups": {name: vars(timings.speedup(name, STOCK)) for name in names if name != STOCK},
+        "in_the_race": [result["in_the_race"] for result in results],
+        "passed": over_best.median >= OF_THE_BEST and over_stock.high >= 1.0,
+        "timings": timings.to_dict(),
+    }
+
+
+def _measured(workload: Workload, suite: str, chosen: argparse.Namespace) -> dict[str, Any]:
+    tasks = [
+        {
+            "suite": suite,
+            "workload": workload.name,
+            "dry": chosen.dry_run,
+            "seconds": chosen.seconds / chosen.processes,
+            "threads": torch.get_num_threads(),
+            "opposite": order[0] != "first",
+        }
+        for order in orders(["first", "second"], chosen.processes)
+    ]
+    return {"workload": workload.name, "suite": suite, **judge(run_processes(__file__, tasks))}
+
+
+def main() -> int:
+    """Run the benchmark as a command."""
+    parser = argparse.ArgumentParser(description="Whether the race chooses well.")
+    parser.add_argument("--suite", nargs="+", choices=("cpu", "narrow"), default=["cpu", "narrow"])
+    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="those whose name holds one of these")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of timing for each workload, the race not counted")
+    parser.add_argument("--processes", type=int, default=4, help="for each workload (default: 4)")
+    parser.add_argument("--output", type=Path, default=recording.RESULTS, help="folder of the JSON")
+    parser.add_argument("--dry-run", action="store_true", help="tiny models; no number means anything")
+    chosen = parser.parse_args()
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    result: dict[str, Any] = {
+        "benchmark": "selection",
+        "measured": recording.now(),
+        "commit": recording.commit(),
+        "machine": describe_machine(),
+        "dry_run": chosen.dry_run,
+        "speedups_are": SPEEDUPS_ARE,
+        "workloads": [],
+    }
+    path = chosen.output / f"selection{'-dry-run' if chosen.dry_run else ''}.json"
+    for suite in chosen.suite:
+        for workload in SUITES[suite]:
+            if not chosen.only or any(word in workload.name for word in chosen.only):
+                console.print(workload.name)
+                result["workloads"].append(_measured(workload, suite, chosen))
+                recording.write_to(path, result)
+    _print(result["workloads"], console)
+    console.print(f"written to {path}", soft_wrap=True)
+    return 0 if all(found.get("passed", True) for found in result["workloads"]) else 1
+
+
+def _print(workloads: Sequence[dict[str, Any]], console: Console) -> None:
+    table = Table(title="what the race chose, times as fast as ...", box=None, pad_edge=False)
+    for header in ("workload", "choices", "stock", "the model's way over stock", "the best way", "which is"):
+        table.add_column(header)
+    for found in workloads:
+        if not found["raced"]:
+            table.add_row(found["workload"], f"not raced: {found['why']}")
+            continue
+        model = found["speedups"].get(MODEL)
+        table.add_row(
+            found["workload"],
+            ", ".join(found["choices"]),
+            str(Ratio(**found["over_stock"])),
+            "" if model is None else str(Ratio(**model)),
+            str(Ratio(**found["of_the_best"])),
+            found["best"],
+        )
+    console.print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(0 if answer_task(carry_out) else main())

@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from lncompile.lowering import torch_private_breaks, torch_private_dynamo
+from lncompile.passes.decisions import Reason
 from lncompile.reporting.report import FoldReport
 
 log = logging.getLogger("lncompile")
@@ -64,7 +65,8 @@ def _level(report: FoldReport, code: object, frame: torch_private_dynamo.Frame |
         _folding.add(code)
     elif code not in _folding and (code, (reason := _main(report)[0])) not in _warnings:
         _warnings.add((code, reason))
-        return logging.WARNING
+        # That stock won a race is what the race was for.
+        return logging.INFO if reason is Reason.MEASURED else logging.WARNING
     return logging.INFO if is_first else logging.DEBUG
 
 

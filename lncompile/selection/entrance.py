@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
 from lncompile.options import Options
-from lncompile.pipeline import Prepared
+
+if TYPE_CHECKING:
+    from lncompile.pipeline import Prepared
 
 
 def prepare_selected(

@@ -69,7 +69,7 @@ def shards_of(plan: FoldPlan, source: Path) -> list[Shard]:
     paths = [source] if source.is_file() else _weight_files(source)
     files = [SafetensorsFile.read(path) for path in paths]
     names = {stored.name for file in files for stored in file.tensors}
-    renamed = _renaming(plan, names)
+    renamed = renaming(plan, names)
     entries = {name: entry for entry in plan.center for name in (entry.name, *entry.also)}
     tables, added = _tables(plan, {renamed(name) for name in names})
     places = {renamed(stored.name): Place(file.path, stored) for file in files for stored in file.tensors}
@@ -106,7 +106,7 @@ def _weight_files(folder: Path) -> list[Path]:
     return paths
 
 
-def _renaming(plan: FoldPlan, names: set[str]) -> Any:
+def renaming(plan: FoldPlan, names: set[str]) -> Any:
     """How names in the files become names in the plan.
 
     A checkpoint of a base model has no prefix (``wte.weight``) where the model with a head has one

@@ -1,0 +1,125 @@
+"""vLLM's loader of checkpoints, with folding: a plan from the config, weights centered as they stream in, RMSNorms."""
+
+# mypy: ignore-errors
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from torch import nn
+
+from lncompile.engines import vllm_private as private
+from lncompile.engines.architecture import Unfit, example_media, plan_of
+from lncompile.engines.fitting import Fit, fit, require_folds
+from lncompile.engines.norm_modules import obstacle_of, replacement
+from lncompile.engines.probe import problem_with, put
+from lncompile.engines.routes import find_routes
+from lncompile.engines.vllm_private import DefaultModelLoader, logger
+from lncompile.engines.weight_stream import CenteredWeights
+from lncompile.plans.fold_plan import FoldPlan
+
+
+class FoldingModelLoader(DefaultModelLoader):
+    """Reads what vLLM's own loader reads, and folds what can be folded. What cannot runs as vLLM runs it."""
+
+    _plan: FoldPlan | None = None
+    _fit: Fit | None = None
+    _exchanged: dict[str, tuple[nn.Module, nn.Module]]
+
+    def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> nn.Module:
+        """Make the model and load it, folded where that holds on trial."""
+        self._plan = self._planned(vllm_config, model_config)
+        if self._plan is None:
+            return super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+        digest = hashlib.sha256(json.dumps(self._plan.to_dict(), sort_keys=True).encode()).hexdigest()
+        with private.forgetting_layers(vllm_config) as forget:
+            private.mark(vllm_config, digest)
+            model = super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+            if self._fit is None:
+                private.mark(vllm_config, None)
+                return model
+            problem = self._problem_with(model, vllm_config)
+            if not problem:
+                self._tell()
+                return model
+            logger.warning("lncompile: not folded, and loaded anew: on trial, %s", problem)
+            private.mark(vllm_config, None)
+            self._plan = self._fit = None
+            del model
+            forget()
+        return super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+
+    def load_weights(self, model: nn.Module, model_config: Any) -> None:
+        """Load the weights, centered where the whole plan fits."""
+        self._fit = None if self._plan is None else self._fitted(self._plan, model, model_config)
+        if self._fit is None:
+            super().load_weights(model, model_config)
+            return
+        centered = CenteredWeights(self._fit.center)
+        load = model.load_weights
+        # On the model: weights that are sent to a running engine come this way as well.
+        model.load_weights = lambda weights, *args, **kwargs: load(centered(weights), *args, **kwargs)
+        super().load_weights(model, model_config)
+        centered.require_all()
+        norms = {path: model.get_submodule(path) for path in self._fit.norms}
+        self._exchanged = {path: (norm, replacement(norm, private.make_norm)) for path, norm in norms.items()}
+        put(model, {path: folded for path, (_, folded) in self._exchanged.items()})
+        for path in self._fit.lookups:
+            private.center_lookups(model.get_submodule(path))
+
+    def _planned(self, vllm_config: Any, model_config: Any) -> FoldPlan | None:
+        obstacle = private.obstacle_of(vllm_config, model_config)
+        if not obstacle and not private.can_mark(vllm_config):
+            obstacle = "its additional_config is not a dict"
+        try:
+            if obstacle:
+                raise Unfit(obstacle)
+            plan = plan_of(model_config.hf_config)
+            require_folds(plan)
+            return plan
+        except Unfit as reason:
+            logger.info("lncompile: not folded: %s", reason)
+            return None
+
+    def _fitted(self, plan: FoldPlan, model: nn.Module, model_config: Any) -> Fit | None:
+        try:
+            stored = private.stored_tensors(self, model_config, model)
+            if not stored:
+                raise Unfit("its checkpoint is not one of safetensors alone")
+            return fit(
+                plan,
+                model,
+                stored,
+                lambda: find_routes(model, model.load_weights, stored),
+                obstacle_of,
+                private.is_lookup,
+            )
+        except Unfit as reason:
+            logger.info("lncompile: not folded: %s", reason)
+            return None
+
+    def _problem_with(self, model: nn.Module, vllm_config: Any) -> str:
+        try:
+            media = example_media(vllm_config.model_config.hf_config)
+            return problem_with(
+                model,
+                self._exchanged,
+                (*self._fit.streams, *self._fit.lookups),
+                lambda: private.call_on_trial(model, vllm_config, media),
+            )
+        except Exception as error:  # a model that cannot be called like this is not known to be right
+            return f"it cannot be called: {type(error).__name__}: {error}"
+
+    def _tell(self) -> None:
+        found = self._fit
+        logger.info("lncompile: %d of %d LayerNorms are RMSNorms now", len(found.norms), found.total)
+        for name, reason in found.stays.items():
+            logger.info("lncompile: '%s' stays a LayerNorm: %s", name, reason)
+
+
+def register() -> None:
+    """Take the place of vLLM's own loader. Calling it again changes nothing."""
+    for name in private.LOAD_FORMATS:
+        if not private.is_loaded_by(name, FoldingModelLoader):
+            private.register_model_loader(name)(FoldingModelLoader)

@@ -1,0 +1,82 @@
+"""Runs vLLM's engine on checkpoints and prints what it answers, as JSON: one process for one way of running it.
+
+    python vllm_engine.py WAY FOLDER...
+
+WAY is ``eager``, ``default`` (vLLM compiles, ahead of time), or ``lnfold`` (torch.compile of the whole model by lnfold).
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ["VLLM_LOGGING_LEVEL"] = "INFO"
+
+PROMPTS = ([5, 9, 17, 33], [7, 8, 3], [100, 20, 64, 50, 11, 90, 31])
+
+
+def settings(way: str) -> dict[str, Any]:
+    """What vLLM's ``LLM`` is given."""
+    if way == "eager":
+        return {"enforce_eager": True}
+    if way == "lnfold":
+        return {"compilation_config": {"mode": "DYNAMO_TRACE_ONCE", "backend": "lnfold"}}
+    return {}
+
+
+def answers(folder: str, way: str) -> dict[str, Any]:
+    """What a model answers, with the classes of its norms."""
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    more = json.loads((Path(folder) / "engine.json").read_text()) if (Path(folder) / "engine.json").exists() else {}
+    engine = LLM(
+        folder,
+        skip_tokenizer_init=True,
+        dtype="float32",
+        max_model_len=64,
+        max_num_seqs=4,
+        seed=0,
+        **settings(way),
+        **more,
+    )
+    try:
+        sampling = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, detokenize=False, logprobs=4)
+        outputs = engine.generate([{"prompt_token_ids": list(ids)} for ids in PROMPTS], sampling, use_tqdm=False)
+        tokens = [list(output.outputs[0].token_ids) for output in outputs]
+        logprobs = [
+            [{token: value.logprob for token, value in step.items()} for step in output.outputs[0].logprobs]
+            for output in outputs
+        ]
+        (norms,) = engine.apply_model(norm_classes)
+        return {"tokens": tokens, "logprobs": logprobs, "norms": norms}
+    finally:
+        del engine
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def norm_classes(model: Any) -> dict[str, str]:
+    """The classes of the modules that are norms by the name of their class."""
+    return {path: type(module).__name__ for path, module in model.named_modules() if "Norm" in type(module).__name__}
+
+
+def main() -> None:
+    """Print one line of JSON for each folder."""
+    way, *folders = sys.argv[1:]
+    for folder in folders:
+        try:
+            found = answers(folder, way)
+        except Exception as error:
+            found = {"error": f"{type(error).__name__}: {error}"}
+        print("ANSWER " + json.dumps({"folder": folder, **found}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,22 +24,50 @@ class Unfit(Exception):
     """Why a model is not folded, in words for the log."""
 
 
-def plan_of(config: Any, absorb: str | None = None) -> FoldPlan:
-    """Plan the fold of the model that a Hugging Face config describes. It takes no memory for weights.
+@dataclass(frozen=True)
+class Architecture:
+    """An architecture, and how it folds.
 
-    Args:
-        config: a config of transformers. It stays as it is.
-        absorb: as for :func:`lncompile.plan`.
-
-    Raises:
-        Unfit: where transformers does not have the architecture, or cannot make or call it from its config.
+    Attributes:
+        model: transformers' model of it, without weights.
+        plan: its plan.
     """
-    model = empty_model(config)
-    try:
-        calls = example_calls(model)
-        return plan(model, more_calls=calls, absorb=absorb)
-    except Exception as error:  # whatever the code of a model raises: the engine runs it as it is
-        raise Unfit(f"no plan can be made of {type(model).__name__}: {first_line(error)}") from error
+
+    model: nn.Module
+    plan: FoldPlan
+
+    @classmethod
+    def of(cls, config: Any, absorb: str | None = None) -> Architecture:
+        """Plan the fold of the model that a Hugging Face config describes. It takes no memory for weights.
+
+        Args:
+            config: a config of transformers. It stays as it is.
+            absorb: as for :func:`lncompile.plan`.
+
+        Raises:
+            Unfit: where transformers does not have the architecture, or cannot make or call it from its config.
+        """
+        model = empty_model(config)
+        try:
+            return cls(model, plan(model, more_calls=example_calls(model), absorb=absorb))
+        except Exception as error:  # whatever the code of a model raises: the engine runs it as it is
+            raise Unfit(f"no plan can be made of {type(model).__name__}: {first_line(error)}") from error
+
+    def names_of(self, stored: Iterable[str]) -> Mapping[str, str]:
+        """How transformers renames the tensors of a checkpoint as it loads them, by their names there.
+
+        Tensors that it joins or splits keep their names, which are none of its model then.
+        """
+        from transformers.conversion_mapping import WeightRenaming, get_model_conversion_mapping
+
+        renamings = [one for one in get_model_conversion_mapping(self.model) or [] if isinstance(one, WeightRenaming)]
+        names = {}
+        for name in sorted(stored):
+            renamed = name
+            for renaming in renamings:
+                renamed = renaming.rename_source_key(renamed)[0]
+            names[name] = renamed
+        return names
 
 
 def empty_model(config: Any) -> nn.Module:

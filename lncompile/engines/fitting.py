@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lncompile.engines.architecture import Unfit
+from lncompile.engines.architecture import Architecture, Unfit
 from lncompile.engines.routes import Routes, StoredForm
 from lncompile.plans.checkpoint_tensors import renaming
 from lncompile.plans.entries import CenteredParameter, PlanError
@@ -38,7 +38,7 @@ class Fit:
 
 
 def fit(
-    plan: FoldPlan,
+    architecture: Architecture,
     model: nn.Module,
     stored: Mapping[str, StoredForm],
     find_routes: Callable[[], Routes],
@@ -48,7 +48,7 @@ def fit(
     """Carry a plan over to an engine's model by where its checkpoint's tensors go.
 
     Args:
-        plan: of the architecture.
+        architecture: what the plan is of.
         model: the engine's.
         stored: what the checkpoint holds, by name.
         find_routes: says where its tensors go in the model.
@@ -59,14 +59,16 @@ def fit(
         Unfit: where nothing folds, or a tensor that the plan centers is not stored as such, does not go to one
             parameter, or goes to one that has another use.
     """
+    plan = architecture.plan
     require_folds(plan)
     if any(entry.scaled_by for entry in plan.center) or plan.absorb or any(entry.untied for entry in plan.lookups):
         raise Unfit("its plan changes several tensors together, which arrive one by one")
     try:
-        renamed = renaming(plan, set(stored))
+        names = architecture.names_of(stored)
+        renamed = renaming(plan, set(names.values()))
     except PlanError as error:
         raise Unfit(str(error)) from error
-    by_plan = {renamed(name): name for name in stored}
+    by_plan = {renamed(name): before for before, name in names.items()}
     center = _centered(plan, by_plan, stored)
     routes = find_routes()
     for name, entry in center.items():

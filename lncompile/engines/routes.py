@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lncompile.engines.architecture import Unfit, first_line
 from lncompile.lowering import torch_private
+from lncompile.lowering.torch_private_copies import CopiesFromMeta
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def find_routes(
         stored: what the checkpoint holds, by name.
 
     Raises:
-        Unfit: where the loading code needs values, or does not ask the parameters for their loaders.
+        Unfit: where the loading code needs values.
     """
     names: dict[int, set[str]] = defaultdict(set)
     for name, tensor in _tensors(model):
@@ -61,7 +62,14 @@ def find_routes(
         if source is not None:  # what was computed of several tensors belongs to none
             routes[source] |= names[id(parameter)]
 
-    with _loaders(model, note):
+    def skip(destination: Tensor, loaded: Tensor) -> None:
+        source = sources.get(torch_private.storage_identity(loaded))
+        if source is not None:
+            routes[source] |= owners.get(torch_private.storage_identity(destination), set())
+
+    owners = {torch_private.storage_identity(tensor): names[id(tensor)] for _, tensor in _tensors(model)}
+    # Code that does not ask a parameter for its loader copies by itself.
+    with _loaders(model, note), CopiesFromMeta(skip):
         try:
             load(iter(empty.items()))
         except Exception as error:  # whatever an engine's loading code raises without values

@@ -10,29 +10,28 @@ from typing import Any
 from torch import nn
 
 from lncompile.engines import vllm_private as private
-from lncompile.engines.architecture import Unfit, example_media, plan_of
+from lncompile.engines.architecture import Architecture, Unfit, example_media
 from lncompile.engines.fitting import Fit, fit, require_folds
 from lncompile.engines.norm_modules import obstacle_of, replacement
 from lncompile.engines.probe import problem_with, put
 from lncompile.engines.routes import find_routes
 from lncompile.engines.vllm_private import DefaultModelLoader, logger
 from lncompile.engines.weight_stream import CenteredWeights
-from lncompile.plans.fold_plan import FoldPlan
 
 
 class FoldingModelLoader(DefaultModelLoader):
     """Reads what vLLM's own loader reads, and folds what can be folded. What cannot runs as vLLM runs it."""
 
-    _plan: FoldPlan | None = None
+    _planned: Architecture | None = None
     _fit: Fit | None = None
     _exchanged: dict[str, tuple[nn.Module, nn.Module]]
 
     def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> nn.Module:
         """Make the model and load it, folded where that holds on trial."""
-        self._plan = self._planned(vllm_config, model_config)
-        if self._plan is None:
+        self._planned = self._architecture(vllm_config, model_config)
+        if self._planned is None:
             return super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
-        digest = hashlib.sha256(json.dumps(self._plan.to_dict(), sort_keys=True).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps(self._planned.plan.to_dict(), sort_keys=True).encode()).hexdigest()
         with private.forgetting_layers(vllm_config) as forget:
             private.mark(vllm_config, digest)
             model = super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
@@ -45,14 +44,14 @@ class FoldingModelLoader(DefaultModelLoader):
                 return model
             logger.warning("lncompile: not folded, and loaded anew: on trial, %s", problem)
             private.mark(vllm_config, None)
-            self._plan = self._fit = None
+            self._planned = self._fit = None
             del model
             forget()
         return super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
 
     def load_weights(self, model: nn.Module, model_config: Any) -> None:
         """Load the weights, centered where the whole plan fits."""
-        self._fit = None if self._plan is None else self._fitted(self._plan, model, model_config)
+        self._fit = None if self._planned is None else self._fitted(self._planned, model, model_config)
         if self._fit is None:
             super().load_weights(model, model_config)
             return
@@ -68,27 +67,27 @@ class FoldingModelLoader(DefaultModelLoader):
         for path in self._fit.lookups:
             private.center_lookups(model.get_submodule(path))
 
-    def _planned(self, vllm_config: Any, model_config: Any) -> FoldPlan | None:
+    def _architecture(self, vllm_config: Any, model_config: Any) -> Architecture | None:
         obstacle = private.obstacle_of(vllm_config, model_config)
         if not obstacle and not private.can_mark(vllm_config):
             obstacle = "its additional_config is not a dict"
         try:
             if obstacle:
                 raise Unfit(obstacle)
-            plan = plan_of(model_config.hf_config)
-            require_folds(plan)
-            return plan
+            architecture = Architecture.of(model_config.hf_config)
+            require_folds(architecture.plan)
+            return architecture
         except Unfit as reason:
             logger.info("lncompile: not folded: %s", reason)
             return None
 
-    def _fitted(self, plan: FoldPlan, model: nn.Module, model_config: Any) -> Fit | None:
+    def _fitted(self, architecture: Architecture, model: nn.Module, model_config: Any) -> Fit | None:
         try:
             stored = private.stored_tensors(self, model_config, model)
             if not stored:
                 raise Unfit("its checkpoint is not one of safetensors alone")
             return fit(
-                plan,
+                architecture,
                 model,
                 stored,
                 lambda: find_routes(model, model.load_weights, stored),

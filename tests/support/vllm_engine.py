@@ -14,11 +14,32 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy
+import torchvision_operators  # noqa: F401
+
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["VLLM_LOGGING_LEVEL"] = "INFO"
 
 PROMPTS = ([5, 9, 17, 33], [7, 8, 3], [100, 20, 64, 50, 11, 90, 31])
+
+
+def _image(number: int) -> dict[str, Any]:
+    from PIL import Image
+
+    noise = numpy.random.default_rng(number).integers(0, 256, (40, 40, 3), dtype=numpy.uint8)
+    picture = Image.fromarray(noise)
+
+    return {"multi_modal_data": {"image": picture}}
+
+
+def _sound(number: int) -> dict[str, Any]:
+    wave = numpy.sin(numpy.arange(8000) * (0.05 + 0.03 * number)).astype(numpy.float32)
+    return {"multi_modal_data": {"audio": (wave, 16000)}}
+
+
+#: What goes with the prompts.
+MEDIA = {"none": lambda number: {}, "image": _image, "sound": _sound}
 
 
 def settings(way: str) -> dict[str, Any]:
@@ -35,10 +56,11 @@ def answers(folder: str, way: str) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    more = json.loads((Path(folder) / "engine.json").read_text()) if (Path(folder) / "engine.json").exists() else {}
+    settings_of_model = Path(folder) / "engine.json"
+    more = json.loads(settings_of_model.read_text()) if settings_of_model.exists() else {"skip_tokenizer_init": True}
+    media = MEDIA[more.pop("media", "none")]
     engine = LLM(
         folder,
-        skip_tokenizer_init=True,
         dtype="float32",
         max_model_len=64,
         max_num_seqs=4,
@@ -48,7 +70,8 @@ def answers(folder: str, way: str) -> dict[str, Any]:
     )
     try:
         sampling = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, detokenize=False, logprobs=4)
-        outputs = engine.generate([{"prompt_token_ids": list(ids)} for ids in PROMPTS], sampling, use_tqdm=False)
+        prompts = [{"prompt_token_ids": list(ids), **media(number)} for number, ids in enumerate(PROMPTS)]
+        outputs = engine.generate(prompts, sampling, use_tqdm=False)
         tokens = [list(output.outputs[0].token_ids) for output in outputs]
         logprobs = [
             [{token: value.logprob for token, value in step.items()} for step in output.outputs[0].logprobs]

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from lncompile.models.random_weights import randomise
 
@@ -96,12 +101,72 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 _CLASSES = {"whisper": "WhisperForConditionalGeneration", "paligemma": "PaliGemmaForConditionalGeneration"}
 
 
+def class_of(config: Any, architecture: str) -> Any:
+    """The class of transformers that an architecture has."""
+    if architecture in _CLASSES:
+        return getattr(transformers, _CLASSES[architecture])
+    return transformers.AutoModelForCausalLM._model_mapping[type(config)]
+
+
 def save(architecture: str, folder: Path) -> None:
     """Write a checkpoint. Every parameter is random: γ ≠ 1, β ≠ 0, biases and means nonzero."""
     config = CONFIGS[architecture]()
-    if architecture in _CLASSES:
-        model = getattr(transformers, _CLASSES[architecture])(config)
-    else:
-        model = transformers.AutoModelForCausalLM.from_config(config)
+    model = class_of(config, architecture)(config)
     randomise(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)  # as initialised, such a model repeats its last token
     model.save_pretrained(folder)
+    if architecture in _PROCESSORS:
+        engine = _PROCESSORS[architecture](folder)
+        (folder / "engine.json").write_text(json.dumps(engine))
+
+
+def _sound(folder: Path) -> dict[str, Any]:
+    """Write what turns sound into features; returns what the engine is given."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())[:100]
+    vocabulary = {letter: number for number, letter in enumerate([*letters, "<|endoftext|>"])}
+    files = {"vocab.json": json.dumps(vocabulary), "merges.txt": "#version: 0.2\n", "normalizer.json": "{}"}
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    tokenizer = transformers.WhisperTokenizer(*(str(folder / name) for name in files))
+    transformers.WhisperProcessor(transformers.WhisperFeatureExtractor(feature_size=16), tokenizer).save_pretrained(
+        folder
+    )
+    return {"media": "sound", "max_num_batched_tokens": 1600}
+
+
+def _images(folder: Path) -> dict[str, Any]:
+    """Write what turns images into pixels; returns what the engine is given."""
+    vocabulary = {**{f"t{number}": number for number in range(125)}, "\n": 125, "<unk>": 126, "<image>": 127}
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>")),
+        unk_token="<unk>",
+        bos_token="t0",
+        eos_token="t1",
+        pad_token="t2",
+        additional_special_tokens=["<image>"],
+    )
+    # Checkpoints of that architecture have names that transformers no longer writes, and vLLM knows those alone.
+    weights = load_file(folder / "model.safetensors")
+    renamed = {name.replace("vision_tower.", "vision_tower.vision_model."): value for name, value in weights.items()}
+    save_file(renamed, folder / "model.safetensors", {"format": "pt"})
+    images = transformers.SiglipImageProcessor(size={"height": 28, "width": 28})
+    images.image_seq_length = 4
+    transformers.PaliGemmaProcessor(images, tokenizer).save_pretrained(folder)
+    return {"media": "image"}
+
+
+_PROCESSORS = {"whisper": _sound, "paligemma": _images}
+
+
+def main() -> None:
+    """Write checkpoints: ``python vllm_models.py FOLDER ARCHITECTURE...``."""
+    folder, *architectures = sys.argv[1:]
+    for architecture in architectures:
+        save(architecture, Path(folder) / architecture)
+
+
+if __name__ == "__main__":
+    main()

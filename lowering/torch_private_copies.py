@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-class CopiesFromMeta(TorchDispatchMode):
+class CopiesFromMeta(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Mode in which copying a tensor without values into one with values changes nothing, where torch would raise.
 
     Args:
@@ -22,7 +22,7 @@ class CopiesFromMeta(TorchDispatchMode):
     """
 
     def __init__(self, told: Callable[[Tensor, Tensor], None]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.told = told
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

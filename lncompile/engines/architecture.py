@@ -58,9 +58,10 @@ class Architecture:
 
         Tensors that it joins or splits keep their names, which are none of its model then.
         """
-        from transformers.conversion_mapping import WeightRenaming, get_model_conversion_mapping
+        from transformers import conversion_mapping as mapping
 
-        renamings = [one for one in get_model_conversion_mapping(self.model) or [] if isinstance(one, WeightRenaming)]
+        changes: Any = mapping.get_model_conversion_mapping(self.model)  # type: ignore[arg-type]
+        renamings = [one for one in changes or () if isinstance(one, mapping.WeightRenaming)]  # type: ignore[attr-defined]
         names = {}
         for name in sorted(stored):
             renamed = name
@@ -132,8 +133,8 @@ def example_media(config: Any) -> Mapping[str, torch.Tensor]:
         size = (1, vision.num_channels, vision.image_size, vision.image_size)
         return {"pixel_values": torch.randn(size, generator=generator)}
     if getattr(config, "num_mel_bins", None) is not None:
-        size = (1, config.num_mel_bins, 2 * config.max_source_positions)
-        return {"input_features": torch.randn(size, generator=generator)}
+        features = (1, config.num_mel_bins, 2 * config.max_source_positions)
+        return {"input_features": torch.randn(features, generator=generator)}
     return {}
 
 

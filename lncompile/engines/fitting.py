@@ -1,4 +1,4 @@
-"""Whether a plan fits an engine's model, decided before the first weight is read: all of it fits, or nothing is done."""
+"""Whether a plan fits an engine's model, decided before the first weight is read: all of it or nothing."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-from vllm.model_executor.model_loader import register_model_loader
+from vllm.model_executor.model_loader import register_model_loader  # noqa: F401
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from lncompile.engines.routes import StoredForm

@@ -1,4 +1,4 @@
-"""An engine's model is loaded folded: where tensors go, what is centered, which norms become RMSNorms, what is refused."""
+"""An engine's model is loaded folded: where tensors go, what is centered, which norms change, what is refused."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class Layer(nn.Module):
 
 
 class Engine(nn.Module):
-    """OPT as an engine writes it. ``scale`` and ``reads_stream`` are what an engine could do that transformers does not.
+    """OPT as an engine writes it, with what an engine could do that transformers does not.
 
     Args:
         config: of OPT.

@@ -1,4 +1,4 @@
-"""Importing this lets torchvision be imported beside torch's build for the CPU: its compiled operators are not there."""
+"""Importing this lets torchvision be imported beside the CPU build of torch, which its operators do not fit."""
 
 from __future__ import annotations
 

@@ -2,7 +2,9 @@
 
     python vllm_engine.py WAY FOLDER...
 
-WAY is ``eager``, ``default`` (vLLM compiles, ahead of time), or ``lnfold`` (torch.compile of the whole model by lnfold).
+WAY is ``eager``, ``default`` (vLLM compiles, ahead of time), or ``lnfold`` (torch.compile by lnfold).
+Two more go wrong on purpose, with LNCOMPILE_VLLM=1 and without compilation: in ``uncentered`` weights are not centered
+and nothing looks at the result, in ``caught`` the last look finds it.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["VLLM_LOGGING_LEVEL"] = "INFO"
 
+#: Ways that go wrong on purpose.
+WRONG = ("uncentered", "caught")
 PROMPTS = ([5, 9, 17, 33], [7, 8, 3], [100, 20, 64, 50, 11, 90, 31])
 
 
@@ -44,7 +48,7 @@ MEDIA = {"none": lambda number: {}, "image": _image, "sound": _sound}
 
 def settings(way: str) -> dict[str, Any]:
     """What vLLM's ``LLM`` is given."""
-    if way == "eager":
+    if way in ("eager", *WRONG):
         return {"enforce_eager": True}
     if way == "lnfold":
         return {"compilation_config": {"mode": "DYNAMO_TRACE_ONCE", "backend": "lnfold"}}
@@ -90,9 +94,24 @@ def norm_classes(model: Any) -> dict[str, str]:
     return {path: type(module).__name__ for path, module in model.named_modules() if "Norm" in type(module).__name__}
 
 
+def go_wrong(way: str) -> None:
+    """Leave the weights as they are, where they should be centered."""
+    from lncompile.engines import vllm_loader, weight_stream
+
+    def as_they_are(self: Any, weights: Any) -> Any:
+        self.passed.update(self.entries)
+        return weights
+
+    weight_stream.CenteredWeights.__call__ = as_they_are  # type: ignore[method-assign]
+    if way == "uncentered":
+        vllm_loader.problem_with = lambda *_: ""
+
+
 def main() -> None:
     """Print one line of JSON for each folder."""
     way, *folders = sys.argv[1:]
+    if way in WRONG:
+        go_wrong(way)
     for folder in folders:
         try:
             found = answers(folder, way)

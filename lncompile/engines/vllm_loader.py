@@ -38,7 +38,7 @@ class FoldingModelLoader(DefaultModelLoader):
             if self._fit is None:
                 private.mark(vllm_config, None)
                 return model
-            problem = self._problem_with(model, vllm_config)
+            problem = private.agreed(self._problem_with(model, vllm_config))
             if not problem:
                 self._tell()
                 return model

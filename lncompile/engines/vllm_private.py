@@ -16,6 +16,7 @@ import vllm
 from torch import Tensor, nn
 from vllm import ir
 from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
+from vllm.distributed import get_tp_group
 from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
@@ -240,6 +241,16 @@ def forgetting_layers(vllm_config: VllmConfig) -> Iterator[Any]:
         known.update(before)
 
     yield forget
+
+
+def agreed(problem: str) -> str:
+    """What a process of a group found, or else the first of the others that found something: all do the same then."""
+    group = get_tp_group()
+    if group.world_size == 1:
+        return problem
+    found: list[str] = [""] * group.world_size
+    torch.distributed.all_gather_object(found, problem, group=group.cpu_group)
+    return problem or next(filter(None, found), "")
 
 
 def is_loaded_by(load_format: str, kind: type) -> bool:

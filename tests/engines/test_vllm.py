@@ -146,6 +146,18 @@ def test_compiled_by_lnfold(name: str, run: Any) -> None:
     require_same(run("lnfold", True, COMPILED)[name], run("eager", False, ALL)[name])
 
 
+PARALLEL = ("opt", "gpt-neox", "falcon")
+
+
+@pytest.mark.parametrize("name", PARALLEL)
+def test_in_two_processes(name: str, run: Any) -> None:
+    """Tensor parallelism: each process centers whole tensors, and takes its part of them."""
+    parallel = run("parallel", True, PARALLEL)[name]
+    require_same(parallel, run("eager", False, ALL)[name])
+    assert parallel["processes"] == 2
+    assert Counter(parallel["norms"].values()) == FOLDED[name][1]
+
+
 WRONG = ("opt", "gpt-neox", "cohere")
 
 

@@ -2,7 +2,8 @@
 
     python vllm_engine.py WAY FOLDER...
 
-WAY is ``eager``, ``default`` (vLLM compiles, ahead of time), or ``lnfold`` (torch.compile by lnfold).
+WAY is ``eager``, ``default`` (vLLM compiles, ahead of time), ``lnfold`` (torch.compile by lnfold),
+or ``parallel`` (two processes, without compilation).
 Two more go wrong on purpose, with LNCOMPILE_VLLM=1 and without compilation: in ``uncentered`` weights are not centered
 and nothing looks at the result, in ``caught`` the last look finds it.
 """
@@ -22,6 +23,7 @@ import torchvision_operators  # noqa: F401
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["VLLM_LOGGING_LEVEL"] = "INFO"
+os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # for a function of this file, which other processes call
 
 #: Ways that go wrong on purpose.
 WRONG = ("uncentered", "caught")
@@ -52,6 +54,8 @@ def settings(way: str) -> dict[str, Any]:
         return {"enforce_eager": True}
     if way == "lnfold":
         return {"compilation_config": {"mode": "DYNAMO_TRACE_ONCE", "backend": "lnfold"}}
+    if way == "parallel":
+        return {"enforce_eager": True, "tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
     return {}
 
 
@@ -81,8 +85,9 @@ def answers(folder: str, way: str) -> dict[str, Any]:
             [{token: value.logprob for token, value in step.items()} for step in output.outputs[0].logprobs]
             for output in outputs
         ]
-        (norms,) = engine.apply_model(norm_classes)
-        return {"tokens": tokens, "logprobs": logprobs, "norms": norms}
+        norms, *others = engine.apply_model(norm_classes)
+        assert all(other == norms for other in others)
+        return {"tokens": tokens, "logprobs": logprobs, "norms": norms, "processes": 1 + len(others)}
     finally:
         del engine
         gc.collect()
@@ -110,6 +115,8 @@ def go_wrong(way: str) -> None:
 def main() -> None:
     """Print one line of JSON for each folder."""
     way, *folders = sys.argv[1:]
+    if way == "parallel":
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # for which it wants a memory node for each process
     if way in WRONG:
         go_wrong(way)
     for folder in folders:

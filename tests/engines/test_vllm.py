@@ -36,7 +36,7 @@ FOLDED: dict[str, tuple[dict[str, int], dict[str, int]]] = {
     "phi": ({"LayerNorm": 4}, {"RMSNormWithBias": 4}),
     "starcoder2": ({"LayerNorm": 7}, {"RMSNormWithBias": 7}),
     # Likewise, and its norms have no β: they are vLLM's own RMSNorm, called as the module was that they stand for.
-    "cohere": ({"LayerNorm": 4}, {"RMSNorm": 4}),
+    "cohere": ({"LayerNorm": 4}, {"RMSNormHandsOn": 4}),
     # The encoder's stream comes out of an activation.
     "whisper": ({"LayerNorm": 15}, {"LayerNorm": 5, "RMSNormWithBias": 10}),
     # The language model has RMSNorms from the start.
@@ -156,6 +156,16 @@ def test_in_two_processes(name: str, run: Any) -> None:
     require_same(parallel, run("eager", False, ALL)[name])
     assert parallel["processes"] == 2
     assert Counter(parallel["norms"].values()) == FOLDED[name][1]
+
+
+RELOADED = ("opt", "cohere", "starcoder2")
+
+
+@pytest.mark.parametrize("name", RELOADED)
+def test_weights_that_are_read_once_more(name: str, run: Any) -> None:
+    reloaded = run("reload", True, RELOADED)[name]
+    require_same(reloaded, run("eager", False, ALL)[name])
+    assert Counter(reloaded["norms"].values()) == FOLDED[name][1]
 
 
 WRONG = ("opt", "gpt-neox", "cohere")

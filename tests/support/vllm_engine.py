@@ -3,7 +3,7 @@
     python vllm_engine.py WAY FOLDER...
 
 WAY is ``eager``, ``default`` (vLLM compiles, ahead of time), ``lnfold`` (torch.compile by lnfold),
-or ``parallel`` (two processes, without compilation).
+``parallel`` (two processes, without compilation), or ``reload`` (weights are read once more, without compilation).
 Two more go wrong on purpose, with LNCOMPILE_VLLM=1 and without compilation: in ``uncentered`` weights are not centered
 and nothing looks at the result, in ``caught`` the last look finds it.
 """
@@ -50,7 +50,7 @@ MEDIA = {"none": lambda number: {}, "image": _image, "sound": _sound}
 
 def settings(way: str) -> dict[str, Any]:
     """What vLLM's ``LLM`` is given."""
-    if way in ("eager", *WRONG):
+    if way in ("eager", "reload", *WRONG):
         return {"enforce_eager": True}
     if way == "lnfold":
         return {"compilation_config": {"mode": "DYNAMO_TRACE_ONCE", "backend": "lnfold"}}
@@ -78,6 +78,8 @@ def answers(folder: str, way: str) -> dict[str, Any]:
     )
     try:
         sampling = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, detokenize=False, logprobs=4)
+        if way == "reload":
+            engine.collective_rpc("reload_weights")
         prompts = [{"prompt_token_ids": list(ids), **media(number)} for number, ids in enumerate(PROMPTS)]
         outputs = engine.generate(prompts, sampling, use_tqdm=False)
         tokens = [list(output.outputs[0].token_ids) for output in outputs]

@@ -91,5 +91,6 @@ def replacement(module: nn.Module, make: MakeNorm) -> nn.Module:
     """What takes the place of a module that computes a LayerNorm, called in the same way."""
     norm = make(module)
     if hands_on(module):
-        norm.__class__ = _handing_on(type(norm))
+        kind: Any = type(norm)
+        norm.__class__ = _handing_on(kind)
     return norm

@@ -141,12 +141,15 @@ def test_what_was_compiled_is_kept_apart(run: Any) -> None:
         require_same(again["opt"], first["opt"])
 
 
-@pytest.mark.parametrize("name", COMPILED)
+BY_LNFOLD = ("gpt2", "gpt-neox", "cohere")
+
+
+@pytest.mark.parametrize("name", BY_LNFOLD)
 def test_compiled_by_lnfold(name: str, run: Any) -> None:
-    require_same(run("lnfold", True, COMPILED)[name], run("eager", False, ALL)[name])
+    require_same(run("lnfold", True, BY_LNFOLD)[name], run("eager", False, ALL)[name])
 
 
-PARALLEL = ("opt", "gpt-neox", "falcon")
+PARALLEL = ("opt", "gpt-neox")
 
 
 @pytest.mark.parametrize("name", PARALLEL)

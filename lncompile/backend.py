@@ -6,53 +6,32 @@ stock torch.compile would have compiled it.
 
 from __future__ import annotations
 
-import itertools
+import functools
 import json
-import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
 
 from lncompile import safety_net
-from lncompile.lowering import persistent_norms, torch_private, torch_private_dynamo, torch_private_inductor
+from lncompile.compiled_graphs import CompiledGraph
+from lncompile.folded_graph import FoldedGraph, record_for_other_processes
+from lncompile.lowering import (
+    persistent_norms,
+    torch_private,
+    torch_private_dynamo,
+    torch_private_inductor,
+    torch_private_precompile,
+)
 from lncompile.options import Options, parse_options
 from lncompile.pipeline import prepare, prepare_frozen
 from lncompile.reporting import log_lines
 from lncompile.reporting.report import FoldReport
-from lncompile.runtime.materialize import Materializer
-from lncompile.runtime.parameter_identity import ParameterReference, parameters_of
+from lncompile.runtime.parameter_identity import parameters_of
 from lncompile.runtime.renewals import tell_again
-from lncompile.runtime.unfolded import Unfolded, given_up
+from lncompile.runtime.unfolded import Unfolded
 from lncompile.versions import warn_if_untested
 
-
-@dataclass(eq=False)
-class CompiledGraph:
-    """What was compiled: the report, with enough to find it again from a compiled model. Lives as long as the code."""
-
-    decided: FoldReport
-    code: Any
-    arguments: Mapping[str, Any]
-    parameters: Mapping[int, ParameterReference]
-    materializer: Materializer | None = None
-    number: int = field(default_factory=itertools.count().__next__)
-
-    @property
-    def report(self) -> FoldReport:
-        """What was decided, unless it was given up since."""
-        gives_up = self.materializer is not None and not self.materializer.keeps_up
-        return given_up(self.decided) if gives_up else self.decided
-
-    def served(self) -> set[int]:
-        """Ids of the parameters it was compiled with and, where Dynamo reused the code, called with since."""
-        identities = (parameter.identity() for parameter in self.parameters.values())
-        own = {identity for identity in identities if identity is not None}
-        return own | (self.materializer.seen() if self.materializer else set())
-
-
-compiled_graphs: weakref.WeakSet[CompiledGraph] = weakref.WeakSet()
 _used_configurations: list[dict[str, Any]] = []
 
 
@@ -93,16 +72,19 @@ def lnfold(
         if not safety_net.enabled:
             raise
         return _untouched(graph_module, example_inputs, inductor_config, arguments, error)
-    report = prepared.report
-    _publish(report)
+    _publish(prepared.report)
+    record = functools.partial(CompiledGraph, prepared.report, torch_private_dynamo.code_being_compiled(), arguments)
     if prepared.graph_module is None:
         compiled = torch_private_inductor.inductor_compile(graph_module, example_inputs, inductor_config)
-        return _remember(compiled, report, arguments, prepared.parameters)
+        return _remember(compiled, record(prepared.parameters))
+    rewritten, materializer = prepared.graph_module, prepared.materializer
     try:
+        has_other_inputs = materializer is None or materializer.expressions
+        names = torch_private_precompile.rename_recorded(rewritten) if has_other_inputs else None
         inputs = [*example_inputs, *prepared.values]
         static = torch_private.static_fake_tensors(prepared.values)
-        with persistent_norms(prepared.graph_module, inductor_config):
-            compiled = torch_private_inductor.inductor_compile(prepared.graph_module, inputs, inductor_config)
+        with persistent_norms(rewritten, inductor_config):
+            compiled = torch_private_inductor.inductor_compile(rewritten, inputs, inductor_config)
         del static, inputs  # had to live until here
     except torch_private_dynamo.DynamoException:
         raise  # Dynamo talks to itself in exceptions: "start again with other assumptions"
@@ -110,8 +92,14 @@ def lnfold(
         if not safety_net.enabled:
             raise
         return _untouched(graph_module, example_inputs, inductor_config, arguments, error)
-    unfolded = Unfolded(graph_module, inductor_config) if prepared.materializer else None
-    return _remember(compiled, report, arguments, prepared.parameters, prepared.materializer, unfolded)
+    recorded = record(prepared.parameters, materializer)
+    if materializer is None or not materializer.expressions:
+        return _remember(compiled, recorded)
+    compiled = torch_private_dynamo.innermost_function(compiled)
+    folded = FoldedGraph(compiled, recorded, ours, Unfolded(graph_module, inductor_config))
+    if names is not None:
+        record_for_other_processes(folded, names)
+    return folded
 
 
 def _reset() -> None:
@@ -137,7 +125,8 @@ def _untouched(
     reason = safety_net.log_failure("lnfold failed and compiles this graph as stock torch.compile would", error)
     report = safety_net.report_untouched(graph_module, reason)
     compiled = torch_private_inductor.inductor_compile(graph_module, example_inputs, config)
-    return _remember(compiled, report, arguments, parameters_of(graph_module.graph, example_inputs))
+    parameters = parameters_of(graph_module.graph, example_inputs)
+    return _remember(compiled, CompiledGraph(report, torch_private_dynamo.code_being_compiled(), arguments, parameters))
 
 
 def _publish(report: FoldReport) -> None:
@@ -153,29 +142,9 @@ def _publish(report: FoldReport) -> None:
         safety_net.log_failure("lnfold cannot say what it made of a graph, and goes on", error)
 
 
-def _remember(
-    compiled: Callable[..., Any],
-    report: FoldReport,
-    arguments: Mapping[str, Any],
-    parameters: Mapping[int, ParameterReference],
-    materializer: Materializer | None = None,
-    unfolded: Unfolded | None = None,
-) -> Callable[..., Any]:
-    """Return the function Dynamo calls, with the report tied to it and freed with it.
-
-    Where there are no weights to supply, Dynamo gets what Inductor made, so that a call costs what it costs with stock.
-    """
-    code = torch_private_dynamo.code_being_compiled()
-    record = CompiledGraph(report, code, arguments, parameters, materializer)
-    compiled_graphs.add(record)
-    compiled = torch_private_dynamo.innermost_function(compiled)
-    if materializer is not None and unfolded is not None and materializer.expressions:
-
-        def folded(*arguments: Any) -> Any:
-            values = materializer(arguments)
-            return unfolded(*arguments) if values is None else compiled(*arguments, *values)
-
-        return _tied(folded, record)
+def _remember(compiled: Callable[..., Any], record: CompiledGraph) -> Callable[..., Any]:
+    """Return what Inductor made, with the record tied to it. A call costs what it costs with stock."""
+    compiled = torch_private_precompile.savable(torch_private_dynamo.innermost_function(compiled))
     try:
         return _tied(compiled, record)
     except AttributeError:  # a bound method, say
@@ -192,4 +161,4 @@ def _tied(function: Callable[..., Any], record: CompiledGraph) -> Callable[..., 
     return function
 
 
-__all__ = ["CompiledGraph", "Options", "compiled_graphs", "lnfold"]
+__all__ = ["Options", "lnfold"]

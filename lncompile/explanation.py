@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from lncompile import safety_net
-from lncompile.backend import CompiledGraph, compiled_graphs
+from lncompile.compiled_graphs import CompiledGraph, are_same, arguments_of, compiled_graphs
 from lncompile.lowering import torch_private, torch_private_breaks, torch_private_dynamo, torch_private_inductor
 from lncompile.models.stand_ins import is_on_meta, stand_ins
 from lncompile.options import parse_options
@@ -143,7 +143,7 @@ def reports(compiled: Callable[..., Any]) -> Reports:
     records = [
         record
         for record in sorted(compiled_graphs, key=lambda record: record.number)
-        if settings is None or _same_settings(settings, record.arguments)
+        if settings is None or are_same(settings, record.arguments)
     ]
     owner = original if isinstance(original, torch.nn.Module) else getattr(original, "__self__", None)
     if owner is not original:
@@ -189,17 +189,7 @@ def _why_none(compiled: Any, original: Any) -> str:
 
 def settings_of(compiled: Any) -> Mapping[str, Any] | None:
     """Return the ``mode`` and ``options`` a compiled callable hands to lnfold; None if it is not compiled with it."""
-    backend = torch_private_dynamo.innermost_backend(compiled)
-    if getattr(backend, "compiler_name", None) != "lnfold":
-        return None
-    settings: Mapping[str, Any] = backend.kwargs
-    return settings
-
-
-def _same_settings(left: Mapping[str, Any], right: Mapping[str, Any]) -> bool:
-    return all(
-        (left.get("mode") == right.get("mode"), dict(left.get("options") or {}) == dict(right.get("options") or {}))
-    )
+    return arguments_of(torch_private_dynamo.innermost_backend(compiled))
 
 
 def _is_own_code(code: Any, original: Any) -> bool:

@@ -80,3 +80,11 @@ def without_autograd_cache() -> Any:
     from torch._functorch import config
 
     return config.patch(enable_autograd_cache=False)
+
+
+def without_precompilation() -> Any:
+    """Context in which what torch.compile makes neither loads code that another process saved nor saves its own.
+
+    Such code is found by the source of the function alone, and called whichever program was loaded (torch 2.13).
+    """
+    return torch._dynamo.config.patch(caching_precompile=False)

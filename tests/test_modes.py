@@ -20,6 +20,7 @@ from torch._dynamo.utils import counters
 
 import lncompile
 from lncompile import backend
+from lncompile.compiled_graphs import compiled_graphs
 from lncompile.lowering.inspect import torch_private_codegen
 from lncompile.runtime.shared_values import shared_values
 
@@ -118,7 +119,7 @@ def test_reset_frees_everything(inductor: bool, request: pytest.FixtureRequest) 
     net, value = model(), torch.randn(5, 16, dtype=torch.float64)
     compiled = torch.compile(net, backend="lnfold")
     compiled(value)
-    (record,) = [r for r in backend.compiled_graphs if r.report in lncompile.reports(compiled)]
+    (record,) = [r for r in compiled_graphs if r.report in lncompile.reports(compiled)]
     assert record.materializer is not None
     values = [value for known in record.materializer._sets.values() for value in known.values]
     assert len(values) == 4

@@ -102,7 +102,8 @@ def compiled_arms(
 
     def compiled(backend: str, chosen: Mapping[str, Any] | None) -> Callable[..., Any]:
         more: dict[str, Any] = {"options": dict(chosen)} if chosen else {}
-        function: Callable[..., Any] = torch.compile(model, backend=backend, **arguments, **more)
+        with torch_private_caches.without_precompilation():
+            function: Callable[..., Any] = torch.compile(model, backend=backend, **arguments, **more)
         return function
 
     return {"inductor": compiled("inductor", inductors), "lnfold": compiled("lnfold", options)}

@@ -98,5 +98,6 @@ def compile_apart(model: Callable[..., Any], *, backend: Any, **arguments: Any) 
     """
     twin = torch_private_caches.with_code_of_its_own(model)
     apart = torch_private_caches.separate_caches()
-    compiled: Callable[..., Any] = torch.compile(twin, backend=backend, **apart, **arguments)
+    with torch_private_caches.without_precompilation():
+        compiled: Callable[..., Any] = torch.compile(twin, backend=backend, **apart, **arguments)
     return compiled

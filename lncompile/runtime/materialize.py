@@ -137,6 +137,8 @@ class Materializer:
             ``"versions"``, or not at all (``"off"``), where a set of parameters is recognised by which ones they are.
 
     Attributes:
+        expressions: of the graph.
+        names: of the graph's placeholders, for messages.
         keeps_up: whether values last for more than a few calls. Where they did not, no more are supplied until the
             parameters have stayed for a while (:class:`Renewals`), or :func:`forget_all`.
     """
@@ -149,7 +151,7 @@ class Materializer:
     ) -> None:
         self.expressions = tuple(expressions)
         self.keeps_up = True
-        self._names = tuple(names)
+        self.names = tuple(names)
         self._check = check != "off"
         self._samples = check == "values"
         self._renewals = Renewals()
@@ -207,7 +209,7 @@ class Materializer:
             return self._refresh(arguments).take(arguments)
 
     def _name(self, leaf: int) -> str:
-        return self._names[self._leaves[leaf]] if self._names else f"parameter {self._leaves[leaf]} of the graph"
+        return self.names[self._leaves[leaf]] if self.names else f"parameter {self._leaves[leaf]} of the graph"
 
     def begin(self, arguments: Sequence[Any]) -> tuple[Sequence[Tensor], tuple[Stored, ...]]:
         """Return the values for the arguments that a graph is compiled with, and how each is kept."""

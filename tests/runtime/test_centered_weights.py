@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lncompile
-from lncompile.backend import compiled_graphs
+from lncompile.compiled_graphs import compiled_graphs
 from lncompile.passes.graph.axes import Axes
 from lncompile.passes.graph.factors import Factor
 from lncompile.passes.rewrites import arithmetic

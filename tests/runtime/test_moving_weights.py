@@ -14,7 +14,7 @@ from blocks import Block, block
 from torch import Tensor, nn
 
 import lncompile
-from lncompile.backend import compiled_graphs
+from lncompile.compiled_graphs import compiled_graphs
 from lncompile.passes.decisions import Reason
 from lncompile.runtime.renewals import Renewals
 

@@ -184,7 +184,7 @@ def test_uncounted_writes_are_noticed_when_another_graph_is_compiled() -> None:
 
 
 def materialized(compiled: Callable[..., object]) -> list[Tensor]:
-    from lncompile.backend import compiled_graphs
+    from lncompile.compiled_graphs import compiled_graphs
 
     reports = lncompile.reports(compiled)
     records = [record for record in compiled_graphs if record.report in reports]

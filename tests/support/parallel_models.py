@@ -20,7 +20,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn import functional
 
-from lncompile.backend import compiled_graphs
+from lncompile.compiled_graphs import compiled_graphs
 from lncompile.passes.graph import expressions
 
 WORLD = 2

@@ -46,7 +46,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 import lncompile
-from lncompile.backend import compiled_graphs
+from lncompile.compiled_graphs import compiled_graphs
 from lncompile.lowering import torch_private_inductor
 
 # --- programs ---

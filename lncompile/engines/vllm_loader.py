@@ -3,6 +3,7 @@
 # mypy: ignore-errors
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from lncompile.engines import vllm_private as private
-from lncompile.engines.architecture import Architecture, Unfit, example_media
+from lncompile.engines.architecture import Architecture, Unfit, example_media, first_line
 from lncompile.engines.fitting import Fit, fit, require_folds
 from lncompile.engines.norm_modules import obstacle_of, replacement
 from lncompile.engines.probe import problem_with, put
@@ -68,35 +69,32 @@ class FoldingModelLoader(DefaultModelLoader):
             private.center_lookups(model.get_submodule(path))
 
     def _architecture(self, vllm_config: Any, model_config: Any) -> Architecture | None:
-        obstacle = private.obstacle_of(vllm_config, model_config)
-        if not obstacle and not private.can_mark(vllm_config):
-            obstacle = "its additional_config is not a dict"
         try:
+            obstacle = private.obstacle_of(vllm_config, model_config)
             if obstacle:
                 raise Unfit(obstacle)
             architecture = Architecture.of(model_config.hf_config)
             require_folds(architecture.plan)
             return architecture
-        except Unfit as reason:
-            logger.info("lncompile: not folded: %s", reason)
+        except Exception as error:  # nothing was changed: the model runs as it is
+            logger.info("lncompile: not folded: %s", _words(error))
             return None
 
     def _fitted(self, architecture: Architecture, model: nn.Module, model_config: Any) -> Fit | None:
+        found: Fit | None = None
+        problem = ""
         try:
             stored = private.stored_tensors(self, model_config, model)
             if not stored:
                 raise Unfit("its checkpoint is not one of safetensors alone")
-            return fit(
-                architecture,
-                model,
-                stored,
-                lambda: find_routes(model, model.load_weights, stored),
-                obstacle_of,
-                private.is_lookup,
-            )
-        except Unfit as reason:
-            logger.info("lncompile: not folded: %s", reason)
-            return None
+            routes = functools.partial(find_routes, model, model.load_weights, stored)
+            found = fit(architecture, model, stored, routes, obstacle_of, private.is_lookup)
+        except Exception as error:  # nothing was changed: the model is loaded as it is
+            problem = _words(error)
+        problem = private.agreed(problem)
+        if problem:
+            logger.info("lncompile: not folded: %s", problem)
+        return None if problem else found
 
     def _problem_with(self, model: nn.Module, vllm_config: Any) -> str:
         try:
@@ -115,6 +113,10 @@ class FoldingModelLoader(DefaultModelLoader):
         logger.info("lncompile: %d of %d LayerNorms are RMSNorms now", len(found.norms), found.total)
         for name, reason in found.stays.items():
             logger.info("lncompile: '%s' stays a LayerNorm: %s", name, reason)
+
+
+def _words(error: Exception) -> str:
+    return str(error) if isinstance(error, Unfit) else first_line(error)
 
 
 def register() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 #: The environment variable that switches folding on.
@@ -20,7 +21,12 @@ def register() -> None:
     value = os.environ.get(SWITCH, "0")
     if value not in ("0", "1"):
         raise ValueError(f"{SWITCH} is '{value}': 1 folds models as vLLM loads them, 0 does not")
-    if value == "1":
+    if value == "0":
+        return
+    try:
         from lncompile.engines import vllm_loader
-
-        vllm_loader.register()
+    except (ImportError, AttributeError) as error:
+        # vLLM prints what loggers say whose names start with its own.
+        logging.getLogger("vllm.lncompile").warning("lncompile: not folded: this vLLM is not known: %s", error)
+        return
+    vllm_loader.register()

@@ -57,6 +57,8 @@ def obstacle_of(vllm_config: VllmConfig, model_config: ModelConfig) -> str:
         return "it is not the engine's main model"
     if getattr(model_config, "uses_mrope", False):
         return "positions of three axes were not tried"
+    if not isinstance(vllm_config.additional_config, dict):
+        return "its additional_config is not a dict, so that its compiled code cannot be kept apart"
     return ""
 
 
@@ -67,17 +69,10 @@ def mark(vllm_config: VllmConfig, words: str | None) -> None:
     without tracing anew. ``additional_config`` is a part of the hash. Parts of a model have configs made of this one,
     which share the dict.
     """
-    additional = vllm_config.additional_config
-    if isinstance(additional, dict):
-        if words is None:
-            additional.pop("lncompile", None)
-        else:
-            additional["lncompile"] = words
-
-
-def can_mark(vllm_config: VllmConfig) -> bool:
-    """Whether :func:`mark` reaches the hash."""
-    return isinstance(vllm_config.additional_config, dict)
+    if words is None:
+        vllm_config.additional_config.pop("lncompile", None)
+    else:
+        vllm_config.additional_config["lncompile"] = words
 
 
 def stored_tensors(loader: DefaultModelLoader, model_config: ModelConfig, model: nn.Module) -> dict[str, StoredForm]:

@@ -200,6 +200,7 @@ def test_what_does_not_hold_on_trial_is_loaded_anew(name: str, run: Any) -> None
         ({"ec_transfer_config": object()}, "another process"),
         ({"model_config": SimpleNamespace(enable_prompt_embeds=True)}, "come with a request"),
         ({"model_config": SimpleNamespace(uses_mrope=True)}, "three axes"),
+        ({"additional_config": object()}, "kept apart"),
     ],
 )
 def test_ways_of_running_that_are_not_known_to_be_right(settings: dict[str, Any], words: str) -> None:
@@ -211,6 +212,7 @@ def test_ways_of_running_that_are_not_known_to_be_right(settings: dict[str, Any]
         "parallel_config": SimpleNamespace(pipeline_parallel_size=1),
         "ec_transfer_config": None,
         "model_config": SimpleNamespace(),
+        "additional_config": {},
     }
     config = SimpleNamespace(**{**usual, **settings})
     found = obstacle_of(config, config.model_config)

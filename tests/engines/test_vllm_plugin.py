@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -36,3 +37,15 @@ def test_other_values_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_vllm_finds_it() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["entry-points"]["vllm.general_plugins"] == {"lncompile": "lncompile.engines.vllm_plugin:register"}
+
+
+def test_a_vllm_that_is_not_known_runs_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(vllm_plugin.SWITCH, "1")
+    for name in [name for name in sys.modules if name.startswith("lncompile.engines.vllm_")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
+    vllm_plugin.register()
+    (record,) = caplog.records
+    assert record.getMessage().startswith("lncompile: not folded: this vLLM is not known")

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy
-import torchvision_operators  # noqa: F401
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"

@@ -35,20 +35,13 @@ BACKENDS = ("inductor", "lnfold")
 WIDTH, LAYERS, TOKENS = 384, 12, 64
 
 
-def make_model() -> Any:
-    """A pre-norm decoder with random weights. It is made here, so that processes import nothing else."""
+def save(way: str, backend: str, folder: Path) -> None:
+    """Compile and save."""
     import torch
     from first_request_model import Decoder
 
     torch.manual_seed(0)
-    return Decoder(WIDTH, LAYERS).eval()
-
-
-def save(way: str, backend: str, folder: Path) -> None:
-    """Compile and save."""
-    import torch
-
-    model, ids = make_model(), torch.arange(TOKENS)[None]
+    model, ids = Decoder(WIDTH, LAYERS).eval(), torch.arange(TOKENS)[None]
     with torch.no_grad():
         if way == "aot_compile":
             torch._dynamo.config.enable_aot_compile = True
@@ -65,8 +58,10 @@ def save(way: str, backend: str, folder: Path) -> None:
 def load(way: str, backend: str, folder: Path, started: float) -> dict[str, float]:
     """Load, answer one request, and say how long that took, in seconds."""
     import torch
+    from first_request_model import Decoder
 
-    model, ids = make_model(), torch.arange(TOKENS)[None]
+    torch.manual_seed(0)
+    model, ids = Decoder(WIDTH, LAYERS).eval(), torch.arange(TOKENS)[None]
     with torch.no_grad():
         before = time.time()
         if way == "aot_compile":
@@ -158,10 +153,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 if __name__ == "__main__":
     if len(sys.argv) > 1 and sys.argv[1] in ("save", "load"):
         step, way, backend, folder, started = sys.argv[1:]
-        print(
-            json.dumps(
-                save(way, backend, Path(folder)) if step == "save" else load(way, backend, Path(folder), float(started))
-            )
-        )
+        if step == "save":
+            save(way, backend, Path(folder))
+            print("{}")
+        else:
+            print(json.dumps(load(way, backend, Path(folder), float(started))))
         sys.exit()
     sys.exit(main())

@@ -26,7 +26,8 @@ class Block(nn.Module):
         q, k, v = self.qkv(self.norm_1(x)).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(attended.transpose(1, 2).reshape(batch, tokens, width))
-        return x + self.down(functional.gelu(self.up(self.norm_2(x))))
+        added: Tensor = self.down(functional.gelu(self.up(self.norm_2(x))))
+        return x + added
 
 
 class Decoder(nn.Module):

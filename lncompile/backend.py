@@ -24,7 +24,6 @@ from lncompile.lowering import (
     torch_private_precompile,
 )
 from lncompile.options import Options, parse_options
-from lncompile.pipeline import prepare, prepare_frozen
 from lncompile.reporting import log_lines
 from lncompile.reporting.report import FoldReport
 from lncompile.runtime.parameter_identity import parameters_of
@@ -59,6 +58,9 @@ def lnfold(
     Example:
         >>> compiled = torch.compile(model, backend="lnfold", options={"lnfold.nonfoldable": "eager"})
     """
+    # Here, and not above: a process that loads what another has compiled does not need the passes.
+    from lncompile.pipeline import prepare, prepare_frozen
+
     ours, inductor_config = parse_options(mode, options)
     warn_if_untested()
     if inductor_config not in _used_configurations:

@@ -14,6 +14,8 @@ from typing import Any
 import lncompile
 from lncompile.compiled_graphs import CompiledGraph, are_same, arguments_of
 from lncompile.lowering import torch_private_precompile as precompile
+from lncompile.lowering.host_words import compiled_comparison, keep_comparison
+from lncompile.lowering.norms import register_aten_layer_norm
 from lncompile.options import Options, parse_ours
 from lncompile.passes.graph.expressions import Expression
 from lncompile.reporting.report import FoldReport
@@ -60,6 +62,7 @@ class FoldedGraph(precompile.SerializableCallable):
             self._values_for.expressions,
             self._values_for.names,
             self.record.decided,
+            compiled_comparison() if self._options.check != "off" else None,
         )
 
     @classmethod
@@ -95,6 +98,7 @@ class Saved:
         expressions: those that compute the centered weights.
         names: of the graph's inputs, for messages.
         report: what was decided.
+        comparison: the function that looks at weights in the host's memory, compiled; None without one.
     """
 
     release: str
@@ -103,6 +107,7 @@ class Saved:
     expressions: tuple[Expression, ...]
     names: tuple[str, ...]
     report: FoldReport
+    comparison: bytes | None = None
 
     def check_release(self) -> None:
         """Refuse what another release has saved: its extra inputs may stand for something else.
@@ -132,6 +137,10 @@ class Saved:
 
     def restored(self, compiled: Callable[..., Any]) -> FoldedGraph:
         """Put it together with Inductor's code."""
+        if self.options.nonfoldable == "eager":
+            register_aten_layer_norm()
+        if self.comparison is not None:
+            keep_comparison(self.comparison)
         materializer = Materializer(self.expressions, self.names, self.options.check)
         return FoldedGraph(compiled, CompiledGraph(self.report, None, self.arguments, {}, materializer), self.options)
 

@@ -13,9 +13,6 @@ from torch import fx
 from lncompile.lowering import torch_private_dynamo
 from lncompile.passes.decisions import Reason
 from lncompile.passes.graph.copying import copy_graph_module
-from lncompile.passes.norms.folded_before import gather_folded_norms
-from lncompile.passes.norms.sites import list_norms
-from lncompile.passes.verdicts.judge import left_alone
 from lncompile.reporting.report import FoldReport
 
 log = logging.getLogger("lncompile")
@@ -51,6 +48,11 @@ def report_untouched(graph_module: fx.GraphModule, reason: str) -> FoldReport:
     Returns:
         A report whose sites all say :attr:`lncompile.Reason.INTERNAL_ERROR`.
     """
+    # Here, and not above: most processes do without.
+    from lncompile.passes.norms.folded_before import gather_folded_norms
+    from lncompile.passes.norms.sites import list_norms
+    from lncompile.passes.verdicts.judge import left_alone
+
     try:
         graph = copy_graph_module(graph_module).graph
         gather_folded_norms(graph)

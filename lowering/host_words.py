@@ -25,7 +25,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,18 +152,51 @@ def _comparison() -> Any:
     return function
 
 
-def _library() -> Path:
-    """The compiled function, from the cache or from the compiler. Several processes may be here at once."""
+def compiled_comparison() -> bytes | None:
+    """The compiled function, for a process that loads what this one has compiled; None if there is none."""
+    return _library().read_bytes() if can_compare() else None
+
+
+def keep_comparison(compiled: bytes) -> None:
+    """Put the function that another process has compiled into the cache, which spares a compiler's run.
+
+    Args:
+        compiled: what :func:`compiled_comparison` returned there, for this release of lncompile.
+    """
+    try:
+        library = _place()
+        if not library.is_file():
+            _make(library, lambda made: made.write_bytes(compiled))
+    except Exception as error:  # no compiler, no room: what asks for the function says what becomes of that
+        log.debug("the function in C that another process has compiled is not kept: %s", error)
+
+
+def _place() -> Path:
+    """Where the compiled function is kept: another compiler, machine or source has a place of its own."""
     compiler = torch_private_compiler.cpp_compiler()
     digest = hashlib.sha256(f"{compiler}\n{os.uname().machine}\n{_SOURCE}".encode()).hexdigest()[:16]
-    folder = Path(torch_private_compiler.inductor_cache_folder()) / "lncompile"
-    library = folder / f"host_words_{digest}.so"
+    return Path(torch_private_compiler.inductor_cache_folder()) / "lncompile" / f"host_words_{digest}.so"
+
+
+def _library() -> Path:
+    """The compiled function, from the cache or from the compiler."""
+    library = _place()
     if not library.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            source, made = Path(scratch, "host_words.cpp"), Path(scratch, "host_words.so")
-            source.write_text(_SOURCE)
-            command = [compiler, "-O2", "-shared", "-fPIC", "-o", str(made), str(source)]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
-            made.replace(library)
+        _make(library, _compile)
     return library
+
+
+def _make(library: Path, make: Callable[[Path], object]) -> None:
+    """Make a file in one go: several processes may be here at once."""
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        made = Path(scratch, library.name)
+        make(made)
+        made.replace(library)
+
+
+def _compile(made: Path) -> None:
+    source = made.with_suffix(".cpp")
+    source.write_text(_SOURCE)
+    command = [torch_private_compiler.cpp_compiler(), "-O2", "-shared", "-fPIC", "-o", str(made), str(source)]
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)

@@ -11,7 +11,6 @@ import torch
 from torch import fx
 
 from lncompile.lowering.emit import emit
-from lncompile.lowering.layer_norm import aten_layer_norm
 from lncompile.lowering.persistent import FOLDED_STATISTIC
 from lncompile.lowering.rms_norm import grouped_rms_norm, rms_norm
 
@@ -87,16 +86,23 @@ def lower_to_aten(graph: fx.Graph, calls: Iterable[NormCall]) -> None:
         calls: the calls. One that autocast makes return another dtype than its input has stays as it is, and so does
             a group norm.
     """
+    register_aten_layer_norm()
     for call in calls:
         if call.input_dtype != call.output_dtype or call.returns_statistics or call.groups is not None:
             continue
         arguments = (call.input, list(call.normalized_shape), call.weight, call.bias, call.eps)
         with graph.inserting_before(call.node):
-            result = graph.create_node("call_function", _OPERATOR, arguments, name=f"{call.node.name}_aten")
+            operator = torch.ops.lncompile.layer_norm.default
+            result = graph.create_node("call_function", operator, arguments, name=f"{call.node.name}_aten")
         _replace(graph, call, result)
 
 
-_OPERATOR = torch.ops.lncompile.layer_norm.default
+def register_aten_layer_norm() -> None:
+    """Have torch know the operator that :func:`lower_to_aten` puts into graphs: also where code with it is loaded.
+
+    Making an operator takes torch 50 ms, so it is made where it is asked for.
+    """
+    import lncompile.lowering.layer_norm  # noqa: F401  # the import registers it
 
 
 def _replace(graph: fx.Graph, call: NormCall, result: fx.Node) -> None:
@@ -114,4 +120,4 @@ def _replace(graph: fx.Graph, call: NormCall, result: fx.Node) -> None:
         graph.erase_node(call.node)
 
 
-__all__ = ["NormCall", "aten_layer_norm", "lower_to_aten", "lower_to_rms_norm"]
+__all__ = ["NormCall", "lower_to_aten", "lower_to_rms_norm", "register_aten_layer_norm"]

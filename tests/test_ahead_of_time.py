@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import dataclasses
 import json
 import os
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 import lncompile
 from lncompile import folded_graph
+from lncompile.lowering import can_compare, torch_private_compiler
 from lncompile.lowering import torch_private_precompile as precompile
 from lncompile.passes.graph.expressions import Expression
 
@@ -94,6 +96,16 @@ def test_weights_that_move_at_every_call_are_answered_right(compiled_file: Path)
 def test_it_can_be_saved_again(compiled_file: Path, tmp_path: Path) -> None:
     loaded(compiled_file).save_compiled_function(tmp_path / "again.bin")
     assert worst_error(loaded(tmp_path / "again.bin"), model(4)) < 1e-12
+
+
+def test_the_look_in_c_comes_with_it(compiled_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new container does not wait for a compiler."""
+    if not can_compare():
+        pytest.skip("no function in C can be compiled here")
+    monkeypatch.setattr(torch_private_compiler, "inductor_cache_folder", lambda: str(tmp_path))
+    loaded(compiled_file)
+    (library,) = (tmp_path / "lncompile").iterdir()
+    assert ctypes.PyDLL(str(library)).difference
 
 
 def test_another_release_is_refused(compiled_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import lncompile
 from lncompile import explanation, pipeline, safety_net
+from lncompile.passes.norms import sites
 from lncompile.passes.pipeline import deciding
 
 
@@ -50,7 +51,7 @@ FAILURES: dict[str, tuple[Callable[..., lncompile.FoldReport], list[tuple[object
     "explain_planning": (explain_it, [(explanation, "plan")], ["lncompile.explain failed"], 2),
     "explain_finding_sites": (
         explain_it,
-        [(deciding, "find_sites"), (safety_net, "list_norms")],
+        [(deciding, "find_sites"), (sites, "list_norms")],
         ["lncompile.explain failed"],
         0,
     ),

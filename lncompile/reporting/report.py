@@ -2,7 +2,8 @@
 
 The data stand here. The sentences are in :mod:`lncompile.reporting.words`, lines that stand for many sites in
 :mod:`lncompile.reporting.lines`, the table in :mod:`lncompile.reporting.table`, that of a notebook in
-:mod:`lncompile.reporting.html`.
+:mod:`lncompile.reporting.html`. They are imported when a report is shown: a process that loads compiled
+code has a report, and does not wait for what prints it.
 """
 
 from __future__ import annotations
@@ -23,9 +24,6 @@ from lncompile.passes.decisions import (
     Verdict,
     WeightRewrite,
 )
-from lncompile.reporting import html as report_html
-from lncompile.reporting import table as report_table
-from lncompile.reporting import words as report_words
 
 
 @dataclass(frozen=True)
@@ -123,6 +121,8 @@ class FoldReport:
         Example:
             >>> print(lncompile.explain(model, input_ids).table(full=True))
         """
+        from lncompile.reporting import table as report_table
+
         return report_table.text(self, report_table.terminal_width() if width is None else width, full)
 
     def headline(self) -> str:
@@ -130,14 +130,20 @@ class FoldReport:
 
         That gradients keep norms from folding, or that the model has norms of a kind that cannot fold.
         """
+        from lncompile.reporting import words as report_words
+
         return report_words.headline(self)
 
     def summary(self) -> str:
         """One line: how many folded, what was centered, what it costs."""
+        from lncompile.reporting import words as report_words
+
         return report_words.summary(self)
 
     def nothing_to_fold(self) -> str:
         """One line, for a report without LayerNorms."""
+        from lncompile.reporting import words as report_words
+
         return report_words.nothing_to_fold(self)
 
     def __str__(self) -> str:
@@ -145,10 +151,14 @@ class FoldReport:
 
     def __rich_console__(self, console: Any, options: Any) -> Iterable[Any]:
         """How rich prints it, in the console's width; ``print(report)`` gives the same without colours."""
+        from lncompile.reporting import table as report_table
+
         return report_table.lines(self, options.max_width, full=False)
 
     def _repr_html_(self) -> str:
         """How a notebook shows it."""
+        from lncompile.reporting import html as report_html
+
         return report_html.table(self)
 
 

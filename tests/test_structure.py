@@ -28,6 +28,7 @@ ROOMS = (
     "lncompile.reporting",
     "lncompile.runtime",
     "lncompile",
+    "lncompile.engines",
 )
 
 

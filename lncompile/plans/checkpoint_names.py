@@ -66,6 +66,35 @@ def naming_of(plan: FoldPlan, names: Collection[str], folder: Path) -> Naming:
         PlanError: where tensors of the plan are not among them, whatever they are called.
     """
     wanted = list(_wanted(plan))
+    way = _prefix_renaming(plan, names, wanted)
+    if way is not None:
+        return Naming({name: way(name) for name in names}, way)
+    way = _renaming_of_transformers(plan, folder, {name for one in wanted for name in one})
+    if way is not None and _finds_all(wanted, names, way):
+        return Naming({name: way(name) for name in names}, way, by_transformers=True)
+    raise _missing(wanted, names)
+
+
+def prefix_renaming(plan: FoldPlan, names: Collection[str]) -> Callable[[str], str]:
+    """Find out how a checkpoint's names become those of a plan, where at most a prefix is missing or too many.
+
+    Args:
+        plan: the plan.
+        names: all names in the files, as the library that reads them renames them.
+
+    Raises:
+        PlanError: where tensors of the plan are not among them.
+    """
+    wanted = list(_wanted(plan))
+    way = _prefix_renaming(plan, names, wanted)
+    if way is None:
+        raise _missing(wanted, names)
+    return way
+
+
+def _prefix_renaming(
+    plan: FoldPlan, names: Collection[str], wanted: Collection[set[str]]
+) -> Callable[[str], str] | None:
     known = set(plan.form.tensors)
     known |= {layer.bias for entry in plan.absorb for layer in entry.layers if layer.bias is not None}
     prefixes = dict.fromkeys(name.partition(".")[0] + "." for name in (*sorted(known), *sorted(names)) if "." in name)
@@ -77,14 +106,12 @@ def naming_of(plan: FoldPlan, names: Collection[str], folder: Path) -> Naming:
         )
         for prefix in prefixes
     ]
-    for way in ways:
-        if _finds_all(wanted, names, way):
-            return Naming({name: way(name) for name in names}, way)
-    way_of_transformers = _renaming_of_transformers(plan, folder, {name for one in wanted for name in one})
-    if way_of_transformers is not None and _finds_all(wanted, names, way_of_transformers):
-        return Naming({name: way_of_transformers(name) for name in names}, way_of_transformers, by_transformers=True)
+    return next((way for way in ways if _finds_all(wanted, names, way)), None)
+
+
+def _missing(wanted: Collection[set[str]], names: Collection[str]) -> PlanError:
     missing = sorted(min(one) for one in wanted if one.isdisjoint(names))
-    raise PlanError(
+    return PlanError(
         f"the checkpoint lacks {len(missing)} of the {len(wanted)} tensors that the plan changes: "
         f"{', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''}. If a library changes names as it loads files: "
         "load the model, call plan.apply(model), save it with save_pretrained, and save the plan beside it"

@@ -1,0 +1,1 @@
+"""Folding inside of engines that load checkpoints by themselves: weights are centered as they stream in."""

@@ -14,7 +14,7 @@ from typing import Any
 from torch import fx
 
 from lncompile import safety_net
-from lncompile.compiled_graphs import CompiledGraph
+from lncompile.compiled_graphs import CompiledGraph, compiled_graphs
 from lncompile.folded_graph import FoldedGraph, record_for_other_processes
 from lncompile.lowering import (
     persistent_norms,
@@ -165,4 +165,4 @@ def _tied(function: Callable[..., Any], record: CompiledGraph) -> Callable[..., 
     return function
 
 
-__all__ = ["Options", "lnfold"]
+__all__ = ["CompiledGraph", "Options", "compiled_graphs", "lnfold"]

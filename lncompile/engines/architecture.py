@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -58,10 +59,9 @@ class Architecture:
 
         Tensors that it joins or splits keep their names, which are none of its model then.
         """
-        from transformers import conversion_mapping as mapping
-
-        changes: Any = mapping.get_model_conversion_mapping(self.model)  # type: ignore[arg-type]
-        renamings = [one for one in changes or () if isinstance(one, mapping.WeightRenaming)]  # type: ignore[attr-defined]
+        mapping = importlib.import_module("transformers.conversion_mapping")
+        changes = mapping.get_model_conversion_mapping(self.model)
+        renamings = [one for one in changes or () if isinstance(one, mapping.WeightRenaming)]
         names = {}
         for name in sorted(stored):
             renamed = name

@@ -84,9 +84,9 @@ command = command_on(app)
 
 @command(steps=4)
 def advise(run: Run, seconds: Seconds = 20.0, processes: Processes = 4) -> bool:
-    """Say whether to use lnfold: use it, no gain, or not possible, and why.
+    """Say whether to use lnfold on this machine, and why.
 
-    This is what "lncompile MODEL" does. The exit code is 1 if predictions would get worse.
+    The answer is "use it", "no gain" or "not possible". This is what "lncompile MODEL" does. The exit code is 1 if predictions would get worse.
     """
     with importing():
         from lncompile.cli.advise import run_advise
@@ -184,9 +184,9 @@ def fold(
     as_json: AsJson = False,
     show_traceback: Traceback = False,
 ) -> None:
-    """Write a folded copy of a checkpoint: centered weights, and the plan that says which norms are RMSNorms.
+    """Write a folded copy of a checkpoint.
 
-    Needs memory for one tensor only. If interrupted, it leaves no incomplete TARGET and resumes when run again.
+    It has centered weights, and the plan that says which norms are RMSNorms. Needs memory for one tensor only. If interrupted, it leaves no incomplete TARGET and resumes when run again.
     """
     asked = Asked("fold", model, None, None, None, "meta", None, None, None, as_json, show_traceback)
     with running(asked, steps=3 if plan is None else 1) as run:

@@ -86,7 +86,8 @@ command = command_on(app)
 def advise(run: Run, seconds: Seconds = 20.0, processes: Processes = 4) -> bool:
     """Say whether to use lnfold on this machine, and why.
 
-    The answer is "use it", "no gain" or "not possible". This is what "lncompile MODEL" does. The exit code is 1 if predictions would get worse.
+    The answer is "use it", "no gain" or "not possible".
+    This is what "lncompile MODEL" does. The exit code is 1 if predictions would get worse.
     """
     with importing():
         from lncompile.cli.advise import run_advise
@@ -186,7 +187,8 @@ def fold(
 ) -> None:
     """Write a folded copy of a checkpoint.
 
-    It has centered weights, and the plan that says which norms are RMSNorms. Needs memory for one tensor only. If interrupted, it leaves no incomplete TARGET and resumes when run again.
+    It has centered weights, and the plan that says which norms are RMSNorms.
+    Needs memory for one tensor only. If interrupted, it leaves no incomplete TARGET and resumes when run again.
     """
     asked = Asked("fold", model, None, None, None, "meta", None, None, None, as_json, show_traceback)
     with running(asked, steps=3 if plan is None else 1) as run:

@@ -60,6 +60,7 @@ bench: bench-cpu ## everything that is measured on a CPU: bench-cpu, and the oth
 	OMP_NUM_THREADS=1 $(python) benchmarks/abtest.py
 	OMP_NUM_THREADS=1 $(python) benchmarks/equal_programs.py
 	$(python) benchmarks/warm_start.py
+	$(python) benchmarks/first_request.py
 	OMP_NUM_THREADS=1 $(python) benchmarks/numerics.py
 	$(python) benchmarks/nonfoldable.py
 	$(python) benchmarks/deferral.py

@@ -73,8 +73,8 @@ bench-cpu: $(stamp)-test ## latency of models on the CPU: stock, lnfold, lnfold 
 	OMP_NUM_THREADS=1 $(python) benchmarks/latency.py --suite narrow $(BENCH)
 	OMP_NUM_THREADS=1 $(python) benchmarks/selection.py
 
-bench-gpu: $(stamp)-test ## the same on an NVIDIA GPU (8 minutes; BENCH="--only gpt2" for a part)
-	$(python) benchmarks/latency.py --suite gpu $(BENCH)
+bench-gpu: $(stamp)-test ## tests, decoding, races, prompts and kernels on an NVIDIA GPU (9 minutes; BENCH="--minutes 5" for less)
+	$(python) benchmarks/gpu.py $(BENCH)
 
 clean: ## remove environments, caches and build output
 	rm -rf .venv .venv-torch-* .venv-vllm build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

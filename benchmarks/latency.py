@@ -4,7 +4,7 @@ Every workload is a real model's shapes with random weights. Its candidates run 
 of which compile them in the opposite order; intervals are over processes. The share of the norms' cost that is removed
 is (T_inductor - T_lnfold) / (T_inductor - T_no_norm): 1 is as fast as a model without any norm.
 
-    python benchmarks/latency.py --suite cpu|narrow|gpu|all [--minutes 10] [--only NAME ...] [--seconds 20]
+    python benchmarks/latency.py --suite cpu|narrow|decoding|gpu|all [--minutes 10] [--only NAME ...] [--seconds 20]
     python benchmarks/latency.py --suite cpu --dry-run     # tiny models: shows that it works, times nothing
 
 Prints tables and writes ``benchmarks/results/latency-<suite>.json`` and, with matplotlib (the extra ``plot``), a PNG
@@ -31,7 +31,7 @@ from suite.candidates import FOR_ONE_ROW, MEASURED, PEERS, RECIPES, Recipe
 from suite.measurement import Settings, measure_workload
 from suite.presentation import draw, print_tables, summarise_run
 from suite.repeated import carry_out, measure_in_processes
-from suite.suites import SUITES
+from suite.suites import ON_A_CPU, SUITES
 from suite.workloads import Workload
 
 from lncompile.comparisons.machine import describe_machine
@@ -39,9 +39,9 @@ from lncompile.comparisons.machine import describe_machine
 log = logging.getLogger("lncompile.benchmarks")
 
 #: What each suite takes at most, unless asked otherwise.
-MINUTES = {"cpu": 10.0, "narrow": 60.0, "gpu": 8.0, "all": 120.0}
-SECONDS = {"cpu": 20.0, "narrow": 20.0, "gpu": 6.0, "all": 20.0}
-PROCESSES = {"cpu": 4, "narrow": 4, "gpu": 3, "all": 3}
+MINUTES = {"cpu": 10.0, "narrow": 60.0, "decoding": 3.0, "gpu": 8.0, "all": 120.0}
+SECONDS = {"cpu": 20.0, "narrow": 20.0, "decoding": 6.0, "gpu": 6.0, "all": 20.0}
+PROCESSES = {"cpu": 4, "narrow": 4, "decoding": 2, "gpu": 3, "all": 3}
 
 
 class Budget:
@@ -133,9 +133,9 @@ def run(
     budget = Budget(minutes)
     for number, workload in enumerate(workloads, 1):
         recipes: tuple[Recipe, ...] = RECIPES + (PEERS if workload.peers and with_peers else ())
-        if suite in ("cpu", "narrow"):
+        if suite in ON_A_CPU:
             recipes += (MEASURED,)
-        if workload.task == "decode" and workload.batch == 1 and settings.device != "cpu":
+        elif workload.task == "decode" and workload.batch == 1:
             recipes += FOR_ONE_ROW
         if not budget.fits(workload, len(recipes), settings.seconds):
             result["not_measured"][workload.name] = f"it does not fit into {minutes:g} minutes"
@@ -217,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     chosen = _parser().parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
-    device = "cpu" if chosen.suite in ("cpu", "narrow") or chosen.dry_run else "cuda"
+    device = "cpu" if chosen.suite in ON_A_CPU or chosen.dry_run else "cuda"
     try:
         workloads = choose(chosen.suite, chosen.only, chosen.layers, chosen.dry_run)
     except ValueError as error:

@@ -25,6 +25,7 @@ import contextlib
 import importlib.metadata
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import recording
@@ -227,6 +228,7 @@ def main() -> int:
     parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS), help="default: from 1 to 65536")
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--time", action="store_true", help="time the kernels too; needs an NVIDIA GPU")
+    parser.add_argument("--output", type=Path, default=recording.RESULTS, help="folder of the JSON")
     chosen = parser.parse_args()
     if chosen.time and not torch.cuda.is_available():
         parser.error("--time needs an NVIDIA GPU; norm_kernels_on_cpu.py times the CPU's kernels")
@@ -258,7 +260,7 @@ def main() -> int:
                 cell = measured_cell(rows, width, dtype, known, table)
                 result["sm90"].append({**cell, "timed": timed(rows, width, dtype)} if chosen.time else cell)
             # What is there if it is ended early: a whole run takes ten minutes.
-            path = recording.write("norm_kernels", {**result, "groups": [done, len(groups)]})
+            path = recording.write_to(chosen.output / "norm_kernels.json", {**result, "groups": [done, len(groups)]})
     Console().print(table)
     print(f"wrote {path}")
     return int(any(cell["more_than_layer_norm"] for cell in result["sm90"]))

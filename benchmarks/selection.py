@@ -1,8 +1,8 @@
 """Does a race (``lnfold.select="measure"``) choose the fastest way there is, and never one below stock?
 
-For every workload of the CPU suites, in several processes: the model is compiled with the race, which starts from
-nothing in each process; then stock and every way that was raced are compiled by themselves, and timed interleaved with
-what the race chose.
+For every workload of the CPU suites (or of others, on a GPU), in several processes: the model is compiled with the
+race, which starts from nothing in each process; then stock and every way that was raced are compiled by themselves, and
+timed interleaved with what the race chose.
 
     python benchmarks/selection.py [--suite cpu narrow] [--only WORD ...] [--seconds 20] [--processes 4] [--dry-run]
 
@@ -13,6 +13,7 @@ way, or below stock beyond noise.
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import os
 import sys
@@ -27,7 +28,7 @@ from one_process import SPEEDUPS_ARE, answer_task
 from rich.console import Console
 from rich.table import Table
 from suite.decoding import decode_step
-from suite.suites import SUITES
+from suite.suites import ON_A_CPU, SUITES
 from suite.workloads import Workload
 
 import lncompile
@@ -36,6 +37,7 @@ from lncompile.comparisons.machine import describe_machine
 from lncompile.comparisons.processes import RepeatedTimings, orders, run_processes
 from lncompile.comparisons.timing import PairedTimings, Ratio, measure
 from lncompile.lowering import torch_private_caches, torch_private_dynamo
+from lncompile.options import arms
 from lncompile.selection.candidates import MODEL, STOCK
 from lncompile.selection.kept import FOLDER_VARIABLE
 
@@ -57,16 +59,18 @@ def carry_out(task: dict[str, Any]) -> dict[str, Any]:
         task: suite, workload, whether it is tiny, seconds, and whether the ways are compiled in the opposite order.
     """
     workload = workload_of(task["workload"], task["suite"], task["dry"])
-    settle("cpu")
-    model = workload.build("cpu")
+    device = "cpu" if task["suite"] in ON_A_CPU or task["dry"] else "cuda"
+    settle(device)
+    model = workload.build(device)
     inputs, rewind = (
-        decode_step(workload, model, "cpu")
+        decode_step(workload, model, device)
         if workload.task == "decode"
-        else (workload.inputs(model, "cpu"), lambda: None)
+        else (workload.inputs(model, device), lambda: None)
     )
+    compile = functools.partial(_compiled, model, inputs, rewind, workload.mode)
     with tempfile.TemporaryDirectory(prefix="lncompile-selection-") as folder:
         os.environ[FOLDER_VARIABLE] = folder
-        chosen = _compiled(model, inputs, rewind, backend="lnfold", options={"lnfold.select": "measure"})
+        chosen = compile("lnfold", {"lnfold.select": "measure"})
     selections = [selection for report in lncompile.reports(chosen) for selection in report.selections]
     if len(selections) != 1 or not selections[0].is_race:
         why = selections[0].reason if len(selections) == 1 else f"{len(selections)} graphs"
@@ -75,10 +79,8 @@ def carry_out(task: dict[str, Any]) -> dict[str, Any]:
     ways: dict[str, Callable[..., Any]] = {CHOSEN: chosen}
     raced = [way for way in selection.raced if way.rounds]
     for way in reversed(raced) if task["opposite"] else raced:
-        arguments: dict[str, Any] = {"backend": "inductor"}
-        if way.name != STOCK:
-            arguments = {"backend": "lnfold", "options": {**way.options, "lnfold.select": "model"}}
-        ways[way.name] = _compiled(model, inputs, rewind, **arguments)
+        own = {**way.options, "lnfold.select": "model"}
+        ways[way.name] = compile("inductor", {}) if way.name == STOCK else compile("lnfold", own)
     timings = measure(
         {name: _call(function, inputs) for name, function in ways.items()},
         seconds=task["seconds"],
@@ -94,9 +96,15 @@ def carry_out(task: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _compiled(model: Any, inputs: dict[str, Any], rewind: Callable[[], None], **arguments: Any) -> Callable[..., Any]:
-    arguments["options"] = arguments.get("options") or None
-    function = compile_apart(model, **arguments)
+def _compiled(
+    model: Any,
+    inputs: dict[str, Any],
+    rewind: Callable[[], None],
+    mode: str | None,
+    backend: str,
+    options: dict[str, Any],
+) -> Callable[..., Any]:
+    function = compile_apart(model, backend=backend, **arms(mode, options)[backend])
     gc.collect()  # what earlier compilations left would be holes to fill
     with torch_private_dynamo.many_recompiles(), torch_private_caches.without_autograd_cache():
         rewind()
@@ -159,7 +167,7 @@ def _measured(workload: Workload, suite: str, chosen: argparse.Namespace) -> dic
 def main() -> int:
     """Run the benchmark as a command."""
     parser = argparse.ArgumentParser(description="Whether the race chooses well.")
-    parser.add_argument("--suite", nargs="+", choices=("cpu", "narrow"), default=["cpu", "narrow"])
+    parser.add_argument("--suite", nargs="+", choices=sorted(SUITES), default=list(ON_A_CPU))
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="those whose name holds one of these")
     parser.add_argument("--seconds", type=float, default=20.0, help="of timing for each workload, the race not counted")
     parser.add_argument("--processes", type=int, default=4, help="for each workload (default: 4)")
@@ -176,7 +184,8 @@ def main() -> int:
         "speedups_are": SPEEDUPS_ARE,
         "workloads": [],
     }
-    path = chosen.output / f"selection{'-dry-run' if chosen.dry_run else ''}.json"
+    on_a_gpu = not set(chosen.suite) <= set(ON_A_CPU)
+    path = chosen.output / f"selection{'-gpu' if on_a_gpu else ''}{'-dry-run' if chosen.dry_run else ''}.json"
     for suite in chosen.suite:
         for workload in SUITES[suite]:
             if not chosen.only or any(word in workload.name for word in chosen.only):

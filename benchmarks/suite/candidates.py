@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,15 +59,21 @@ MEASURED = Recipe(
     lambda model, mode: compile_apart(model, backend="lnfold", **arms(mode, {"lnfold.select": "measure"})["lnfold"]),
 )
 
-#: For steps of decoding on a GPU: what is not on by itself, to see whether it should be.
+
+def _lnfold_with(name: str, options: Mapping[str, str]) -> Recipe:
+    chosen = {"lnfold.select": "model", **options}
+    return Recipe(
+        f"lnfold, {name}",
+        "lnfold with " + " ".join(f"{option}={value}" for option, value in options.items()),
+        lambda model, mode: compile_apart(model, backend="lnfold", **arms(mode, chosen)["lnfold"]),
+    )
+
+
+#: For steps of decoding on a GPU: each lever by itself, to see whether it should be on without being asked for.
 FOR_ONE_ROW = (
-    Recipe(
-        "lnfold, products as sums",
-        "lnfold with lnfold.matrix_vector='on'",
-        lambda model, mode: compile_apart(
-            model, backend="lnfold", **arms(mode, {"lnfold.matrix_vector": "on", "lnfold.select": "model"})["lnfold"]
-        ),
-    ),
+    _lnfold_with("fold alone", {"lnfold.defer": "off", "lnfold.matrix_vector": "off"}),
+    _lnfold_with("scales deferred", {"lnfold.defer": "on", "lnfold.matrix_vector": "off"}),
+    _lnfold_with("products as sums", {"lnfold.matrix_vector": "on"}),
 )
 
 #: Peers, where a workload asks for them.

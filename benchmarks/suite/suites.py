@@ -91,6 +91,9 @@ WHISPER_SMALL = Architecture(
 _GRAPHS = "reduce-overhead"
 _FULL = torch.float32
 
+#: Suites that run on a CPU. The others need an NVIDIA GPU, dry runs excepted.
+ON_A_CPU = ("cpu", "narrow")
+
 #: Every suite's workloads, the most telling first: what the time does not suffice for is left out from the end.
 SUITES: dict[str, tuple[Workload, ...]] = {
     "cpu": (
@@ -100,6 +103,11 @@ SUITES: dict[str, tuple[Workload, ...]] = {
         Workload(OPT_125M, "prefill", 1, 128, _FULL),
     ),
     "narrow": NARROW,
+    "decoding": (
+        # A part of the layers: compiling each of seven candidates takes longer than timing them.
+        Workload(GPT2_MEDIUM, "decode", 1, 256, mode=_GRAPHS, layers=12),
+        Workload(OPT_1_3B, "decode", 1, 256, mode=_GRAPHS, layers=8),
+    ),
     "gpu": (
         Workload(GPT2_MEDIUM, "decode", 1, 256, mode=_GRAPHS),
         Workload(GPT2, "prefill", 8, 512, peers=True),

@@ -43,7 +43,7 @@ test-all: $(stamp)-test ## the test suite, slow tests included (every model thro
 test-torch: ## the test suite on another torch (TORCH=2.15.0), in an environment of its own
 	$(MAKE) test VENV=.venv-torch-$(TORCH) TORCH=$(TORCH)
 
-test-vllm: $(vllm)/.installed-$(VLLM) ## models in vLLM's engine on the CPU (15 minutes), in an environment of its own with VLLM=0.32.0
+test-vllm: $(vllm)/.installed-$(VLLM) ## models in vLLM's engine on the CPU (20 minutes), in an environment of its own with VLLM=0.32.0
 	PYTHONPATH=tests/support/torchvision_site OMP_NUM_THREADS=1 $(vllm)/bin/python -m pytest tests/engines/test_vllm.py -vv -p no:cacheprovider
 
 fuzz: $(stamp)-test ## random modules through the backend (FUZZ="--minutes 60 --jobs 4"; see tests/support/fuzz.py --help)
@@ -68,12 +68,14 @@ bench: bench-cpu ## everything that is measured on a CPU: bench-cpu, and the oth
 	$(python) benchmarks/norm_kernels.py
 	OMP_NUM_THREADS=1 $(python) benchmarks/norm_kernels_on_cpu.py
 
-bench-cpu: $(stamp)-test ## latency of models on the CPU: stock, lnfold, lnfold measured, without norms, eager (70 minutes)
+bench-cpu: $(stamp)-test ## latency of models on the CPU: stock, lnfold, lnfold measured, without norms, eager (an hour or more; BENCH="--only gpt2" for a part of the first suite)
 	$(python) benchmarks/latency.py --suite cpu $(BENCH)
-	OMP_NUM_THREADS=1 $(python) benchmarks/latency.py --suite narrow $(BENCH)
+ifeq ($(BENCH),)
+	OMP_NUM_THREADS=1 $(python) benchmarks/latency.py --suite narrow
 	OMP_NUM_THREADS=1 $(python) benchmarks/selection.py
+endif
 
-bench-gpu: $(stamp)-test ## tests, decoding, races, prompts and kernels on an NVIDIA GPU (9 minutes; BENCH="--minutes 5" for less)
+bench-gpu: $(stamp)-test ## tests, decoding, races, prompts and kernels on an NVIDIA GPU (9 minutes at most; BENCH="--minutes 5" for less)
 	$(python) benchmarks/gpu.py $(BENCH)
 
 clean: ## remove environments, caches and build output

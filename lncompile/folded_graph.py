@@ -30,7 +30,7 @@ class FoldedGraph(precompile.SerializableCallable):
         compiled: takes the graph's inputs and, behind them, the centered weights.
         record: of the graph, with its materializer and its report.
         options: ours, for processes that load it.
-        unfolded: what is called where weights change at nearly every call. Without it they are centered each time.
+        unfolded: what is called where weights change at nearly every call; None for a materializer that goes on then.
     """
 
     def __init__(
@@ -47,10 +47,8 @@ class FoldedGraph(precompile.SerializableCallable):
         """Call it like the graph that Dynamo captured."""
         values = self._values_for(arguments)
         if values is None:
-            if self._unfolded is not None:
-                return self._unfolded(*arguments)
-            self._values_for.begin_anew()
-            return self(*arguments)
+            assert self._unfolded is not None  # or the materializer cannot be given up
+            return self._unfolded(*arguments)
         return self._compiled(*arguments, *values)
 
     def saved(self) -> Saved:
@@ -142,7 +140,8 @@ class Saved:
             register_aten_layer_norm()
         if self.comparison is not None:
             keep_comparison(self.comparison)
-        materializer = Materializer(self.expressions, self.names, self.options.check)
+        # The graph as it came is not saved: where weights change at every call they are centered each time.
+        materializer = Materializer(self.expressions, self.names, self.options.check, can_be_given_up=False)
         return FoldedGraph(compiled, CompiledGraph(self.report, None, self.arguments, {}, materializer), self.options)
 
 

@@ -10,6 +10,7 @@ import torch._dynamo
 from torch import Tensor, fx
 
 from lncompile.lowering.torch_private import fake_mode_of
+from lncompile.lowering.torch_private_caches import without_precompilation
 from lncompile.lowering.torch_private_dynamo import innermost_function
 
 
@@ -64,11 +65,8 @@ def inductor_compile_apart(
     # The mode knows a tensor that it has seen, as long as the fake one is held: here with the sizes that it has.
     static = [mode.from_tensor(value, static_shapes=True) for value in example_inputs if isinstance(value, Tensor)]
     # What is saved for other processes is what is compiled in the end.
-    not_saved = (
-        functorch_config.patch(bundled_autograd_cache=False),
-        torch._dynamo.config.patch(caching_precompile=False),
-    )
-    with tracing(TracingContext(mode)), not_saved[0], not_saved[1]:
+    not_bundled = functorch_config.patch(bundled_autograd_cache=False)
+    with tracing(TracingContext(mode)), not_bundled, without_precompilation():
         compiled = inductor_compile(graph_module, example_inputs, config_patches)
     del static  # had to live until here
     return innermost_function(compiled)
@@ -105,13 +103,6 @@ def configuration_in_words(config_patches: Mapping[str, Any]) -> str:
 
 # Parts of the names of settings that differ from one machine or folder to the next, and not in what is generated.
 _NOT_OF_THE_CODE = ("_dir", "path", "log", "thread", "worker", "timeout", "trace", "debug", "cache", "_profile")
-
-
-def cache_folder() -> str:
-    """Return the folder of Inductor's caches."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    return str(cache_dir())
 
 
 def inductor_config(mode: str | None, options: dict[str, Any]) -> dict[str, Any]:
@@ -172,9 +163,7 @@ def without_freezing() -> Any:
 
 def inductor_reset(config_patches: dict[str, Any]) -> None:
     """Do what torch._dynamo.reset() asks of backend="inductor": drop CUDA-graph trees."""
-    from torch._inductor import config
-
-    if config_patches.get("triton.cudagraphs", config.triton.cudagraphs):
+    if uses_cuda_graphs(config_patches):
         from torch._inductor.cudagraph_trees import reset_cudagraph_trees
 
         reset_cudagraph_trees()

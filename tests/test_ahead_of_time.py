@@ -87,10 +87,14 @@ def test_without_centering_it_would_be_wrong(compiled_file: Path, monkeypatch: p
     assert worst_error(loaded(compiled_file), model(3)) > 1e-3
 
 
-def test_weights_that_move_at_every_call_are_answered_right(compiled_file: Path) -> None:
+def test_weights_that_move_at_every_call_are_answered_right(
+    compiled_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing is given up, and nothing says so: there is no code of the graph as it came."""
     compiled = loaded(compiled_file)
     for seed in range(60):
         assert worst_error(compiled, model(seed)) < 1e-12
+    assert not [record for record in caplog.records if record.name == "lncompile"]
 
 
 def test_it_can_be_saved_again(compiled_file: Path, tmp_path: Path) -> None:

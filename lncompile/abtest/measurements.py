@@ -16,7 +16,7 @@ _PENDING = 4096
 #: Points of the speed-up's history; beyond, every other one is dropped.
 _HISTORY = 256
 #: Seconds a call by which two equal programs differ in one process, by where their code and data lie in memory: of 70
-#: tests with calls of 105 µs the estimates lay between -1.6 and 2.5 µs (``benchmarks/equal_programs.py``).
+#: tests with calls of 102 µs the estimates at the end lay between -1.9 and 1.8 µs (``benchmarks/equal_programs.py``).
 BY_PLACE = 3e-6
 _QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 

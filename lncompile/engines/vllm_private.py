@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import vllm
 from torch import Tensor, nn
 from vllm import ir
 from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
@@ -27,10 +26,10 @@ from vllm.model_executor.model_loader import register_model_loader  # noqa: F401
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
 
+from lncompile.engines.norm_modules import eps_of
 from lncompile.engines.routes import StoredForm
 from lncompile.plans import safetensors_file
 
-VERSION = vllm.__version__
 #: vLLM prints what its own loggers say, and nothing of others.
 logger = init_logger("vllm.lncompile")
 
@@ -118,8 +117,6 @@ class RMSNormWithBias(RMSNorm):
 
 def make_norm(module: nn.Module) -> nn.Module:
     """vLLM's RMSNorm with the parameters of a LayerNorm."""
-    from lncompile.engines.norm_modules import eps_of
-
     weight, bias, eps = module.weight, getattr(module, "bias", None), eps_of(module)
     with torch.device(weight.device):
         kind = RMSNorm if bias is None else RMSNormWithBias

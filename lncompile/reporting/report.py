@@ -18,6 +18,7 @@ from lncompile.passes.decisions import (
     GraphBreak,
     MemoryBudget,
     PassTime,
+    Reason,
     RuntimeCentering,
     Stream,
     UnrecognisedDifference,
@@ -163,6 +164,34 @@ class FoldReport:
         from lncompile.reporting import html as report_html
 
         return report_html.table(self)
+
+
+def unfolded(report: FoldReport, reason: Reason, detail: str) -> FoldReport:
+    """Return the report of a graph that was to be folded, and runs as stock torch.compile compiles it.
+
+    Args:
+        report: what was decided.
+        reason: why it stays, for each site that was to fold. Norms that were folded before are RMSNorms all the same.
+        detail: the same in words.
+    """
+    sites = tuple(
+        dataclasses.replace(
+            site,
+            folded=False,
+            lowering="layer_norm",
+            reason=reason,
+            detail=detail,
+            centered_by=(),
+            centered_after=(),
+            affine_absorbed_by=(),
+            affine="",
+            deferral="",
+        )
+        if site.folded and not site.folded_before
+        else site
+        for site in report.sites
+    )
+    return dataclasses.replace(report, sites=sites, weights=(), centerings=())
 
 
 def merge(reports: Iterable[FoldReport]) -> FoldReport:

@@ -135,6 +135,7 @@ class Materializer:
         names: of the graph's placeholders, for messages.
         check: how every call looks whether a parameter has changed since its values were computed: by ``"values"``, by
             ``"versions"``, or not at all (``"off"``), where a set of parameters is recognised by which ones they are.
+        can_be_given_up: whether something else can be called where values do not last (``keeps_up``).
 
     Attributes:
         expressions: of the graph.
@@ -148,12 +149,14 @@ class Materializer:
         expressions: Sequence[Expression],
         names: Sequence[str] = (),
         check: str = "values",
+        can_be_given_up: bool = True,
     ) -> None:
         self.expressions = tuple(expressions)
         self.keeps_up = True
         self.names = tuple(names)
         self._check = check != "off"
         self._samples = check == "values"
+        self._can_be_given_up = can_be_given_up
         self._renewals = Renewals()
         self._leaves = tuple(sorted({leaf for expression in expressions for leaf in expression.leaves}))
         self._choose_leaves = chooser(self._leaves)
@@ -192,7 +195,8 @@ class Materializer:
                 return current.take(arguments)  # another thread was faster
             # Where gradients are recorded a checkpoint may compute again later what was computed before, and has to get
             # the same: there it goes on.
-            if self._renewals.are_too_many(len(self._sets)) and not torch.is_grad_enabled():
+            too_many = self._renewals.are_too_many(len(self._sets))
+            if too_many and self._can_be_given_up and not torch.is_grad_enabled():
                 self.keeps_up = False
                 self._sets.clear()
                 say_given_up(self._name(0), len(leaves))

@@ -7,7 +7,6 @@ fold is given up: stock Inductor compiles the graph as Dynamo captured it, and t
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,7 +17,7 @@ from torch import fx
 from lncompile.lowering import torch_private_inductor
 from lncompile.passes.decisions import Reason
 from lncompile.passes.graph.copying import copy_graph_module
-from lncompile.reporting.report import FoldReport
+from lncompile.reporting.report import FoldReport, unfolded
 
 _DETAIL = (
     "its weights changed or moved at nearly every call (offloading, an exchange of their storage), and centering them "
@@ -59,21 +58,4 @@ class Unfolded:
 
 def given_up(report: FoldReport) -> FoldReport:
     """Return the report of a graph in which nothing folds any more, because its weights do not stay what they are."""
-    sites = tuple(
-        dataclasses.replace(
-            site,
-            folded=False,
-            lowering="layer_norm",
-            reason=Reason.MOVING_WEIGHTS,
-            detail=_DETAIL,
-            centered_by=(),
-            centered_after=(),
-            affine_absorbed_by=(),
-            affine="",
-            deferral="",
-        )
-        if site.folded and not site.folded_before
-        else site
-        for site in report.sites
-    )
-    return dataclasses.replace(report, sites=sites, weights=(), centerings=())
+    return unfolded(report, Reason.MOVING_WEIGHTS, _DETAIL)

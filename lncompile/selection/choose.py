@@ -18,7 +18,7 @@ from lncompile.lowering import torch_private_dynamo
 from lncompile.options import Options
 from lncompile.passes.decisions import Reason
 from lncompile.pipeline import Prepared
-from lncompile.reporting.report import FoldReport
+from lncompile.reporting.report import unfolded
 from lncompile.reporting.selection import Raced, Selection
 from lncompile.selection import contestants as racing
 from lncompile.selection import kept, raceable
@@ -48,17 +48,7 @@ def prepare_fastest(
     inductor: dict[str, Any],
     prepare: Prepare,
 ) -> tuple[Prepared, dict[str, Any]]:
-    """Make a graph ready for Inductor in the way that wins, or won earlier (``lnfold.select="measure"``).
-
-    Args:
-        graph_module: the graph Dynamo captured; it is not changed.
-        example_inputs: the value of each placeholder.
-        options: our options.
-        inductor: Inductor's configuration.
-        prepare: decides and rewrites with given options (:func:`lncompile.pipeline.prepare`).
-
-    Returns:
-        The graph, with the selection in its report, and Inductor's configuration for it.
+    """Make a graph ready in the way that wins, or won earlier: as ``prepare_selected`` (:mod:`.entrance`) says.
 
     Example:
         >>> prepared, config = prepare_fastest(graph_module, inputs, Options(select="measure"), {}, prepare)
@@ -127,9 +117,9 @@ class _Asked:
         """The graph in the way that was chosen, with the selection in the report."""
         if selection.chosen == STOCK:
             prepared = self.prepared(MODEL)
-            report = _left_to_stock(prepared.report, selection)
-            prepared = Prepared(None, None, (), report, prepared.parameters)
-            return prepared, self.inductor
+            detail = f"it could be folded, but stock torch.compile won the race: {selection.reason}"
+            report = dataclasses.replace(unfolded(prepared.report, Reason.MEASURED, detail), selections=(selection,))
+            return Prepared(None, None, (), report, prepared.parameters), self.inductor
         prepared = self.prepared(selection.chosen)
         report = dataclasses.replace(prepared.report, selections=(selection,))
         config = dict(self.candidates[selection.chosen].inductor)
@@ -248,26 +238,3 @@ class _Asked:
         return Selection(
             finish.winner, tuple(raced), reason, now, f"{machine['device']}{threads}", seconds, least, "race"
         )
-
-
-def _left_to_stock(report: FoldReport, selection: Selection) -> FoldReport:
-    """The report of a graph that stock torch.compile gets as it came, because it won the race."""
-    sites = tuple(
-        dataclasses.replace(
-            site,
-            folded=False,
-            folded_before=False,
-            lowering="layer_norm",
-            reason=Reason.MEASURED,
-            detail=f"it could be folded, but stock torch.compile won the race: {selection.reason}",
-            centered_by=(),
-            centered_after=(),
-            affine_absorbed_by=(),
-            affine="",
-            deferral="",
-        )
-        if site.folded
-        else site
-        for site in report.sites
-    )
-    return dataclasses.replace(report, sites=sites, weights=(), centerings=(), selections=(selection,))

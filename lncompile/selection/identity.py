@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+import lncompile
 from lncompile.comparisons.machine import describe_machine
 from lncompile.lowering import torch_private_inductor
 from lncompile.options import Options
@@ -67,13 +68,11 @@ def key_of(
 
 def versions() -> dict[str, str]:
     """Return the versions of what generates code."""
-    found = {"torch": str(torch.__version__)}
-    for name in ("triton", "lncompile"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = ""
-    return found
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = ""
+    return {"torch": str(torch.__version__), "triton": triton, "lncompile": lncompile.__version__}
 
 
 def _in_words(value: Any) -> str:

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
 
-from lncompile.lowering import torch_private_inductor
+from lncompile.lowering import torch_private_compiler
 from lncompile.reporting.selection import Selection, from_dict, to_dict
 
 #: The folder of the results of races.
@@ -35,7 +35,7 @@ _ANEW: ContextVar[dict[str, Selection] | None] = ContextVar("lncompile_races_ane
 def folder() -> Path:
     """Return the folder of the results of races."""
     named = os.environ.get(FOLDER_VARIABLE)
-    return Path(named) if named else Path(torch_private_inductor.cache_folder(), "lncompile-selection")
+    return Path(named) if named else Path(torch_private_compiler.inductor_cache_folder(), "lncompile-selection")
 
 
 def look_up(key: str, file: str | None = None) -> Selection | None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import lncompile
 from lncompile import Reason
+from lncompile.nn import RMSNorm
 
 
 def test_by_default_nothing_is_raced(lab: Lab) -> None:
@@ -55,7 +56,7 @@ def test_ways_that_lead_to_one_graph_run_once(lab: Lab) -> None:
     assert ways["stock"].speedup == 1.0
 
 
-def test_stock_wins_where_nothing_is_faster(lab: Lab) -> None:
+def test_stock_wins_where_nothing_is_faster(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
     lab.seconds = {"stock": 0.5}
     net = model()
     fast = compiled(net)
@@ -67,6 +68,19 @@ def test_stock_wins_where_nothing_is_faster(lab: Lab) -> None:
     assert lab.compiled[-1] == lab.compiled[0], "stock's graph"
     assert "layer_norm" in lab.compiled[-1]
     assert selection(fast).chosen == "stock"
+    assert not [record for record in caplog.records if record.levelname == "WARNING"], "it is what the race was for"
+
+
+def test_norms_that_were_folded_before_are_rms_norms_where_stock_wins_too(lab: Lab) -> None:
+    lab.seconds = {"stock": 0.5}
+    net = model()
+    net.norm_2 = RMSNorm.in_place_of(net.norm_2)
+    fast = compiled(net)
+    torch.testing.assert_close(fast(x := value()), net(x), **TOLERANCE)
+    assert selection(fast).chosen == "stock"
+    (report,) = lncompile.reports(fast)
+    assert {site.folded_before for site in report.sites} == {True, False}
+    assert all(site.folded == site.folded_before for site in report.sites)
 
 
 @pytest.mark.parametrize(("least", "folded"), [(1.0, 2), (1.3, 0)])

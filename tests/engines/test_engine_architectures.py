@@ -6,13 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+import vllm_models
 
 from lncompile.engines.architecture import Architecture, Unfit, example_media
 from lncompile.engines.fitting import require_folds
-
-transformers = pytest.importorskip("transformers")
-
-vllm_models = pytest.importorskip("vllm_models")
 
 #: How many norms fold, of how many; how many embeddings are centered behind their look-up.
 EXPECTED = {

@@ -163,9 +163,11 @@ def reports(compiled: Callable[..., Any]) -> Reports:
 
 
 def _is_of(record: CompiledGraph, parameters: set[int], without_any: bool) -> bool:
-    """Whether a graph was called with some of these parameters; or with none at all, where that is asked for."""
-    served = record.served()
-    return bool(served & parameters) or (without_any and not served)
+    """Whether a graph was called with some of these parameters; or has none at all, where that is asked for.
+
+    Code outlives a model: Dynamo keeps it with the class's method. Then no parameter is alive, which is not none at all.
+    """
+    return bool(record.served() & parameters) or (without_any and not record.parameters)
 
 
 def _why_none(compiled: Any, original: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import re
@@ -15,6 +16,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import lncompile
+from lncompile.compiled_graphs import compiled_graphs
 from lncompile.passes.decisions import GraphBreak, Reason, Verdict
 from lncompile.reporting import lines as report_lines
 from lncompile.reporting.model_reports import Reports
@@ -265,6 +267,22 @@ def test_a_method_is_told_from_that_of_another_model_of_its_class(without_induct
         function(IDS)
     for function, folded in zip(compiled, (3, 5), strict=True):
         assert [report.folded for report in lncompile.reports(function)] == [folded]
+
+
+def test_a_method_is_told_from_that_of_a_model_that_is_gone(without_inductor: None) -> None:
+    """Code outlives its model: it is kept with the class's method, and something may hold it."""
+    before = set(compiled_graphs)
+    gone = model(layers=2)
+    compiled = torch.compile(gone.forward, backend="lnfold")
+    compiled(IDS)
+    (held,) = set(compiled_graphs) - before
+    assert held.served()
+    del gone, compiled
+    gc.collect()
+    assert not held.served()
+    function = torch.compile(model(layers=1).forward, backend="lnfold")
+    function(IDS)
+    assert [report.folded for report in lncompile.reports(function)] == [3]
 
 
 def test_no_reports_before_the_first_call_and_they_say_so(without_inductor: None) -> None:

@@ -165,7 +165,7 @@ def reports(compiled: Callable[..., Any]) -> Reports:
 def _is_of(record: CompiledGraph, parameters: set[int], without_any: bool) -> bool:
     """Whether a graph was called with some of these parameters; or has none at all, where that is asked for.
 
-    Code outlives a model: Dynamo keeps it with the class's method. Then no parameter is alive, which is not none at all.
+    Code outlives a model: Dynamo keeps it with the class's method. Then it has parameters, and none of them is alive.
     """
     return bool(record.served() & parameters) or (without_any and not record.parameters)
 

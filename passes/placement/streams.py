@@ -36,7 +36,7 @@ from lncompile.passes.placement.variables import Variable, VariableKey
 from lncompile.passes.rules import INVARIANCES, RULES, ZERO_MEANS, blockers
 from lncompile.passes.rules.composed_sources import find_composed_source
 from lncompile.passes.rules.precision import is_widened_later, tensor_dtype, widened_cast, widened_parameter
-from lncompile.passes.rules.readings import Resolved, follow_reading, resolve_reading
+from lncompile.passes.rules.readings import Resolved, follow_readings, resolve_reading
 from lncompile.passes.rules.writes import follow_write, read_write
 
 
@@ -317,19 +317,14 @@ class _Explorer:
         rule = RULES.get(operation.name)
         if rule is None:
             raise Blocked(*blockers.explain_consumer(user))
-        problem: Blocked | None = None
-        for reading in rule(operation):
-            if all(key in reading.metadata for key in keys):
-                return None
-            if keys[0] not in reading.carriers:
-                continue
-            try:
-                result = follow_reading(operation, reading, keys, axes)
-            except Blocked as blocked:
-                problem = problem or blocked
-                continue
+        readings = (
+            reading
+            for reading in rule(operation)
+            if keys[0] in reading.carriers or all(key in reading.metadata for key in keys)
+        )
+        for result in follow_readings(operation, readings, keys, axes):
             return None if result is None else (user, result)
-        raise problem or Blocked(*blockers.explain_consumer(user))
+        raise Blocked(*blockers.explain_consumer(user))
 
 
 _CONSTANT_STAYS = "something that is the same for all features is added, which only a rewrite of the graph takes out"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +51,8 @@ def resolve_reading(operation: Operation, reading: Linear, axes: Axes) -> Resolv
 
 def follow_reading(operation: Operation, reading: Linear, keys: Sequence[Key], axes: Axes) -> Axes | None:
     """Return along what the result is shifted if the operands at ``keys`` are; None if it is not. Raises Blocked."""
+    if all(key in reading.metadata for key in keys):
+        return None
     if any(key not in reading.carriers for key in keys if key not in reading.metadata):
         # A carrier that is also read raw in another place (x * x, linear(w, w)): the operation is not linear in it.
         raise Blocked(Reason.NON_COMMUTING, f"'{operation.name}' reads one tensor twice, which is not linear")
@@ -61,6 +63,26 @@ def follow_reading(operation: Operation, reading: Linear, keys: Sequence[Key], a
     if result is not None:
         _require_constants(operation, reading, result)
     return result
+
+
+def follow_readings(
+    operation: Operation, readings: Iterable[Linear], keys: Sequence[Key], axes: Axes
+) -> Iterator[Axes | None]:
+    """Yield what :func:`follow_reading` returns, for each reading that is not blocked.
+
+    Raises:
+        Blocked: at the end, as the first blocked reading was, if there was one.
+    """
+    problem: Blocked | None = None
+    for reading in readings:
+        try:
+            result = follow_reading(operation, reading, keys, axes)
+        except Blocked as blocked:
+            problem = problem or blocked
+            continue
+        yield result
+    if problem is not None:
+        raise problem
 
 
 def _require_constants(operation: Operation, reading: Linear, axes: Axes) -> None:

@@ -26,7 +26,7 @@ from lncompile.passes.graph.sizes import Size, shape_of
 from lncompile.passes.rules import RULES, blockers
 from lncompile.passes.rules.base import aligned
 from lncompile.passes.rules.indexing import read_index
-from lncompile.passes.rules.readings import follow_reading, resolve_reading
+from lncompile.passes.rules.readings import follow_readings, resolve_reading
 
 
 @dataclass(frozen=True)
@@ -103,21 +103,14 @@ def follow_write(writer: fx.Node, target: fx.Node, node: fx.Node, axes: Axes) ->
         result = index.backward(between)
         assert result is not None  # nor does an index
         return (target, result)
-    problem: Blocked | None = None
-    for reading in RULES[operation.name](operation):
-        if not all(key in reading.carriers for key in keys):
-            continue
-        try:
-            result = follow_reading(operation, reading, keys, axes)
-        except Blocked as blocked:
-            problem = problem or blocked
-            continue
-        if node is target:
-            if result != axes:
-                break
+    readings = (reading for reading in RULES[operation.name](operation) if all(key in reading.carriers for key in keys))
+    for result in follow_readings(operation, readings, keys, axes):
+        if node is not target:
+            return None if result is None else (target, result)
+        if result == axes:
             return None
-        return None if result is None else (target, result)
-    raise problem or Blocked(*blockers.explain_consumer(writer))
+        break
+    raise Blocked(*blockers.explain_consumer(writer))
 
 
 def _operation(writer: fx.Node) -> Operation:

@@ -10,6 +10,7 @@ import torch
 from architectures import ARCHITECTURES, Architecture
 from fuzzing import centering_left_out
 from graphs import CapturedCall, capture_all
+from in_each_dtype import in_each_dtype
 
 import lncompile
 from lncompile.backend import lnfold
@@ -82,19 +83,7 @@ def uncentered_error(call: CapturedCall) -> float:
 THROUGH_INDUCTOR = ("gpt2", "bloom", "bert", "vit")
 
 
-@pytest.mark.parametrize(
-    ("architecture", "dtype"),
-    [
-        pytest.param(
-            architecture,
-            dtype,
-            id=f"{architecture.name}-{str(dtype).removeprefix('torch.')}",
-            marks=[] if architecture.name in THROUGH_INDUCTOR else [pytest.mark.slow],
-        )
-        for architecture in ARCHITECTURES
-        for dtype in (torch.float32, torch.bfloat16, torch.float16)
-    ],
-)
+@in_each_dtype(lambda name, dtype: name in THROUGH_INDUCTOR)
 def test_error_is_within_budget_of_inductor(architecture: Architecture, dtype: torch.dtype) -> None:
     """On weights as they are, with massive channels, and with large means; the three share what was compiled."""
     found = numerics.measure(architecture, dtype)

@@ -7,7 +7,8 @@ import math
 import numerics
 import pytest
 import torch
-from architectures import ARCHITECTURES, Architecture, randomise
+from architectures import Architecture, randomise
+from in_each_dtype import in_each_dtype
 from spelled_means import D, Norm, product_with_ones
 from spellings import annotated_transformer, normalized, rms_norm
 from torch import Tensor, nn
@@ -43,19 +44,7 @@ def errors(model: nn.Module, ids: Tensor) -> tuple[float, float]:
 IN_EVERY_DTYPE = ("gpt2", "bloom", "whisper", "dinov2")
 
 
-@pytest.mark.parametrize(
-    ("architecture", "dtype"),
-    [
-        pytest.param(
-            architecture,
-            dtype,
-            id=f"{architecture.name}-{str(dtype).removeprefix('torch.')}",
-            marks=[] if architecture.name in IN_EVERY_DTYPE or dtype is torch.bfloat16 else [pytest.mark.slow],
-        )
-        for architecture in ARCHITECTURES
-        for dtype in (*NARROW, torch.float32)
-    ],
-)
+@in_each_dtype(lambda name, dtype: name in IN_EVERY_DTYPE or dtype is torch.bfloat16)
 def test_the_rewrite_itself_adds_no_error(architecture: Architecture, dtype: torch.dtype) -> None:
     """Without Inductor, eager as the yardstick: what is left is what centering does."""
     found = numerics.measure(architecture, dtype, eager=True)

@@ -11,6 +11,7 @@ from architectures import randomise
 from graphs import capture
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shifts import shifted_from
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
@@ -65,18 +66,6 @@ def problems(draw: st.DrawFn) -> tuple[dict[VariableKey, Variable], list[FakeSit
         for _ in range(draw(st.integers(1, 3)))
     ]
     return variables, sites
-
-
-def shifted_from(key: VariableKey, variables: dict[VariableKey, Variable]) -> set[VariableKey] | None:
-    """Everything that is shifted if one tensor is; None if somebody notices."""
-    seen, queue = {key}, [key]
-    while queue:
-        variable = variables[queue.pop()]
-        if variable.reader_blocker is not None:
-            return None
-        queue += [successor for successor in variable.successors if successor not in seen]
-        seen.update(variable.successors)
-    return seen
 
 
 def brute_force(variables: dict[VariableKey, Variable], sites: list[FakeSite]) -> tuple[int, int]:

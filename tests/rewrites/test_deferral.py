@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numerics
 import pytest
 import torch
 from architectures import ARCHITECTURES, Architecture, randomise
+from branch_blocks import Branch, BranchBlock, branch_block
 from graphs import capture
 from torch import Tensor, nn
 from torch.nn import functional
@@ -29,26 +30,8 @@ ON, OFF = {"lnfold.defer": "on"}, {"lnfold.defer": "off"}
 IDS = torch.arange(2 * TOKENS).reshape(2, TOKENS) % 11
 
 
-class Block(nn.Module):
-    """A stream that folds and that a residual connection keeps, a norm, and what a function does with both."""
-
-    def __init__(self, function: Callable[[Block, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-        self.table, self.norm, self.plain = nn.Embedding(11, D), nn.LayerNorm(D), nn.LayerNorm(D)
-        self.simple, self.final = nn.LayerNorm(D, elementwise_affine=False), nn.LayerNorm(D)
-        self.up, self.gate, self.down = nn.Linear(D, OUT), nn.Linear(D, OUT, bias=False), nn.Linear(OUT, D)
-        self.weight, self.bias = nn.Parameter(torch.zeros(D, OUT)), nn.Parameter(torch.zeros(OUT))
-        self.point = nn.Conv1d(D, OUT, 1)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        stream = self.table(ids)
-        return self.final(stream + self.down(self.function(self, stream)))
-
-
-Body = Callable[[Block, Tensor], Tensor]
 # A body, and how many kernels more its deferral would launch by the cost model: then it is left.
-DEFERRED: dict[str, tuple[Body, int]] = {
+DEFERRED: dict[str, tuple[Branch, int]] = {
     "linear and gelu": (lambda m, x: functional.gelu(m.up(m.norm(x))), 0),
     "no affine": (lambda m, x: torch.relu(m.up(m.simple(x))), 0),
     "addmm of flattened rows": (
@@ -64,7 +47,7 @@ DEFERRED: dict[str, tuple[Body, int]] = {
 }  # fmt: skip
 
 
-def written_to(m: Block, x: Tensor) -> Tensor:
+def written_to(m: BranchBlock, x: Tensor) -> Tensor:
     """What the norm read is no more when its output is multiplied."""
     stream = x * 2
     normed = m.norm(stream)
@@ -72,7 +55,7 @@ def written_to(m: Block, x: Tensor) -> Tensor:
     return torch.relu(m.up(normed)) + m.gate(m.plain(stream))
 
 
-def written_under_a_name(m: Block, x: Tensor) -> Tensor:
+def written_under_a_name(m: BranchBlock, x: Tensor) -> Tensor:
     stream = x * 2
     name = functional.dropout(stream, 0.5, training=False).view(-1, D)
     normed = m.norm(stream)
@@ -80,7 +63,7 @@ def written_under_a_name(m: Block, x: Tensor) -> Tensor:
     return torch.relu(m.up(normed)) + m.gate(m.plain(name)).view(2, TOKENS, OUT)
 
 
-LEFT: dict[str, tuple[Body, str]] = {
+LEFT: dict[str, tuple[Branch, str]] = {
     "an activation reads it": (lambda m, x: m.up(torch.relu(m.norm(x))), "relu"),
     "tokens chosen": (lambda m, x: torch.relu(m.up(m.norm(x)[:, -1:])), "rows are moved"),
     "tokens swapped": (lambda m, x: torch.relu(m.up(m.norm(x).transpose(0, 1))).transpose(0, 1), "rows are moved"),
@@ -96,8 +79,8 @@ LEFT: dict[str, tuple[Body, str]] = {
 }  # fmt: skip
 
 
-def block(body: Body) -> Block:
-    return randomise(Block(body)).double().eval()  # type: ignore[return-value]
+def block(branch: Branch) -> BranchBlock:
+    return branch_block(branch, D, OUT)
 
 
 def lowerings(compiled: object) -> list[str]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from architectures import randomise
+from branch_blocks import Branch, BranchBlock, branch_block
 from graphs import capture
 from torch import Tensor, nn
 from torch.nn import functional
@@ -29,40 +30,20 @@ ON = {"lnfold.matrix_vector": "on"}
 ONE = torch.tensor([[3]])
 
 
-class Block(nn.Module):
-    """A stream of one row that folds, a norm, and what a function does with it."""
-
-    def __init__(self, function: Callable[[Block, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-        self.table, self.norm, self.final = nn.Embedding(11, D), nn.LayerNorm(D), nn.LayerNorm(D)
-        self.simple = nn.LayerNorm(D, elementwise_affine=False)
-        self.up, self.gate, self.down = nn.Linear(D, OUT), nn.Linear(D, OUT, bias=False), nn.Linear(OUT, D)
-        self.weight, self.bias = nn.Parameter(torch.zeros(D, OUT)), nn.Parameter(torch.zeros(OUT))
-        self.point = nn.Conv1d(D, OUT, 1)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        stream = self.table(ids)
-        return self.final(stream + self.down(self.function(self, stream)))
-
-
-Body = Callable[[Block, Tensor], Tensor]
-
-
-def written_under_a_name(m: Block, x: Tensor) -> Tensor:
+def written_under_a_name(m: BranchBlock, x: Tensor) -> Tensor:
     up = m.up(m.norm(x))
     up.view(-1)[:4] += 1
     return up
 
 
-def the_norm_is_written_to(m: Block, x: Tensor) -> Tensor:
+def the_norm_is_written_to(m: BranchBlock, x: Tensor) -> Tensor:
     normed = m.norm(x)
     normed.view(-1)[:4] += 1
     return m.up(normed)
 
 
 # A body, how many of its products become sums (the block's last one does too), and how many of them hold the norm.
-SUMS: dict[str, tuple[Body, int, int]] = {
+SUMS: dict[str, tuple[Branch, int, int]] = {
     "linear and gelu": (lambda m, x: functional.gelu(m.up(m.norm(x))), 1, 1),
     "no bias, no affine": (lambda m, x: torch.relu(m.gate(m.simple(x))), 1, 1),
     "two readers": (lambda m, x: (lambda y: functional.silu(m.gate(y)) * m.up(y))(m.norm(x)), 2, 2),
@@ -93,8 +74,8 @@ SUMS: dict[str, tuple[Body, int, int]] = {
 }  # fmt: skip
 
 
-def block(body: Body) -> Block:
-    return randomise(Block(body)).double().eval()  # type: ignore[return-value]
+def block(branch: Branch) -> BranchBlock:
+    return branch_block(branch, D, OUT)
 
 
 @pytest.mark.parametrize("name", SUMS)
@@ -336,7 +317,7 @@ def test_launches_of_a_block(name: str) -> None:
 def test_the_generated_kernels_compute_it() -> None:
     """The Triton code of a block for one row, run by Triton's interpreter, in bfloat16 against float64."""
     pytest.importorskip("triton", reason="needs Triton to generate and interpret CUDA kernels: pip install triton")
-    model = randomise(Block(SUMS["two readers"][0])).eval().to(torch.bfloat16)  # type: ignore[union-attr]
+    model = block(SUMS["two readers"][0]).to(torch.bfloat16)
     expected = copy.deepcopy(model).double()(ONE)
     code = triton_for_sm90(model, ONE, backend="lnfold", options=ON)
     assert code.extern_calls == 0

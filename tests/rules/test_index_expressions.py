@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import random
+from collections.abc import Callable
 
 import torch
 from each import check_each
@@ -75,6 +76,15 @@ def traced(index: tuple[object, ...], value: Tensor, result: Tensor) -> fx.Node:
 SEEDS = range(300)
 
 
+def check_centered(
+    value: Tensor, dimension: int, indexed: Callable[[Tensor], Tensor], result: Tensor, moved: Axes
+) -> None:
+    """Indexing what is centered along a dimension gives what is centered along the axes that it goes to."""
+    centered = value - value.mean(dimension, keepdim=True)
+    expected = result - result.mean(moved.normalised_dimensions, keepdim=True)
+    torch.testing.assert_close(indexed(centered), expected)
+
+
 def test_the_axes_go_where_torch_takes_them() -> None:
     check_each(SEEDS, check_axes)
 
@@ -94,9 +104,7 @@ def check_axes(seed: int) -> None:
         except Blocked:
             continue
         assert moved is not None
-        centered = value - value.mean(dimension, keepdim=True)
-        expected = result - result.mean(moved.normalised_dimensions, keepdim=True)
-        torch.testing.assert_close(centered[index], expected)
+        check_centered(value, dimension, lambda centered: centered[index], result, moved)
         assert reading.carriers["input", None].backward(moved) == axes
 
 
@@ -141,9 +149,7 @@ def check_axes_of_aten(seed: int) -> None:
             continue
         assert moved is not None
         assert not indexed, "what is picked along the normalised axis has another mean"
-        centered = value - value.mean(dimension, keepdim=True)
-        expected = result - result.mean(moved.normalised_dimensions, keepdim=True)
-        torch.testing.assert_close(torch.ops.aten.index.Tensor(centered, indices), expected)
+        check_centered(value, dimension, lambda centered: torch.ops.aten.index.Tensor(centered, indices), result, moved)
         assert carried.backward(moved) == axes
 
 

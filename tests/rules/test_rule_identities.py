@@ -11,6 +11,7 @@ import torch
 from graphs import Captured, capture
 from rule_cases import CASES, OF_SEVERAL_PROCESSES
 from rule_identities import axis_sets, shift_along
+from shifts import shifted_from
 from torch import Tensor, fx
 from torch.nn import functional
 
@@ -77,14 +78,7 @@ def is_unseen(captured: Captured, start: fx.Node, axes: Axes) -> bool:
     graph, inputs = captured.graph_module.graph, captured.example_inputs
     writes = find_writes(graph, examples_of(graph, inputs), can_be_read)
     variables = build_streams([site], GraphFacts(graph, inputs, writes))  # type: ignore[list-item]
-    queue, seen = [(start, axes)], {(start, axes)}
-    while queue:
-        variable = variables[queue.pop()]
-        if variable.reader_blocker is not None:
-            return False
-        queue += [key for key in variable.successors if key not in seen]
-        seen.update(variable.successors)
-    return True
+    return shifted_from((start, axes), variables) is not None
 
 
 @pytest.mark.parametrize("name", SINKS)

@@ -6,6 +6,7 @@ import gc
 import logging
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -60,6 +61,17 @@ def states(compiled: Callable[..., object]) -> list[tuple[int, int, Reason | Non
     return [(report.folded, report.total, report.sites[0].reason) for report in lncompile.reports(compiled)]
 
 
+def given_up() -> tuple[nn.Module, Callable[..., Any]]:
+    """A block whose weights moved until its folding was given up, and what it is compiled to."""
+    model = block()
+    compiled = torch.compile(model, backend="lnfold")
+    for _ in range(12):
+        data_exchanged(model)
+        compiled(VALUE)
+    assert states(compiled) == [(0, 1, Reason.MOVING_WEIGHTS)]
+    return model, compiled
+
+
 @pytest.mark.parametrize(
     "move", [data_exchanged, parameters_replaced, emptied_and_filled, written, to_another_dtype_and_back]
 )
@@ -83,12 +95,8 @@ def test_folding_is_given_up(move: Callable[[nn.Module], None], caplog: pytest.L
 
 
 def test_nothing_is_computed_or_kept_any_more() -> None:
-    model = block()
-    compiled = torch.compile(model, backend="lnfold")
+    model, compiled = given_up()
     counters = torch._dynamo.utils.counters["lnfold"]
-    for _ in range(12):
-        data_exchanged(model)
-        compiled(VALUE)
     (record,) = (record for record in compiled_graphs if id(model.inner.weight) in record.served())
     before = counters["materialized"]
     assert record.materializer is not None
@@ -100,12 +108,7 @@ def test_nothing_is_computed_or_kept_any_more() -> None:
 
 
 def test_refresh_lets_it_fold_again() -> None:
-    model = block()
-    compiled = torch.compile(model, backend="lnfold")
-    for _ in range(12):
-        data_exchanged(model)
-        compiled(VALUE)
-    assert states(compiled) == [(0, 1, Reason.MOVING_WEIGHTS)]
+    model, compiled = given_up()
     lncompile.refresh()
     torch.testing.assert_close(compiled(VALUE), model(VALUE), **TOLERANCE)
     assert states(compiled) == [(1, 1, None)]
@@ -200,12 +203,7 @@ def test_the_count() -> None:
 
 def test_weights_that_stay_fold_again() -> None:
     """A sweep over checkpoints or steps is over at some time; what is served then folds."""
-    model = block()
-    compiled = torch.compile(model, backend="lnfold")
-    for _ in range(12):
-        data_exchanged(model)
-        compiled(VALUE)
-    assert states(compiled) == [(0, 1, Reason.MOVING_WEIGHTS)]
+    model, compiled = given_up()
     for _ in range(90):
         compiled(VALUE)
     assert states(compiled) == [(1, 1, None)]

@@ -34,8 +34,8 @@ from lncompile.comparisons.processes import RepeatedTimings, orders, run_process
 from lncompile.comparisons.timing import PairedTimings, measure
 from lncompile.lowering import (
     rms_norm,
-    sizes_of_stored_scale,
     slices_of_row,
+    stored_scale_of,
     torch_private_caches,
     torch_private_dynamo,
 )
@@ -81,9 +81,7 @@ def timed(size: tuple[int, str, int], order: Sequence[str], seconds: float) -> d
     for kind in order:
         norm: Callable[..., Tensor] = functional.layer_norm if kind == "layer_norm" else rms_norm
         if kind == "lnfold":
-            norm = functools.partial(
-                rms_norm, slices=slices_of_row(stream[0]), stored_scale=sizes_of_stored_scale(stream[0])
-            )
+            norm = functools.partial(rms_norm, slices=slices_of_row(stream[0]), stored_scale=stored_scale_of(stream[0]))
         function, backend = functools.partial(norm_of_sum, norm), compiled_by(kind)[1]
         calls[kind] = functools.partial(compile_apart(function, backend=backend, dynamic=False), weight, bias, *stream)
         with torch_private_dynamo.many_recompiles(), torch_private_caches.without_autograd_cache():

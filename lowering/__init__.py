@@ -19,10 +19,9 @@ from lncompile.lowering.rms_norm import (
     rms_norm,
     row_scale,
     scale_rows,
-    sizes_of_deferred_scale,
-    sizes_of_stored_scale,
     slices_of_row,
 )
+from lncompile.lowering.stored_scale import Spacing, StoredScale, scale_stored_apart, stored_scale_of
 from lncompile.lowering.target import target_of
 from lncompile.lowering.tensor_layout import places_of, tensor_layout
 
@@ -30,6 +29,8 @@ __all__ = [
     "FOLDED_STATISTIC",
     "HostWords",
     "NormCall",
+    "Spacing",
+    "StoredScale",
     "can_compare",
     "compare_words",
     "compute_dtype_of",
@@ -48,9 +49,9 @@ __all__ = [
     "rms_norm",
     "row_scale",
     "scale_rows",
-    "sizes_of_deferred_scale",
-    "sizes_of_stored_scale",
+    "scale_stored_apart",
     "slices_of_row",
+    "stored_scale_of",
     "target_of",
     "tensor_layout",
     "torch_private",

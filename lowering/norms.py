@@ -13,6 +13,7 @@ from torch import fx
 from lncompile.lowering.emit import emit
 from lncompile.lowering.persistent import FOLDED_STATISTIC
 from lncompile.lowering.rms_norm import grouped_rms_norm, rms_norm
+from lncompile.lowering.stored_scale import StoredScale
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class NormCall:
     returns_statistics: bool = False
     groups: int | None = None
     slices: int = 1
-    stored_scale: tuple[int, ...] | None = None
+    stored_scale: StoredScale | None = None
 
 
 def lower_to_rms_norm(graph: fx.Graph, calls: Iterable[NormCall]) -> None:

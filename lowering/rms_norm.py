@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from lncompile.lowering.realised import realised
+from lncompile.lowering.stored_scale import StoredScale
 from lncompile.lowering.target import target_of
 
 
@@ -23,7 +22,7 @@ def rms_norm(
     input_dtype: torch.dtype | None = None,
     output_dtype: torch.dtype | None = None,
     slices: int = 1,
-    stored_scale: Sequence[int] | None = None,
+    stored_scale: StoredScale | None = None,
 ) -> Tensor:
     """RMSNorm with bias: what LayerNorm is on an input whose mean is zero.
 
@@ -45,7 +44,7 @@ def rms_norm(
         input_dtype: dtype of ``input``; given by callers that trace this function with FX proxies, which know no dtype.
         output_dtype: dtype of the result; by default that of ``input``.
         slices: from :func:`slices_of_row`; more than 1 only with one axis, whose size it divides.
-        stored_scale: from :func:`sizes_of_stored_scale`; only with one axis.
+        stored_scale: from :func:`lncompile.lowering.stored_scale_of`; only with one axis.
 
     Returns:
         A contiguous tensor of ``input``'s shape and of ``output_dtype``.
@@ -72,7 +71,7 @@ def row_scale(
     eps: float,
     input_dtype: torch.dtype,
     slices: int = 1,
-    stored_scale: Sequence[int] | None = None,
+    stored_scale: StoredScale | None = None,
 ) -> Tensor:
     """``1 / sqrt(mean(x²) + ε)`` of each row, what a deferred RMSNorm leaves of the norm.
 
@@ -81,7 +80,7 @@ def row_scale(
         eps: ε, added to the mean of squares.
         input_dtype: dtype of ``input``.
         slices: from :func:`slices_of_row`.
-        stored_scale: from :func:`sizes_of_deferred_scale`.
+        stored_scale: from :func:`lncompile.lowering.scale_stored_apart`.
 
     Returns:
         ``[..., 1]`` in float32, in float64 for float64 input.
@@ -160,72 +159,13 @@ def _mean_square(value: Tensor, axes: list[int], slices: int) -> Tensor:
     return torch.div(torch.mean(functools.reduce(torch.add, squares), [-1], True), slices)
 
 
-def sizes_of_stored_scale(value: Tensor) -> tuple[int, ...] | None:
-    """Sizes of the scale of a norm over the last axis, ``[..., 1]``, where it is to be in memory before it is applied.
-
-    On a CPU Inductor writes one loop over rows, in which every vector of a row divides and takes a square root anew:
-    a C++ compiler cannot know that what the loop writes is not the sum that it reads. With the scale of all rows in
-    memory, made in a loop of its own, what remains of a vector is a product. That takes a second pass over the rows,
-    so they have to fit into a cache.
-
-    Args:
-        value: ``[..., features]``, the norm's input or a fake tensor of its kind.
-
-    Returns:
-        The sizes; None on other devices, where sizes are dynamic or gradients are taken, for float64, for more than
-        4 MiB, and for rows of float32 that are short (a few vectors each) or no longer fit into the nearest cache.
-
-    Example:
-        >>> sizes_of_stored_scale(torch.empty(2, 5, 768))
-        (2, 5, 1)
-    """
-    width = value.shape[-1]
-    # Whether a symbol is in a range would be asked of each number in it.
-    if not isinstance(width, int) or width not in _ROWS_OF_STORED_SCALES.get(value.dtype, ()):
-        return None
-    sizes = sizes_of_deferred_scale(value)
-    return sizes if sizes and value.numel() * value.element_size() <= _LARGEST_READ_TWICE else None
-
-
-def sizes_of_deferred_scale(value: Tensor) -> tuple[int, ...] | None:
-    """Sizes of the scale of a deferred norm, ``[..., 1]``, where it is to be in memory before it is applied.
-
-    What is said of :func:`sizes_of_stored_scale` holds for the loops behind the products too, and there it costs no
-    second pass: the loop that makes the scale ends where the row does.
-
-    Args:
-        value: ``[..., features]``, the norm's input or a fake tensor of its kind.
-
-    Returns:
-        The sizes; None on other devices and where sizes are dynamic or gradients are taken.
-
-    Example:
-        >>> sizes_of_deferred_scale(torch.empty(2, 5, 32))
-        (2, 5, 1)
-    """
-    sizes = tuple(value.shape)
-    if target_of(value.device).type != "cpu" or value.requires_grad or not all(isinstance(n, int) for n in sizes):
-        return None
-    return (*sizes[:-1], 1)
-
-
-#: Bytes that are read a second time out of a cache, on common servers.
-_LARGEST_READ_TWICE = 4 << 20
-#: Elements in the rows of which storing the scale was measured to gain (``benchmarks/norm_kernels.py --time``).
-_ROWS_OF_STORED_SCALES = {
-    torch.float32: range(512, 2049),
-    torch.bfloat16: range(64, 65537),
-    torch.float16: range(64, 65537),
-}
-
-
 def _normalise(
     input: Tensor,
     axes: list[int],
     eps: float,
     input_dtype: torch.dtype,
     slices: int = 1,
-    stored_scale: Sequence[int] | None = None,
+    stored_scale: StoredScale | None = None,
 ) -> Tensor:
     """``x / sqrt(mean(x²) + ε)`` over these axes, in float32 (float64 for float64 input) and not yet rounded."""
     compute_dtype = compute_dtype_of(input_dtype)
@@ -233,13 +173,10 @@ def _normalise(
     return torch.mul(value, _scale(value, axes, eps, slices, stored_scale))
 
 
-def _scale(value: Tensor, axes: list[int], eps: float, slices: int, stored_scale: Sequence[int] | None) -> Tensor:
-    """``1 / sqrt(mean(x²) + ε)`` over these axes, which are kept; in memory if its sizes are given."""
+def _scale(value: Tensor, axes: list[int], eps: float, slices: int, stored_scale: StoredScale | None) -> Tensor:
+    """``1 / sqrt(mean(x²) + ε)`` over these axes, which are kept; in memory if it is said how."""
     scale = torch.rsqrt(torch.add(_mean_square(value, axes, slices), eps))
-    if stored_scale is None:
-        return scale
-    strides = [math.prod(stored_scale[axis + 1 :]) for axis in range(len(stored_scale))]
-    return realised(scale.contiguous(), stored_scale, strides)
+    return scale if stored_scale is None else stored_scale.keep(scale)
 
 
 def grouped_rms_norm(

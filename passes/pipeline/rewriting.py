@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from lncompile.lowering import NormCall, lower_to_aten, lower_to_rms_norm, sizes_of_stored_scale, slices_of_row
+from lncompile.lowering import NormCall, lower_to_aten, lower_to_rms_norm, slices_of_row, stored_scale_of
 from lncompile.passes.graph.canonical import tensor_of
 from lncompile.passes.graph.expressions import Expression, closure
 from lncompile.passes.norms.calls import WITH_STATISTICS
@@ -131,5 +131,5 @@ def _call(site: NormSite) -> NormCall:
         returns_statistics=site.operation.name in WITH_STATISTICS,
         groups=site.groups,
         slices=slices_of_row(tensor) if in_slices else 1,
-        stored_scale=sizes_of_stored_scale(tensor) if one_axis else None,
+        stored_scale=stored_scale_of(tensor) if one_axis else None,
     )

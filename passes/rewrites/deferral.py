@@ -40,7 +40,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from lncompile.lowering import emit, row_scale, scale_rows, sizes_of_deferred_scale, slices_of_row, target_of
+from lncompile.lowering import emit, row_scale, scale_rows, scale_stored_apart, slices_of_row, target_of
 from lncompile.passes.decisions import Blocked, Reason
 from lncompile.passes.graph import provenance
 from lncompile.passes.graph.canonical import canonicalise, tensor_of
@@ -243,7 +243,7 @@ def defer(graph: fx.Graph, deferrals: Sequence[Deferral], products: Mapping[fx.N
         tensor = tensor_of(site.input)
         assert tensor is not None  # see _traffic
         with graph.inserting_before(node):
-            stored_scale = sizes_of_deferred_scale(tensor)
+            stored_scale = scale_stored_apart(tensor)
             arguments = (stream, site.eps, tensor.dtype, slices_of_row(tensor), stored_scale)
             scale = emit(graph, f"{node.name}_scale", row_scale, *arguments)
             # What a norm puts out is contiguous, and a view of it may count on that.

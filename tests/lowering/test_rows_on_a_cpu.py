@@ -14,13 +14,22 @@ from architectures import randomise
 from torch import Tensor, nn
 
 import lncompile
-from lncompile.lowering import rms_norm, row_scale, sizes_of_deferred_scale, sizes_of_stored_scale, slices_of_row
+from lncompile.lowering import (
+    Spacing,
+    StoredScale,
+    rms_norm,
+    row_scale,
+    scale_stored_apart,
+    slices_of_row,
+    stored_scale_of,
+)
 from lncompile.lowering.inspect.generated_code import generated_code
 from lncompile.lowering.target import compiled_for
 from lncompile.passes.pipeline import rewriting
 from lncompile.passes.rewrites import deferral
 from lncompile.verification import relative_error
 
+APART, IN_ROW = Spacing
 WIDTH = 5120
 IDS = torch.tensor([[1, 2, 0]])
 
@@ -89,29 +98,30 @@ def test_the_norm_and_the_scale_of_a_row(dtype: torch.dtype, slices: int) -> Non
 
 
 @pytest.mark.parametrize(
-    ("sizes", "dtype", "stored"),
-    [((2, 5, 768), torch.float32, True), ((2, 5, 256), torch.float32, False), ((64,), torch.bfloat16, True),
-     ((2, 4096), torch.float32, False), ((2, 4096), torch.float16, True),
-     ((2, 32), torch.float16, False), ((2, 768), torch.float64, False), ((1024, 1024), torch.float32, True),
-     ((1025, 1024), torch.float32, False), ((2048, 1024), torch.bfloat16, True), ((0, 768), torch.float32, True)],
+    ("sizes", "dtype", "spacing"),
+    [((2, 5, 768), torch.float32, IN_ROW), ((2, 5, 64), torch.float32, IN_ROW), ((64,), torch.bfloat16, APART),
+     ((2, 4096), torch.float32, None), ((2, 4096), torch.float16, APART), ((2, 32), torch.float32, None),
+     ((2, 32), torch.float16, None), ((2, 768), torch.float64, None), ((1024, 1024), torch.float32, IN_ROW),
+     ((1025, 1024), torch.float32, None), ((2048, 1024), torch.bfloat16, APART), ((0, 768), torch.float32, IN_ROW),
+     ((2049, 1024), torch.bfloat16, IN_ROW)],
     ids=str,
 )  # fmt: skip
-def test_which_scales_are_stored(sizes: tuple[int, ...], dtype: torch.dtype, stored: bool) -> None:
+def test_which_scales_are_stored(sizes: tuple[int, ...], dtype: torch.dtype, spacing: Spacing | None) -> None:
     value = torch.empty(sizes, dtype=dtype)
-    assert sizes_of_stored_scale(value) == ((*sizes[:-1], 1) if stored else None)
+    assert stored_scale_of(value) == (StoredScale((*sizes[:-1], 1), spacing) if spacing else None)
     with compiled_for(torch.device("cuda")):
-        assert sizes_of_stored_scale(value) is None
-    assert sizes_of_stored_scale(value.requires_grad_()) is None
+        assert stored_scale_of(value) is None
+    assert stored_scale_of(value.requires_grad_()) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_deferred_scales_are_stored_at_any_size(dtype: torch.dtype) -> None:
     """Nothing is read twice for it."""
     value = torch.empty(2, 4096, 1024, dtype=dtype)
-    assert sizes_of_deferred_scale(value) == (2, 4096, 1)
+    assert scale_stored_apart(value) == StoredScale((2, 4096, 1), APART)
     with compiled_for(torch.device("cuda")):
-        assert sizes_of_deferred_scale(value) is None
-    assert sizes_of_deferred_scale(value.requires_grad_()) is None
+        assert scale_stored_apart(value) is None
+    assert scale_stored_apart(value.requires_grad_()) is None
 
 
 @pytest.mark.parametrize(("kind", "defer", "in_norms", "behind"), [(Block, "off", 2, 0), (Deferred, "on", 1, 1)])
@@ -138,27 +148,58 @@ def test_a_stored_scale_is_computed_once(
     expected = copy.deepcopy(model).double()(IDS)
     ours, stock = (relative_error(f(IDS), expected) for f in (compiled, torch.compile(model)))
     assert ours <= max(1.25 * stock, 4 * torch.finfo(dtype).eps)
-    monkeypatch.setattr(rewriting, "sizes_of_stored_scale", lambda value: None)
-    monkeypatch.setattr(deferral, "sizes_of_deferred_scale", lambda value: None)
+    monkeypatch.setattr(rewriting, "stored_scale_of", lambda value: None)
+    monkeypatch.setattr(deferral, "scale_stored_apart", lambda value: None)
     torch._dynamo.reset()
     assert square_roots_in_loops_over_rows(torch.compile(model, backend="lnfold", options=options), width) == loops
 
 
-def test_a_stored_scale_leaves_the_stream_s_memory_to_the_result() -> None:
-    """Five terms are written to memory; nobody reads them but the norm."""
+@pytest.mark.parametrize(
+    ("spacing", "square_roots"), [(IN_ROW, [True, False]), (APART, [False]), (None, [False, True])], ids=str
+)
+def test_a_scale_in_its_row_is_made_in_one_pass(spacing: Spacing | None, square_roots: list[bool]) -> None:
+    """In the one loop over rows, behind the loop that sums a row; or in a loop of its own, or for every vector."""
+    stored = StoredScale((6, 5, 1), spacing) if spacing else None
+    terms = torch.randn(3, 6, 5, 768)
 
     def norm_of_sum(*terms: Tensor) -> Tensor:
-        return rms_norm(functools.reduce(operator.add, terms), (768,), stored_scale=(64, 1))
+        return rms_norm(functools.reduce(operator.add, terms), (768,), stored_scale=stored)
+
+    (kernel,) = generated_code(torch.compile(norm_of_sum), *terms).kernels
+    over_rows = kernel.source.split("for(int64_t x0=")[1:]
+    assert len(over_rows) == (3 if spacing is APART else 1)
+    # What follows the head of each loop over elements, to the next one.
+    assert ["sqrt(" in text for text in over_rows[0].split("for(int64_t x1=")[1:]] == square_roots
+    expected = rms_norm(terms.double().sum(0), (768,))
+    torch.testing.assert_close(torch.compile(norm_of_sum)(*terms).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("spacing", Spacing)
+def test_a_stored_scale_of_no_rows(spacing: Spacing) -> None:
+    empty = torch.empty(0, 768)
+    function = functools.partial(rms_norm, normalized_shape=(768,), stored_scale=StoredScale((0, 1), spacing))
+    assert function(empty).shape == torch.compile(function)(empty).shape == empty.shape
+
+
+@pytest.mark.parametrize("spacing", Spacing)
+def test_a_stored_scale_leaves_the_stream_s_memory_to_the_result(spacing: Spacing) -> None:
+    """Five terms are written to memory; nothing reads them but the norm."""
+
+    def norm_of_sum(*terms: Tensor) -> Tensor:
+        stored = StoredScale((64, 1), spacing)
+        return rms_norm(functools.reduce(operator.add, terms), (768,), stored_scale=stored)
 
     code = generated_code(torch.compile(norm_of_sum), *torch.randn(5, 64, 768))
     assert sum(source.count("empty_strided_cpu((64, 768)") for source in code.source) == 1
 
 
-def test_the_stored_scale_of_a_stream_that_is_not_contiguous() -> None:
+@pytest.mark.parametrize("spacing", Spacing)
+def test_the_stored_scale_of_a_stream_that_is_not_contiguous(spacing: Spacing) -> None:
     """Its sizes are those of the rows, in whatever order these lie in memory."""
     value = torch.randn(3, 5, 768).transpose(0, 1)
     weight, bias = torch.randn(768), torch.randn(768)
-    function = torch.compile(lambda x: rms_norm(x * 2, (768,), weight, bias, stored_scale=(5, 3, 1)))
+    stored = StoredScale((5, 3, 1), spacing)
+    function = torch.compile(lambda x: rms_norm(x * 2, (768,), weight, bias, stored_scale=stored))
     torch.testing.assert_close(function(value), rms_norm(value * 2, (768,), weight, bias))
 
 

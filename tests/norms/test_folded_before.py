@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import lncompile
 from lncompile import Reason
-from lncompile.lowering import FOLDED_STATISTIC, sizes_of_stored_scale, torch_private_inductor
+from lncompile.lowering import FOLDED_STATISTIC, stored_scale_of, torch_private_inductor
 from lncompile.nn import CenteredEmbedding, RMSNorm
 from lncompile.passes.graph.canonical import tensor_of
 from lncompile.verification import floating_outputs
@@ -361,5 +361,5 @@ def test_a_width_that_is_a_symbol_is_asked_nothing(monkeypatch: pytest.MonkeyPat
     assert not isinstance(value.shape[-1], int)
     compared: list[object] = []
     monkeypatch.setattr(torch.SymInt, "__eq__", lambda left, right: bool(compared.append(right)))
-    assert sizes_of_stored_scale(value) is None
+    assert stored_scale_of(value) is None
     assert not compared

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+from lncompile.cli.racing import race
 from lncompile.cli.running import Run
 from lncompile.comparisons.answer import Answer
+from lncompile.reporting.selection import Selection, options_of_choice
 from lncompile.verification import verify
 
 
@@ -23,8 +25,20 @@ def run_advise(run: Run, seconds: float, processes: int) -> Answer:
     loaded, machine = run.load_on_described_machine()
     weight_bytes = sum(parameter.nbytes for parameter in loaded.model.parameters())
     report = run.explain(loaded)
+    selections: tuple[Selection, ...] = ()
+    if report.folded and run.options.get("lnfold.select") != "model":
+        reports, _ = race(run, loaded, anew=False)
+        selections = tuple(selection for raced in reports for selection in raced.selections if selection.is_race)
+        run.options = {**run.options, **(options_of_choice(selections) or {})}
     answer = Answer(
-        loaded.name, loaded.description, machine, weight_bytes, report, mode=run.asked.mode, options=run.options
+        loaded.name,
+        loaded.description,
+        machine,
+        weight_bytes,
+        report,
+        mode=run.asked.mode,
+        options=run.options,
+        selections=selections,
     )
     if report.folded:
         with run.steps.step("Whether predictions stay the same") as say:

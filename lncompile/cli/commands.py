@@ -82,11 +82,12 @@ Seconds = Annotated[float, typer.Option("--seconds", "-s", min=0.0, metavar="S",
 command = command_on(app)
 
 
-@command(steps=4)
+@command(steps=5)
 def advise(run: Run, seconds: Seconds = 20.0, processes: Processes = 4) -> bool:
     """Say whether to use lnfold on this machine, and why.
 
-    The answer is "use it", "no gain" or "not possible".
+    The answer is "use it", "no gain" or "not possible". The ways to compile the model are raced first, unless
+    --option lnfold.select=model says otherwise.
     This is what "lncompile MODEL" does. The exit code is 1 if predictions would get worse.
     """
     with importing():

@@ -67,11 +67,17 @@ class Run:
         self.note(self.loaded.description)
         return self.loaded
 
-    def compile(self, loaded: LoadedModel) -> Any:
-        """Return the model to be compiled with lnfold, and with the run's mode and options, when it is first called."""
+    def compile(self, loaded: LoadedModel, options: Mapping[str, Any] | None = None) -> Any:
+        """Return the model to be compiled with lnfold when it is first called.
+
+        Args:
+            loaded: the model.
+            options: by default the run's, as its mode is.
+        """
         import torch
 
-        return torch.compile(loaded.model, backend="lnfold", **arms(self.asked.mode, self.options)["lnfold"])
+        given = self.options if options is None else options
+        return torch.compile(loaded.model, backend="lnfold", **arms(self.asked.mode, given)["lnfold"])
 
     def request(self, loaded: LoadedModel, tokens: int | None) -> Request:
         """Return positional and keyword arguments of a request with sequences of a length."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lncompile.cli.racing import race
 from lncompile.cli.running import Run
 from lncompile.reporting.selection import in_words, to_dict
 
@@ -15,18 +16,10 @@ def run_tune(run: Run, output: Path | None) -> None:
         run: the run.
         output: a file to write them into as well, if it is wanted.
     """
-    import torch
-
-    import lncompile
     from lncompile.selection import kept
 
     loaded = run.load()
-    run.options = {**run.options, "lnfold.select": "measure"}
-    with run.steps.step("The race") as say, torch.no_grad(), kept.raced_anew() as made:
-        say("compiling the model in several ways, and timing them")
-        compiled = run.compile(loaded)
-        compiled(*loaded.arguments, **loaded.inputs)
-        reports = lncompile.reports(compiled)
+    reports, made = race(run, loaded, anew=True)
     selections = [selection for report in reports for selection in report.selections]
     run.note(f"results are kept in {kept.folder()}")
     if output is not None:

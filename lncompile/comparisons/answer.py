@@ -20,6 +20,8 @@ from rich.text import Text
 from lncompile.comparisons.latency import LIMIT, Latency
 from lncompile.comparisons.machine import size_in_words
 from lncompile.reporting.report import FoldReport
+from lncompile.reporting.selection import Selection
+from lncompile.reporting.selection import to_dict as selection_to_dict
 from lncompile.reporting.words import folded_before
 from lncompile.verification import Verification
 
@@ -45,7 +47,8 @@ class Answer:
         verification: errors against float64; None where nothing folds.
         latency: of stock, lnfold and, where that can be had, the model without norms; None where it was not measured.
         mode: of torch.compile.
-        options: of torch.compile.
+        options: of torch.compile, those of the fastest way among them.
+        selections: how the ways to compile each graph were raced; empty where they were not.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Answer:
     latency: Latency | None = None
     mode: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    selections: tuple[Selection, ...] = ()
 
     @property
     def outcome(self) -> Outcome:
@@ -94,7 +98,7 @@ class Answer:
             return "latency was not measured."
         ratio = f"{latency.speedup.median:.3f} times as fast as stock torch.compile {_brackets(latency.speedup)}"
         if self.outcome is Outcome.USE_IT:
-            return f"lnfold is {ratio}{latency.caveat()}."
+            return f"lnfold{self._way()} is {ratio}{latency.caveat()}."
         partly = "" if report.folded == report.total else f" Only {report.folded} of {report.total} LayerNorms fold."
         if latency.speedup.high < 1:
             return f"lnfold is slower, {ratio}.{partly}"
@@ -109,6 +113,11 @@ class Answer:
     def _stock_overflows(verification: Verification) -> bool:
         worse = [output for output in verification.outputs if not output.passed]
         return all(output.not_finite_inductor >= output.not_finite > 0 for output in worse)
+
+    def _way(self) -> str:
+        """The way that was chosen, where it has a name of its own."""
+        chosen = {selection.chosen for selection in self.selections} - {"stock", "model"}
+        return f" with {' or '.join(sorted(chosen))}" if chosen else ""
 
     def _obstacles(self) -> str:
         counted = Counter(site.reason.value for site in self.report.sites if site.reason is not None)
@@ -158,6 +167,7 @@ class Answer:
             "explain": self.report.to_dict(),
             "verify": self.verification.to_dict() if self.verification else None,
             "bench": self.latency.to_dict() if self.latency else None,
+            "races": [selection_to_dict(selection) for selection in self.selections],
         }
 
     def __rich_console__(self, console: Console, options: Any) -> Iterable[Any]:
@@ -183,6 +193,9 @@ class Answer:
             yield "to change", change
         if latency is not None:
             yield from self._measured(latency)
+        for selection in self.selections:
+            ways = ", ".join(way.in_words() for way in selection.raced if way.rounds)
+            yield "raced", f"{ways}; fastest: {selection.chosen}"
         if report.folded:
             share = f" (+{100 * report.extra_bytes / self.weight_bytes:.0f}%)" if self.weight_bytes else ""
             yield (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,6 +85,31 @@ def in_words(selection: Selection) -> Iterator[str]:
     yield f"times as fast as stock torch.compile, with 95% intervals for all ways and looks together: {ways}"
 
 
+def options_of_choice(selections: Iterable[Selection]) -> dict[str, Any] | None:
+    """Return what to give ``torch.compile``, beside the user's own options, for the ways that races chose.
+
+    Args:
+        selections: of the graphs of one model.
+
+    Returns:
+        The options of the way, where it is the same one in every graph that was raced; ``lnfold.select="measure"``
+        where graphs differ; None where stock was chosen in each, or nothing was raced.
+
+    Example:
+        >>> way = Raced("scales deferred", {"lnfold.defer": "on"}, 1.1, 1.05, 1.15, 40)
+        >>> options_of_choice([Selection("scales deferred", (way,))])
+        {'lnfold.defer': 'on'}
+    """
+    raced = [selection for selection in selections if selection.is_race]
+    chosen = {selection.chosen for selection in raced}
+    if not raced or chosen == {"stock"}:
+        return None
+    if len(chosen) > 1:
+        return {"lnfold.select": "measure"}
+    (way,) = (way for way in raced[0].raced if way.name == raced[0].chosen)
+    return dict(way.options)
+
+
 def to_dict(selection: Selection) -> dict[str, Any]:
     """Return a selection as plain dicts, ready for JSON."""
     return {
@@ -136,4 +161,4 @@ def _checked(data: Any, kinds: Mapping[str, tuple[type, ...]]) -> dict[str, Any]
     return dict(data)
 
 
-__all__ = ["Raced", "Selection", "from_dict", "in_words", "to_dict"]
+__all__ = ["Raced", "Selection", "from_dict", "in_words", "options_of_choice", "to_dict"]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from command_factories import HERE as FACTORIES
 from command_line import answer as answer_of
 from command_line import run
+from racing import Lab, in_a_lab
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -19,6 +22,7 @@ from lncompile.comparisons.processes import RepeatedTimings
 from lncompile.comparisons.timing import PairedTimings
 from lncompile.models.loading import randomise
 from lncompile.reporting.report import FoldReport
+from lncompile.reporting.selection import Raced, Selection, options_of_choice
 from lncompile.verification import OutputError, Verification
 
 MACHINE = {"device": "a processor", "device_type": "cpu", "threads": 2, "load_average": 0.0}
@@ -247,3 +251,62 @@ def test_why_there_is_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_latency_table_fits_80_columns() -> None:
     assert max(map(len, str(latency(0.95, 0.9)).splitlines())) <= 80
     assert "no norms: not measured, a reason" in str(latency(0.95))
+
+
+# --- The fastest way -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lab(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Lab:
+    return in_a_lab(monkeypatch, tmp_path)
+
+
+@pytest.fixture
+def measured_with(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The options of each measurement, all of which find lnfold faster."""
+    found: list[dict[str, Any]] = []
+
+    def compare(*_: Any, options: dict[str, Any], **__: Any) -> Latency:
+        found.append(options)
+        return latency(0.95, 0.9)
+
+    monkeypatch.setattr("lncompile.comparisons.latency.compare_in_processes", compare)
+    monkeypatch.setattr("lncompile.cli.advise.verify", lambda *_, **__: EXACT)
+    return found
+
+
+def test_the_fastest_way_is_what_is_measured_and_written(lab: Lab, measured_with: list[dict[str, Any]]) -> None:
+    lab.seconds = {"fold alone": 0.5}
+    alone = {"lnfold.absorb_affine": "off", "lnfold.defer": "off", "lnfold.matrix_vector": "off"}
+    found = answer_of(f"{FACTORIES}:make_net")
+    assert measured_with == [alone]
+    assert found["line"] == f'torch.compile(model, backend="lnfold", options={alone!r})'
+    assert found["sentence"].startswith("Use it: lnfold with fold alone is 1.053 times as fast")
+    assert [race["chosen"] for race in found["races"]] == ["fold alone"]
+    torch._dynamo.reset()
+    calls = len(lab.calls)
+    printed = " ".join(run(f"{FACTORIES}:make_net").stdout.split())
+    assert "fold alone 2.000 [2.000, 2.000] (12 rounds)" in printed
+    assert "fastest: fold alone" in printed
+    assert len(lab.calls) == calls, "what was raced before is known"
+
+
+@pytest.mark.parametrize("asked", [(), ("-o", "lnfold.select=model")], ids=["stock is the fastest", "no race wanted"])
+def test_without_a_faster_way_the_default_is_measured(
+    lab: Lab, measured_with: list[dict[str, Any]], asked: tuple[str, ...]
+) -> None:
+    lab.seconds = {"stock": 0.5}
+    found = answer_of(f"{FACTORIES}:make_net", *asked)
+    assert measured_with == [{"lnfold.select": "model"} if asked else {}]
+    assert [race["chosen"] for race in found["races"]] == ([] if asked else ["stock"])
+    assert bool(lab.calls) is not bool(asked)
+
+
+def test_graphs_may_differ_in_what_is_fastest() -> None:
+    ways = [Raced(name, {"lnfold.defer": name}, 1.1, 1.05, 1.15, 12) for name in ("a", "b")]
+    races = [Selection(way.name, (way,)) for way in ways]
+    assert options_of_choice(races) == {"lnfold.select": "measure"}
+    assert options_of_choice(races[:1]) == options_of_choice([*races[:1], Selection("model")]) == {"lnfold.defer": "a"}
+    assert options_of_choice([Selection("model")]) is None
+    assert options_of_choice([*races[:1], Selection("stock", (ways[0],))]) == {"lnfold.select": "measure"}
+    assert options_of_choice([Selection("stock", (ways[0],))]) is None

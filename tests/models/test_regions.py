@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
-import accelerate.utils
-import diffusers
 import pytest
 import torch
 from hand_folded import IDS, MODELS, Block, Decoder
@@ -58,12 +56,12 @@ def block_by_block(model: nn.Module, backend: str) -> nn.Module:
 
 def repeated_blocks(model: nn.Module, backend: str) -> nn.Module:
     model._repeated_blocks = ["Block"]
-    diffusers.ModelMixin.compile_repeated_blocks(model, backend=backend)
+    pytest.importorskip("diffusers").ModelMixin.compile_repeated_blocks(model, backend=backend)
     return model
 
 
 def regional_compilation(model: nn.Module, backend: str) -> nn.Module:
-    return accelerate.utils.compile_regions(model, backend=backend)
+    return pytest.importorskip("accelerate.utils").compile_regions(model, backend=backend)
 
 
 def nested_regions(model: nn.Module, backend: str) -> nn.Module:

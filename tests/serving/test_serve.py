@@ -14,6 +14,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
+pytest.importorskip("uvicorn", reason="the extra 'serve' is not installed")
 
 import httpx
 from served_example import FEW_SHAPES, Running, continuation, embedding

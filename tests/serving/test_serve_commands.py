@@ -21,6 +21,7 @@ import torch
 from places import ROOT
 
 pytest.importorskip("transformers")
+pytest.importorskip("uvicorn", reason="the extra 'serve' is not installed")
 
 import httpx
 import load

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 pytest.importorskip("transformers")
+pytest.importorskip("uvicorn", reason="the extra 'serve' is not installed")
 
 from served_example import FEW_SHAPES, Running
 

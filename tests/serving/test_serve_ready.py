@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("transformers")
+pytest.importorskip("uvicorn", reason="the extra 'serve' is not installed")
 
 from served_example import as_they_are, continuation, embedding
 

@@ -7,7 +7,7 @@ the carriers, each with an :class:`AxisMap` that takes ``A`` from the carrier to
 rule of their own: ``linear`` is linear in its weight, and a weight is centered at no cost.
 
 Three kinds of facts complete the table: operations that do not notice a shift along ``A`` (``invariant``), those whose
-result has zero mean already (``zero_mean``), and words for the operations that block (``blocking``).
+result has zero mean already (``zero_mean``), and words for the operations that block (:mod:`.blockers`).
 """
 
 from __future__ import annotations

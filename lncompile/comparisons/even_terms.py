@@ -1,6 +1,6 @@
 """Even terms for programs that are compared in one process: a difference is theirs, not one of order or of place.
 
-Three things make equal programs differ:
+Four things make equal programs differ:
 
 * *One list of compiled code.* All that is compiled from one code object stands in one list, which each call searches
   from its front. So each program gets code of its own (:func:`compile_apart`).
@@ -9,6 +9,8 @@ Three things make equal programs differ:
   program has more cache lines to fetch: of four equal programs that take 110 µs, the first took 2.0, 2.4 and 4.1%
   longer than the others in three processes. Small modules that are compiled first, and kept, fill the holes
   (:func:`settle`): then it was -0.04, 0.2 and 0.4%.
+* *Memory that is given back.* Whether a call's temporary tensors are given back to the system, and paid for again page
+  by page at the next call, depends on where they happen to lie. So freed memory is kept (:mod:`.freed_memory`).
 * *Caches.* A graph that AOTAutograd's cache knows is called through one function more than one that is compiled. So
   what is compared is compiled without that cache (``without_autograd_cache``). Inductor's own is used.
 
@@ -27,6 +29,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lncompile.comparisons.freed_memory import keep_freed_memory
 from lncompile.lowering import torch_private_caches
 
 log = logging.getLogger("lncompile")
@@ -38,6 +41,7 @@ SMALL_MODULES = 8
 def settle(device: torch.device | str = "cpu") -> None:
     """Compile small modules and keep them, once in a process, before programs that are to be compared are compiled.
 
+    Memory that is freed stays with the process from then on (:mod:`lncompile.comparisons.freed_memory`).
     It takes a tenth of a second a module, beside what the first compilation of a process takes in any case. Where the
     small module cannot be compiled, a log line says so: programs are then compared as they are.
 
@@ -48,6 +52,7 @@ def settle(device: torch.device | str = "cpu") -> None:
         >>> settle()
         >>> baseline, candidate = compile_apart(model, backend="inductor"), compile_apart(model, backend="lnfold")
     """
+    keep_freed_memory()
     _small_programs(torch.device(device).type)
     gc.collect()
 

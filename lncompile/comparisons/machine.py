@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lncompile.comparisons import freed_memory
+
 if TYPE_CHECKING:  # whether there is a compiler can be asked before torch is imported
     import torch
 
@@ -38,7 +40,8 @@ def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:
 
     ``memory`` says what decides where tensors lie, which is the same for all programs of a process: the C library's
     allocator or what is loaded in its place, whether the system backs memory by huge pages, and whether torch asks for
-    them (``THP_MEM_ALLOC_ENABLE``). torch aligns every tensor on the CPU, parameters and copies alike, to 64 bytes.
+    them (``THP_MEM_ALLOC_ENABLE``), and what becomes of memory that is freed (:mod:`.freed_memory`). torch aligns every
+    tensor on the CPU, parameters and copies alike, to 64 bytes.
 
     Args:
         device: where the measured work runs.
@@ -112,4 +115,5 @@ def _memory() -> dict[str, Any]:
         "allocator": os.environ.get("LD_PRELOAD") or " ".join(platform.libc_ver()).strip() or platform.system(),
         "huge_pages": pages.read_text().strip() if pages.is_file() else None,
         "huge_pages_asked_for": os.environ.get("THP_MEM_ALLOC_ENABLE", "0"),
+        "freed": freed_memory.in_words(),
     }

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from lncompile import safety_net
+from lncompile.comparisons.freed_memory import keep_freed_memory
 from lncompile.comparisons.machine import describe_machine
 from lncompile.lowering import torch_private_dynamo
 from lncompile.options import Options
@@ -127,6 +128,7 @@ class _Asked:
 
     def race(self) -> Selection:
         """Race all ways that lead to different graphs."""
+        keep_freed_memory()
         global _spent
         started = time.perf_counter()
         if self.prepared(MODEL).graph_module is None:

@@ -21,7 +21,7 @@ from lncompile.selection.candidates import code_of
 # What says who chooses and where results lie, and not what there is to choose from.
 _NOT_RACED = ("select", "selection_file")
 # Counted up when other ways are raced, or a race is decided in another way.
-_VERSION = 1
+_VERSION = 2
 
 
 def key_of(

@@ -14,7 +14,7 @@ from typing import Any
 import lncompile
 from lncompile.compiled_graphs import CompiledGraph, are_same, arguments_of
 from lncompile.lowering import torch_private_precompile as precompile
-from lncompile.lowering.host_words import compiled_comparison, keep_comparison
+from lncompile.lowering.host_words import CompiledComparison, compiled_comparison, keep_comparison
 from lncompile.lowering.norms import register_aten_layer_norm
 from lncompile.options import Options, parse_ours, with_selection_of
 from lncompile.passes.graph.expressions import Expression
@@ -45,6 +45,11 @@ class FoldedGraph(precompile.SerializableCallable):
 
     def __call__(self, *arguments: Any) -> Any:
         """Call it like the graph that Dynamo captured."""
+        settled = self._values_for.settled
+        if settled is not None:
+            look, same = settled
+            if not look.difference(arguments):
+                return self._compiled(*arguments, *same)
         values = self._values_for(arguments)
         if values is None:
             assert self._unfolded is not None  # or the materializer cannot be given up
@@ -105,7 +110,7 @@ class Saved:
     expressions: tuple[Expression, ...]
     names: tuple[str, ...]
     report: FoldReport
-    comparison: bytes | None = None
+    comparison: CompiledComparison | None = None
 
     def check_release(self) -> None:
         """Refuse what another release has saved: its extra inputs may stand for something else.

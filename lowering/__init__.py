@@ -3,7 +3,7 @@
 from lncompile.lowering import torch_private, torch_private_breaks, torch_private_dynamo, torch_private_inductor
 from lncompile.lowering.device_words import compare_words, record_words
 from lncompile.lowering.emit import emit
-from lncompile.lowering.host_words import HostWords, can_compare
+from lncompile.lowering.host_words import HostWords, Look, can_compare
 from lncompile.lowering.matrix_vector import matrix_vector, normed_matrix_vector, transposed_copy
 from lncompile.lowering.norms import NormCall, lower_to_aten, lower_to_rms_norm
 from lncompile.lowering.persistent import (
@@ -28,6 +28,7 @@ from lncompile.lowering.tensor_layout import places_of, tensor_layout
 __all__ = [
     "FOLDED_STATISTIC",
     "HostWords",
+    "Look",
     "NormCall",
     "Spacing",
     "StoredScale",

@@ -109,7 +109,7 @@ def test_the_look_in_c_comes_with_it(compiled_file: Path, tmp_path: Path, monkey
     monkeypatch.setattr(torch_private_compiler, "inductor_cache_folder", lambda: str(tmp_path))
     loaded(compiled_file)
     (library,) = (tmp_path / "lncompile").iterdir()
-    assert ctypes.PyDLL(str(library)).difference
+    assert ctypes.PyDLL(str(library)).PyInit_host_words
 
 
 def test_another_release_is_refused(compiled_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.overrides import has_torch_function
 
-from lncompile.lowering import torch_private
+from lncompile.lowering import HostWords, Look, can_compare, torch_private
 from lncompile.passes.graph.expressions import Expression
 from lncompile.passes.graph.sharding import local_bytes
 from lncompile.passes.rewrites.arithmetic import is_centered
@@ -88,7 +88,7 @@ class _ParameterSet:
         arguments: int,
         plain: bool,
     ) -> None:
-        self.state = state
+        self.state, self._plain = state, plain
         self.is_current = state.is_current if plain else _asked_plainly(state.is_current)
         self.stored = tuple(stored)
         self._entries = [value for value in values if isinstance(value, Entry)]
@@ -98,6 +98,11 @@ class _ParameterSet:
         self._choose = None if len(self.values) == len(places) else chooser(places)
         on_gpus = [local(value) for value in self.values if value.device.type == "cuda"]
         self._order = CudaStreamOrder(on_gpus) if on_gpus else None
+
+    @property
+    def are_plain_values(self) -> bool:
+        """Whether taking the values is no work, and asking for them no work but the look."""
+        return self._choose is None and self._order is None and self._plain
 
     def take(self, arguments: Sequence[Any]) -> Sequence[Tensor]:
         """The values, some of which may be among the arguments."""
@@ -140,6 +145,9 @@ class Materializer:
     Attributes:
         expressions: of the graph.
         names: of the graph's placeholders, for messages.
+        settled: how to ask, in one call of a function in C, whether a call has the parameters of the last one,
+            unchanged, and their values. None where there is more to do. A model's work pushes everything out of the
+            cache, and each function in Python that runs then waits for memory.
         keeps_up: whether values last for more than a few calls. Where they did not, no more are supplied until the
             parameters have stayed for a while (:class:`Renewals`), or :func:`forget_all`.
     """
@@ -152,6 +160,7 @@ class Materializer:
         can_be_given_up: bool = True,
     ) -> None:
         self.expressions = tuple(expressions)
+        self.settled: tuple[Look, Sequence[Tensor]] | None = None
         self.keeps_up = True
         self.names = tuple(names)
         self._check = check != "off"
@@ -182,8 +191,31 @@ class Materializer:
         known = self._sets.get(addresses_of(leaves))
         if known is not None and (not self._check or known.is_current(leaves)):
             self._renewals.spared()
+            if self.settled is None and self._renewals.are_forgotten and len(self._sets) == 1:
+                self._settle(known, arguments)
             return known.take(arguments)
         return self._renewed(arguments, leaves, known)
+
+    def _settle(self, known: _ParameterSet, arguments: Sequence[Any]) -> None:
+        """Leave the calls to come to the look in C, as long as they bring the same parameters."""
+        look: Look | None = None
+        leaves = self._choose_leaves(arguments)
+        if known.are_plain_values and self._check:
+            look = known.state.look_within(self._leaves, len(arguments))
+        elif known.are_plain_values and can_compare():
+            look = Look(HostWords(leaves, ()), self._leaves, len(arguments))  # which ones they are, and no more
+        if look is not None:
+            self.settled = look, known.values
+            if self._sets.get(addresses_of(leaves)) is not known:  # another thread forgot it meanwhile
+                self.settled = None
+
+    def _forget(self, first: bytes | None = None) -> None:
+        """Forget the values for one set of parameters, or for all."""
+        if first is None:
+            self._sets.clear()
+        else:
+            self._sets.pop(first, None)
+        self.settled = None
 
     def _renewed(
         self, arguments: Sequence[Any], leaves: tuple[Tensor, ...], known: _ParameterSet | None
@@ -198,7 +230,7 @@ class Materializer:
             too_many = self._renewals.are_too_many(len(self._sets))
             if too_many and self._can_be_given_up and not torch.is_grad_enabled():
                 self.keeps_up = False
-                self._sets.clear()
+                self._forget()
                 say_given_up(self._name(0), len(leaves))
                 return None
             if any(map(_keeps_nothing, leaves)):
@@ -230,7 +262,7 @@ class Materializer:
     def refresh(self) -> None:
         """Forget all values, so that the next call computes them anew."""
         self._renewals.excuse(len(self._sets))
-        self._sets.clear()
+        self._forget()
 
     def begin_anew(self) -> None:
         """Forget all values, and that they did not last."""
@@ -241,7 +273,7 @@ class Materializer:
         """Forget the values made from any of these, given by their ids; none if changes are not to be looked for."""
         for first, known in list(self._sets.items()) if self._check else ():
             if not parameters.isdisjoint(known.state.living()):
-                self._sets.pop(first, None)
+                self._forget(first)
 
     def _refresh(self, arguments: Sequence[Any]) -> _ParameterSet:
         leaves = self._choose_leaves(arguments)
@@ -262,7 +294,7 @@ class Materializer:
             known = None if materializer is None else materializer._sets.get(first)
             # A later owner of the same id may have put its own set there.
             if materializer is not None and known is not None and known.state is ended:
-                materializer._sets.pop(first, None)
+                materializer._forget(first)
 
         values: list[Entry | int] = []
         kept: list[Stored] = []
@@ -288,6 +320,7 @@ class Materializer:
             _forget_sets()
         fresh = _ParameterSet(state, values, kept, len(arguments), not has_torch_function(leaves))
         self._sets[first] = fresh
+        self.settled = None
         return fresh
 
     def plan(self, arguments: Sequence[Any]) -> tuple[Stored, ...]:

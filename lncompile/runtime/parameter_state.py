@@ -24,13 +24,13 @@ import operator
 import struct
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lncompile.lowering import HostWords, torch_private
+from lncompile.lowering import HostWords, Look, torch_private
 from lncompile.runtime.host_look import look_at
 from lncompile.runtime.parameter_counters import counters_of
 from lncompile.runtime.parameter_identity import watch
@@ -102,6 +102,7 @@ class ParameterState:
                 ended(state)
 
         self._look: HostWords | None = None
+        self._is_whole_look = False
         # Held while memory is read by address: another thread may exchange a parameter's storage, which would free it.
         storages = [local(tensor).untyped_storage() for tensor in tensors]
         self._addresses = addresses_of(tensors)
@@ -114,7 +115,8 @@ class ParameterState:
         self._values = values
         if self._samples is not None:
             self._look = look_at(tensors, self._samples.in_host)
-            if self._look is not None and self._samples.are_all_in_host:
+            self._is_whole_look = self._look is not None and self._samples.are_all_in_host
+            if self._look is not None and self._is_whole_look:
                 self.is_current = self._look.are_same  # type: ignore[assignment,method-assign]  # asked at every call
         del storages
 
@@ -135,6 +137,15 @@ class ParameterState:
         """The storages, held so that no other thread frees what is read by address; None if torch counts a change."""
         held = list(map(operator.call, self._storages))
         return held if addresses_of(tensors) == self._addresses and self._counters.are_same(tensors) else None
+
+    def look_within(self, places: Sequence[int], length: int) -> Look | None:
+        """The same question, in one call of a function in C, of a longer tuple; None where that does not answer it.
+
+        Args:
+            places: where the tensors stand in it.
+            length: of it.
+        """
+        return Look(self._look, places, length) if self._look is not None and self._is_whole_look else None
 
     def written_unseen(self, tensors: tuple[Tensor, ...]) -> list[int]:
         """Return the positions of tensors that were written to though torch counted no write, as far as it shows."""

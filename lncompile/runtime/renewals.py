@@ -35,6 +35,11 @@ class Renewals:
         self._calm = 0
         self._seen: object = None
 
+    @property
+    def are_forgotten(self) -> bool:
+        """Whether calls that find their values have made up for all computations: no more have to be counted."""
+        return not self._points
+
     def spared(self) -> None:
         """Count a call that found its values."""
         if self._points:

@@ -17,7 +17,7 @@ from torch import fx
 from lncompile.options import Options
 from lncompile.passes.decisions import PartKind, Reason, Stream, StreamPart, Verdict
 from lncompile.passes.graph.copying import copy_graph_module
-from lncompile.passes.norms.expand import EXPANDED_FROM, closed_norms, find_opaque_layers
+from lncompile.passes.norms.expand import EXPANDED_FROM, closed_norms, find_opaque_layers, layers_kept_closed
 from lncompile.passes.norms.regions import find_regions
 from lncompile.passes.norms.sites import NormSite
 from lncompile.passes.norms.subgraphs import norms_in_subgraphs
@@ -53,9 +53,9 @@ def analyse(
     runner = runner or Runner(options.switched_off)
     off = runner.off
     regions = set() if "regions" in off else {node.name for node in find_regions(graph_module.graph)}
-    layers = set() if "expand" in off else {node.name for node in find_opaque_layers(graph_module.graph)}
+    kept_closed = layers_kept_closed(graph_module.graph, "expand" in off)
+    layers = {node.name for node in find_opaque_layers(graph_module.graph)}.difference(kept_closed)
     opened = regions | layers
-    kept_closed = "that pass 'expand' would write out, which is switched off" if "expand" in off else ""
     verdicts = {**closed_norms(graph_module.graph, kept_closed), **norms_in_subgraphs(graph_module, regions)}
     first: Analysis | None = None
     while True:

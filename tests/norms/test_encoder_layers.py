@@ -16,6 +16,7 @@ import lncompile
 from lncompile import Reason
 from lncompile.backend import lnfold
 from lncompile.lowering import torch_private
+from lncompile.lowering.target import compiled_for
 from lncompile.passes.norms.expand import closed_norms, find_opaque_layers, transformer_encoder_layer
 from lncompile.verification import relative_error
 
@@ -165,6 +166,20 @@ def test_without_inductor_is_no_excuse(call: str) -> None:
     compiled = torch.compile(model, backend="lnfold")
     assert relative_error(compiled(value, **CALLS[call]), model(value, **CALLS[call])) <= 1e-5
     assert sum(report.folded for report in lncompile.reports(compiled)) == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_it_stays_one_operator_where_that_is_faster(dtype: torch.dtype, without_inductor: None) -> None:
+    """In 16 bits on a CPU; compiled for a GPU it is written out."""
+    model = randomise(Encoder().double()).eval().to(dtype)
+    is_narrow = dtype.itemsize == 2
+    with torch.no_grad():
+        report = lncompile.explain(model, inputs().to(dtype))
+        assert (report.total, report.folded) == (5, 0 if is_narrow else 5), str(report)
+        closed = [site for site in report.sites if "faster in 16 bits on a CPU" in site.detail]
+        assert [site.name.rpartition(".")[2] for site in closed] == ["norm1", "norm2"] * (2 * is_narrow)
+        with compiled_for(torch.device("cuda")):
+            assert lncompile.explain(model, inputs().to(dtype)).folded == 5
 
 
 def test_encoder_layer_alone_with_the_masks_it_takes(without_inductor: None) -> None:

@@ -67,7 +67,7 @@ def test_a_graph_that_is_left_alone_is_called_as_stock_calls_it(norms: bool, fir
 
 
 def test_a_graph_that_folds_costs_one_function_and_the_look_at_its_weights() -> None:
-    """The control: something is called there that stock does not call. Once weights have stayed it is one function in C."""
+    """The control: something is called there that stock does not call."""
     torch._dynamo.reset()
     model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)).eval()
     randomise(model)
@@ -78,13 +78,10 @@ def test_a_graph_that_folds_costs_one_function_and_the_look_at_its_weights() -> 
             program(x)
             program(x)
         stock, ours = (events(program, x) for program in programs.values())
-        for _ in range(10):
-            programs["lnfold"](x)
-        settled = [name for _, name in events(programs["lnfold"], x)]
     names = [name for _, name in ours]
-    assert {"FoldedGraph.__call__", "Materializer.__call__"} <= set(names)
-    assert "Materializer.__call__" not in settled or not can_compare()
-    assert len(settled) <= len(names)
+    assert "FoldedGraph.__call__" in names
+    # Of our own there is no other function in Python where one in C looks at the weights.
+    assert ("Materializer.__call__" in names) is not can_compare()
     # Dynamo's wrapper around what a backend returns is there once, as with stock.
     wrapper = "DisableContext.__call__.<locals>._fn"
     assert names.count(wrapper) == [name for _, name in stock].count(wrapper)

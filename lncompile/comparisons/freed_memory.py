@@ -2,9 +2,9 @@
 
 glibc gives what is free at the end of the heap back to the system as soon as it is more than a threshold (128 KiB at
 first), and asks for it again at the next call, which pays a page fault for every 4 KiB. Whether a program's temporary
-tensors lie at the end of the heap is decided by what happened to be allocated behind them: of a narrow encoder's calls
-(0.7 ms) the matrix products took 0.44 ms in some processes and 1.2 ms in others, and the same for stock and lnfold. Two
-equal programs in one process differ as much.
+tensors lie at the end of the heap is decided by what happened to be allocated behind them: under
+torch's profiler the matrix products of a narrow encoder took 0.44 ms a call for some programs and 1.2 ms for others of
+the same process, stock's and lnfold's alike, and 0.42 to 0.54 ms for all once freed memory was kept (tried by hand).
 
 So comparisons keep freed memory. Production may do the same: ``MALLOC_TRIM_THRESHOLD_=1073741824`` and
 ``MALLOC_MMAP_THRESHOLD_=33554432`` in the environment, or another allocator (jemalloc, tcmalloc).

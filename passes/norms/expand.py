@@ -150,7 +150,8 @@ def layers_kept_closed(graph: fx.Graph, switched_off: bool = False) -> dict[str,
 
     On a CPU the operator computes attention in 16 bits as two products and a softmax; torch's fused attention, which is
     what it would be written out with, takes longer there: encoders 64 and 256 wide took 1.09 and 1.10 times as long
-    as the operator, all norms folded (bfloat16, AVX-512 without AMX). In float32 they took 0.97 and 0.99 times as long.
+    as the operator, all norms folded (bfloat16, AVX-512, by hand, one process;
+    ``benchmarks/results/latency-narrow.json`` has such a model). In float32 they took 0.97 and 0.99 times as long.
 
     Args:
         graph: the graph.

@@ -85,6 +85,29 @@ WHISPER_SMALL = Architecture(
     },
     part="encoder",
 )
+WHISPER_SMALL_DECODER = Architecture(
+    "whisper-small decoder",
+    "WhisperForConditionalGeneration",
+    "WhisperConfig",
+    12,
+    "decoder_layers",
+    {
+        "d_model": 768,
+        "decoder_attention_heads": 12,
+        "decoder_ffn_dim": 3072,
+        "encoder_attention_heads": 12,  # the encoder does not run; a step reads what it has heard from the cache
+        "encoder_layers": 1,
+    },
+    {
+        "d_model": 32,
+        "decoder_attention_heads": 4,
+        "decoder_ffn_dim": 64,
+        "encoder_attention_heads": 4,
+        "vocab_size": 61,
+        "max_source_positions": 16,
+        "pad_token_id": 0,
+    },
+)
 
 # --- Suites ----------------------------------------------------------------------------------------------------------
 
@@ -107,6 +130,7 @@ SUITES: dict[str, tuple[Workload, ...]] = {
         # A part of the layers: compiling each of seven candidates takes longer than timing them.
         Workload(GPT2_MEDIUM, "decode", 1, 256, mode=_GRAPHS, layers=12),
         Workload(OPT_1_3B, "decode", 1, 256, mode=_GRAPHS, layers=8),
+        Workload(WHISPER_SMALL_DECODER, "decode", 1, 224, mode=_GRAPHS, layers=6),
     ),
     "gpu": (
         Workload(GPT2_MEDIUM, "decode", 1, 256, mode=_GRAPHS),

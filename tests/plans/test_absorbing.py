@@ -1,17 +1,14 @@
-"""γ and β in the layers behind a norm: what is left is a plain RMSNorm, and a stream that can be rotated."""
+"""γ and β in the layers behind a norm: what is left is a plain RMSNorm."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from architectures import ARCHITECTURES
 from plan_models import IDS, TOLERANCE, WIDTH, Once, Residual, Tied, error, randomised, value
-from text_architectures import TEXT_DECODERS
 from torch import Tensor, nn
 
 import lncompile
@@ -163,74 +160,3 @@ def test_a_failure_in_the_middle_puts_weights_back(monkeypatch: pytest.MonkeyPat
         plan.apply(model)
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, before[name], rtol=1e-15, atol=1e-15)
-
-
-# --- rotation ---
-
-
-def rotation(width: int) -> Tensor:
-    generator = torch.Generator().manual_seed(3)
-    return torch.linalg.qr(torch.randn(width, width, dtype=torch.float64, generator=generator)).Q
-
-
-def rotate(model: nn.Module, into: Sequence[str], out_of: Sequence[str]) -> nn.Module:
-    """Rotate the residual stream: tables and layers that write into it, and layers that read it."""
-    width = 32
-    q = rotation(width)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if any(part in name for part in into):
-                # An embedding or a position [..., width], a linear layer [width, in], a convolution, a bias.
-                if parameter.shape[-1] == width and (parameter.dim() == 3 or "embed" in name):
-                    parameter.copy_(parameter @ q)
-                else:
-                    parameter.copy_(torch.einsum("io,i...->o...", q, parameter))
-            elif any(part in name for part in out_of) and parameter.dim() == 2:
-                parameter.copy_(parameter @ q)
-    return model
-
-
-def model_of(name: str) -> tuple[nn.Module, dict[str, Any]]:
-    rows = {a.name: a for a in (*ARCHITECTURES, *TEXT_DECODERS)}
-    return rows[name].model(), rows[name].inputs(torch.float64)
-
-
-ROTATED: dict[str, tuple[Callable[[], tuple[nn.Module, dict[str, Any]]], list[str], list[str]]] = {
-    "opt": (
-        lambda: model_of("opt"),
-        ["embed_tokens", "embed_positions", "out_proj", "fc2"],
-        ["q_proj", "k_proj", "v_proj", "fc1", "lm_head"],
-    ),
-    "gpt_neox": (
-        lambda: model_of("gpt_neox_parallel"),
-        ["embed_in", "attention.dense", "dense_4h_to_h"],
-        ["query_key_value", "dense_h_to_4h", "embed_out", "lm_head"],
-    ),
-    "phi": (
-        lambda: model_of("phi"),
-        ["embed_tokens", "dense", "fc2"],
-        ["q_proj", "k_proj", "v_proj", "fc1", "lm_head"],
-    ),
-    "vit": (
-        lambda: model_of("vit"),
-        ["cls_token", "position_embeddings", "patch_embeddings", "o_proj", "fc2"],
-        ["q_proj", "k_proj", "v_proj", "fc1", "classifier"],
-    ),
-}
-
-
-@pytest.mark.parametrize("name", ROTATED)
-def test_the_stream_can_be_rotated(name: str) -> None:
-    make, into, out_of = ROTATED[name]
-    model, inputs = make()
-    plan = lncompile.plan(model, absorb="affine", untie=True, **inputs)
-    assert plan.folded == plan.total == len(plan.absorb), str(plan)
-    folded = plan.apply(copy.deepcopy(model))
-    assert error(folded, model, **inputs) <= TOLERANCE
-    rotated = rotate(copy.deepcopy(folded), into, out_of)
-    changed = [n for n, p in rotated.named_parameters() if not torch.equal(p, folded.get_parameter(n))]
-    assert len(changed) > 12
-    assert error(rotated, model, **inputs) <= TOLERANCE
-    assert error(rotate(copy.deepcopy(model), into, out_of), model, **inputs) > 1e-2, "the model as it came"
-    plain = lncompile.plan(model, untie=True, **inputs).apply(copy.deepcopy(model))
-    assert error(rotate(plain, into, out_of), model, **inputs) > 1e-2, "γ and β are in the way"

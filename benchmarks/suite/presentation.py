@@ -16,22 +16,49 @@ from suite.candidates import BASELINE, CANDIDATE, EAGER, LIMIT
 _MAIN = (EAGER, BASELINE, CANDIDATE, LIMIT)
 
 
+#: From this limit on, norms are said to cost something: without any, a model would be so many times as fast as stock.
+NORMS_COST_SOMETHING = 1.05
+
+
 def summarise_run(workloads: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return geometric means of lnfold's speed-up over stock torch.compile, by task, and the least of them.
+    """Return what lnfold gains over stock torch.compile, by task, also where norms cost something.
 
     Args:
         workloads: as :func:`suite.measurement.measure_workload` returns them.
+
+    Returns:
+        For each task the number of workloads, the geometric mean of lnfold's speed-ups, and the least of them. Under
+        ``where_norms_cost_something`` the same of the workloads that would be at least 1.05 times as fast without any
+        norm; the geometric mean of these limits; and the share of the norms' cost that is removed there, of all of them
+        together, where a call of stock torch.compile counts the same for each:
+        ``Σ (1 - 1 / speed-up) / Σ (1 - 1 / limit)``.
     """
-    ratios: dict[str, list[float]] = {}
+    tasks: dict[str, list[tuple[float, float]]] = {}
     for workload in workloads:
-        ratios.setdefault(workload["task"], []).append(workload["speedup_over_inductor"][CANDIDATE]["median"])
-    return {
-        task: {
-            "workloads": len(found),
-            "geometric_mean": math.exp(sum(map(math.log, found)) / len(found)),
-            "least": min(found),
+        speedups = workload["speedup_over_inductor"]
+        limit = speedups[LIMIT]["median"] if LIMIT in speedups else 1.0
+        tasks.setdefault(workload["task"], []).append((speedups[CANDIDATE]["median"], limit))
+    return {task: _summary(pairs) for task, pairs in tasks.items()}
+
+
+def _summary(pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    summary: dict[str, Any] = _means([speedup for speedup, _ in pairs])
+    costly = [(speedup, limit) for speedup, limit in pairs if limit >= NORMS_COST_SOMETHING]
+    if costly:
+        saved, cost = (sum(1 - 1 / ratio for ratio in ratios) for ratios in zip(*costly, strict=True))
+        summary["where_norms_cost_something"] = {
+            **_means([speedup for speedup, _ in costly]),
+            "limit": _means([limit for _, limit in costly])["geometric_mean"],
+            "share_removed": saved / cost,
         }
-        for task, found in ratios.items()
+    return summary
+
+
+def _means(ratios: Sequence[float]) -> dict[str, Any]:
+    return {
+        "workloads": len(ratios),
+        "geometric_mean": math.exp(sum(map(math.log, ratios)) / len(ratios)),
+        "least": min(ratios),
     }
 
 
@@ -65,14 +92,22 @@ def print_tables(result: Mapping[str, Any], console: Console) -> None:
     console.print(table)
     _print_peers(result["workloads"], console)
     for task, found in result["summary"].items():
-        console.print(
-            f"{task}: {found['geometric_mean']:.3f} times stock torch.compile's speed, geometric mean of "
-            f"{found['workloads']}; least {found['least']:.3f}",
-            soft_wrap=True,
-        )
+        console.print(f"{task}: {_means_in_words(found)}", soft_wrap=True)
+        costly = found.get("where_norms_cost_something")
+        if costly:
+            console.print(
+                f"   where norms cost something (limit {NORMS_COST_SOMETHING} or more): {_means_in_words(costly)}; limit "
+                f"{costly['limit']:.3f}, share of the norms' cost removed {costly['share_removed']:.2f}",
+                soft_wrap=True,
+            )
     for key in ("not_measured", "failed"):
         for name, reason in result[key].items():
             console.print(f"{key.replace('_', ' ')}: {name}: {reason}", soft_wrap=True)
+
+
+def _means_in_words(found: Mapping[str, Any]) -> str:
+    mean, number, least = found["geometric_mean"], found["workloads"], found["least"]
+    return f"{mean:.3f} times stock torch.compile's speed, geometric mean of {number}; least {least:.3f}"
 
 
 def _row(workload: Mapping[str, Any]) -> list[str]:

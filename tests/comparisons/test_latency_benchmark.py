@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import equal_programs
 import latency
@@ -19,7 +20,7 @@ from latency_suite import QUICK, tiny, without_norms
 from suite import measurement, peers, repeated, workloads
 from suite.candidates import ALL_RECIPES, BASELINE, CANDIDATE, EAGER, LIMIT, PEERS, RECIPES, Recipe
 from suite.measurement import Settings, WrongAnswer, measure_workload
-from suite.presentation import draw
+from suite.presentation import draw, summarise_run
 from suite.repeated import combine
 from suite.suites import SUITES
 
@@ -154,6 +155,26 @@ def test_equal_programs_are_compared_and_counted(monkeypatch) -> None:
     assert (last["pair"], last["tests"], len(last["speedup_over_processes_by_order"])) == ("ABTest(model)", 2, 1)
     assert (first["size"], first["pair"], first["tests"], first["abtest_winners"]) == ("tiny", "stock, stock", 4, 1)
     json.dumps(found)
+
+
+def test_a_run_is_summed_up_also_where_norms_cost_something() -> None:
+    def workload(task: str, speedup: float, limit: float) -> dict[str, Any]:
+        speedups = {CANDIDATE: {"median": speedup}, LIMIT: {"median": limit}}
+        return {"task": task, "speedup_over_inductor": speedups}
+
+    found = summarise_run(
+        [workload("encode", 1.0, 1.02), workload("encode", 1.25, 2.0), workload("encode", 0.8, 1.25)]
+        + [workload("decode", 1.01, 1.04), {"task": "prefill", "speedup_over_inductor": {CANDIDATE: {"median": 1.1}}}]
+    )
+    assert found["encode"]["workloads"] == 3
+    assert found["encode"]["geometric_mean"] == pytest.approx(1.0)
+    assert found["encode"]["least"] == 0.8
+    costly = found["encode"]["where_norms_cost_something"]
+    assert (costly["workloads"], costly["least"]) == (2, 0.8)
+    assert costly["geometric_mean"] == pytest.approx(1.0)
+    assert costly["limit"] == pytest.approx(2.5**0.5)
+    assert costly["share_removed"] == pytest.approx((0.2 - 0.25) / (0.5 + 0.2))
+    assert "where_norms_cost_something" not in found["decode"] | found["prefill"]
 
 
 def test_what_decides_where_memory_lies_is_said(monkeypatch) -> None:

@@ -178,7 +178,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Latency of whole models, interleaved, in several processes.")
     parser.add_argument("--suite", choices=sorted(SUITES), default="cpu", help="which workloads (default: cpu)")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="those whose name holds one of these")
-    parser.add_argument("--minutes", type=_positive, help="for everything (default: cpu 10, narrow 90, decoding 3, gpu 8, all 120)")
+    parser.add_argument(
+        "--minutes", type=_positive, help="for everything (default: cpu 10, narrow 90, decoding 3, gpu 8, all 120)"
+    )
     parser.add_argument("--seconds", type=_positive, help="of timing for each workload (default: 20; gpu 6)")
     parser.add_argument(
         "--layers", type=_count, help="of each model at most (default: all; 6 of some in the gpu suite)"

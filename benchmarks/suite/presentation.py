@@ -96,8 +96,8 @@ def print_tables(result: Mapping[str, Any], console: Console) -> None:
         costly = found.get("where_norms_cost_something")
         if costly:
             console.print(
-                f"   where norms cost something (limit {NORMS_COST_SOMETHING} or more): {_means_in_words(costly)}; limit "
-                f"{costly['limit']:.3f}, share of the norms' cost removed {costly['share_removed']:.2f}",
+                f"   where norms cost something (limit {NORMS_COST_SOMETHING} or more): {_means_in_words(costly)}; "
+                f"limit {costly['limit']:.3f}, share of the norms' cost removed {costly['share_removed']:.2f}",
                 soft_wrap=True,
             )
     for key in ("not_measured", "failed"):

@@ -163,8 +163,13 @@ def test_a_run_is_summed_up_also_where_norms_cost_something() -> None:
         return {"task": task, "speedup_over_inductor": speedups}
 
     found = summarise_run(
-        [workload("encode", 1.0, 1.02), workload("encode", 1.25, 2.0), workload("encode", 0.8, 1.25)]
-        + [workload("decode", 1.01, 1.04), {"task": "prefill", "speedup_over_inductor": {CANDIDATE: {"median": 1.1}}}]
+        [
+            workload("encode", 1.0, 1.02),
+            workload("encode", 1.25, 2.0),
+            workload("encode", 0.8, 1.25),
+            workload("decode", 1.01, 1.04),
+            {"task": "prefill", "speedup_over_inductor": {CANDIDATE: {"median": 1.1}}},
+        ]
     )
     assert found["encode"]["workloads"] == 3
     assert found["encode"]["geometric_mean"] == pytest.approx(1.0)

@@ -19,6 +19,7 @@ import torch
 from latency_suite import QUICK, tiny, without_norms
 from suite import measurement, peers, repeated, workloads
 from suite.candidates import ALL_RECIPES, BASELINE, CANDIDATE, EAGER, LIMIT, PEERS, RECIPES, Recipe
+from suite.decoding import decode_step
 from suite.measurement import Settings, WrongAnswer, measure_workload
 from suite.presentation import draw, summarise_run
 from suite.repeated import combine
@@ -64,6 +65,25 @@ def test_a_workload_is_measured_with_every_candidate_that_can_run(recipes: tuple
     assert found["left_out"]["absent"] == "there is none here"
     assert found["left_out"]["wrong"].startswith("its error is")
     json.dumps(found)
+
+
+def test_a_step_of_a_decoder_reads_what_its_encoder_heard_from_the_cache(recipes: tuple[Recipe, ...]) -> None:
+    workload = tiny("whisper-small decoder decode 1x224", "decoding")
+    found = measure_workload(workload, recipes, QUICK)
+    lnfold = found["candidates"][CANDIDATE]
+    assert (lnfold["sites"], lnfold["folded"]) == (7, 7), "three a layer and the last; the encoder does not run"
+    assert 0 < lnfold["error"] < 1e-5
+    model = workload.build("cpu")
+    with torch.no_grad():
+        arguments, rewind = decode_step(workload, model, "cpu")
+        expected = model(**arguments)[0]
+        rewind()
+        assert torch.equal(model(**arguments)[0], expected), "the same step again"
+        rewind()
+        (cache,) = (value for name, value in arguments.items() if name in ("cache", "past_key_values"))
+        for held in cache.cross_attention_cache.layers:
+            held.values.zero_()
+        assert not torch.allclose(model(**arguments)[0], expected, atol=1e-3), "the control"
 
 
 def test_the_speed_of_wrong_answers_is_not_measured(monkeypatch) -> None:

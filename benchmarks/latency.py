@@ -261,7 +261,7 @@ def _write(result: dict[str, Any], path: Path, console: Console) -> None:
     try:
         draw(result, path.with_suffix(".png"))
     except ImportError as error:
-        console.print(f'     no plot, matplotlib is missing (pip install "lncompile[plot]"): {error}')
+        console.print(f'     no plot, matplotlib is missing (pip install "lncompile[plot]"): {error}', markup=False)
 
 
 if __name__ == "__main__":

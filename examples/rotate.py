@@ -1,5 +1,6 @@
 """Rotates the residual stream of a model, the first step of rotation-based quantization, which needs plain RMSNorms.
 
+    pip install ".[demo]"
     python examples/rotate.py                       # a small random OPT, no network
     python examples/rotate.py --model my/folder     # yours, or a Hugging Face id
 
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 import lncompile
 from lncompile.models.random_weights import randomise
 
-#: Random numbers of every weight, but one channel of the stream: this many times as large as the others.
+#: How many times as large as the others one channel of the random model's stream starts.
 MASSIVE = 40.0
 
 
@@ -93,7 +94,8 @@ def _read(plan: lncompile.FoldPlan, tensors: dict[str, Tensor]) -> list[tuple[Te
 def random_rotation(width: int) -> Tensor:
     """An orthogonal matrix, ``[width, width]`` in float64, the same in each process."""
     generator = torch.Generator().manual_seed(0)
-    return torch.linalg.qr(torch.randn(width, width, dtype=torch.float64, generator=generator)).Q
+    rotation: Tensor = torch.linalg.qr(torch.randn(width, width, dtype=torch.float64, generator=generator)).Q
+    return rotation
 
 
 def small_opt() -> tuple[nn.Module, Tensor]:
@@ -107,7 +109,7 @@ def small_opt() -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     model = randomise(OPTForCausalLM(config)).eval()
     with torch.no_grad():
-        model.model.decoder.embed_positions.weight[:, 7] *= MASSIVE
+        model.get_parameter("model.decoder.embed_positions.weight")[:, 7] *= MASSIVE
     return model, torch.arange(64).reshape(2, 32)
 
 

@@ -110,6 +110,7 @@ def test_several_tests_in_one_registry() -> None:
 
 
 def test_plot(time: SimulatedTime, tmp_path: Any) -> None:
+    pytest.importorskip("matplotlib", reason="the extra 'plot' is not installed")
     random = numpy.random.default_rng(0)
     ab = lncompile.ABTest(arms=arms(time.arm(noisy(random)), time.arm(noisy(random, 0.9))))
     for panel in ab.plot().axes:

@@ -248,6 +248,7 @@ def test_ab_that_is_not_decided_in_time_is_no_regression(monkeypatch):
 
 @pytest.mark.usefixtures("one_thread")
 def test_ab_of_two_compilations_and_two_lengths(tmp_path):
+    pytest.importorskip("matplotlib", reason="the extra 'plot' is not installed")
     arguments = ("-t", "2", "-t", "16", "--seconds", "1", "--shadow", "0.2", "-o", "lnfold.check=off")
     result = run("ab", f"{HERE}:make_tokens", *arguments, "--json", "--plot", tmp_path / "plot.svg")
     assert result.exit_code in (0, 1)  # which one is faster on a busy machine is not for a test to say

@@ -37,6 +37,7 @@ PARAMETERS = {
     "dinov2-l": 304.4,
     "clip-l": 303.2,
     "whisper-small": 88.2,  # its encoder
+    "whisper-small decoder": 153.6 + 7.8,  # and one layer of the encoder with what is in front of it
     "table encoder 64": 0.204,
     "series encoder 128": 1.202,
     "residual mlp 64": 0.103,

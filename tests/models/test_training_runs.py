@@ -99,7 +99,14 @@ def train(
     ("make", "batches", "sites", "through_inductor"),
     [
         pytest.param(LanguageModel, text_batches, 5, True, id="gpt2_on_text"),
-        pytest.param(ImageModel, digit_batches, 5, False, id="vit_on_digits"),
+        pytest.param(
+            ImageModel,
+            digit_batches,
+            5,
+            False,
+            id="vit_on_digits",
+            marks=[unless_old("torch's own aot_eager_decomp_partition is off by 2% as well")],
+        ),
         pytest.param(
             ImageModel,
             digit_batches,

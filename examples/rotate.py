@@ -51,9 +51,15 @@ def rotate(model: nn.Module, plan: lncompile.FoldPlan, rotation: Tensor) -> nn.M
     Raises:
         CannotRotateError: where a norm is not a plain RMSNorm, or the stream is not of that width everywhere.
     """
-    plain = {norm.path for norm in plan.absorb if norm.weight is not None}
-    if plan.folded < plan.total or any(norm.weight and norm.path not in plain for norm in plan.replace):
-        raise CannotRotateError(f"not every norm of this model is a plain RMSNorm after the fold:\n{plan}")
+    absorbed = {norm.path: norm for norm in plan.absorb}
+    for norm in plan.replace:
+        taken = absorbed.get(norm.path)
+        if (norm.weight and not (taken and taken.weight)) or (norm.bias and not (taken and taken.bias)):
+            raise CannotRotateError(f"'{norm.path}' keeps γ or β after the fold:\n{plan}")
+    # A norm that is no module stays a LayerNorm, of a stream whose mean is zero only as long as it is not rotated.
+    stays = [norm.name for norm in plan.norms if norm.becomes != "rms_norm"]
+    if stays:
+        raise CannotRotateError(f"'{stays[0]}' stays a LayerNorm after the fold:\n{plan}")
     if any(not lookup.untied for lookup in plan.lookups):
         raise CannotRotateError("a table is read as it is by another layer: plan with untie=True")
     tensors = model.state_dict()  # the parameters themselves

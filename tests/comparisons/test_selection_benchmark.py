@@ -26,14 +26,6 @@ def test_another_would_have_been_better() -> None:
     assert (found["passed"], found["best"]) == (False, "model")
 
 
-def test_noise_shows_no_better_way() -> None:
-    """The model's way took 0.9 to 1.1 of the time of what was chosen, by process: the interval holds 1."""
-    results = [process("stock", 1.0, stock=1.0, model=model) for model in (0.9, 0.97, 0.96, 1.05)]
-    found = benchmark.judge(results)
-    assert (found["passed"], found["best"]) == (True, "model")
-    assert found["of_the_best"]["median"] < 0.99 < found["of_the_best"]["high"]
-
-
 def test_the_choice_is_slower_than_stock() -> None:
     results = [process("model", 1.05 + n / 1e3, stock=1.0, model=1.05 + n / 1e3) for n in range(4)]
     found = benchmark.judge(results)

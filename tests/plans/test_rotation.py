@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -47,9 +48,14 @@ def test_what_cannot_be_rotated_is_refused_before_anything_is_written() -> None:
     keeps_gamma = lncompile.plan(residual, IDS, absorb="affine")
     tied = lncompile.plan(opt, absorb="affine", **inputs)
     whole = lncompile.plan(opt, absorb="affine", untie=True, **inputs)
+    centered = (dataclasses.replace(whole.norms[0], becomes="centered"), *whole.norms[1:])
+    keeping_beta = (dataclasses.replace(whole.absorb[0], bias=None), *whole.absorb[1:])
     for model, plan, width, why in (
-        (residual, keeps_gamma, residual.head.in_features, "not every norm of this model is a plain RMSNorm"),
-        (opt, tied, 32, "not every norm of this model is a plain RMSNorm"),
+        (residual, keeps_gamma, residual.head.in_features, "keeps γ or β after the fold"),
+        (opt, tied, 32, "keeps γ or β after the fold"),
+        (opt, dataclasses.replace(whole, lookups=tied.lookups), 32, "plan with untie=True"),
+        (opt, dataclasses.replace(whole, norms=centered), 32, "stays a LayerNorm after the fold"),
+        (opt, dataclasses.replace(whole, absorb=keeping_beta), 32, "keeps γ or β after the fold"),
         (opt, whole, 8, "a stream of 32 channels, and Q is of 8"),
     ):
         before = copy.deepcopy(model.state_dict())

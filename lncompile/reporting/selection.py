@@ -14,7 +14,7 @@ class Raced:
     Attributes:
         name: of the way: ``"stock"``, ``"model"`` (what the model of costs chooses), ``"fold alone"``, ...
         options: what to give ``torch.compile`` for it, beside the user's own options.
-        speedup: median over rounds of stock's time through its own, above 1 faster; None where it was not timed.
+        speedup: how many times as fast as stock; None where it was not timed.
         low: lower end of that one's interval; None where there were too few rounds for one.
         high: upper end.
         rounds: in how many rounds it was timed.

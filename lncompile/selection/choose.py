@@ -32,7 +32,7 @@ from lncompile.selection.working_inputs import WorkingInputs, kept_random_state
 log = logging.getLogger("lncompile")
 
 #: How long the calls of one race may take, compiling not counted.
-SECONDS = 10.0
+SECONDS = 30.0
 #: No further way is compiled for a race after this long; those that are compiled are raced.
 COMPILE_SECONDS = 600.0
 #: Nothing is raced any more in a process whose races have taken this long.

@@ -4,7 +4,7 @@ For every workload of the CPU suites (or of others, on a GPU), in several proces
 race, which starts from nothing in each process; then stock and every way that was raced are compiled by themselves, and
 timed interleaved. The choice is one of them, and its time is that way's.
 
-    python benchmarks/selection.py [--suite cpu narrow] [--only WORD ...] [--seconds 40] [--processes 4] [--dry-run]
+    python benchmarks/selection.py [--suite cpu narrow] [--only WORD ...] [--seconds 120] [--processes 3] [--dry-run]
 
 Prints a table and writes ``benchmarks/results/selection.json``. Exit code 1 where a choice is below 0.99 of the best
 way, or below stock beyond noise.
@@ -92,7 +92,7 @@ def carry_out(task: dict[str, Any]) -> dict[str, Any]:
     timings = measure(
         {name: _call(function, inputs) for name, function in ways.items()},
         seconds=task["seconds"],
-        maximum_rounds=300,
+        maximum_rounds=200,
         prepare=dict.fromkeys(ways, rewind),
     )
     return {
@@ -190,8 +190,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Whether the race chooses well.")
     parser.add_argument("--suite", nargs="+", choices=sorted(SUITES), default=list(ON_A_CPU))
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="those whose name holds one of these")
-    parser.add_argument("--seconds", type=float, default=40.0, help="of timing for each workload, the race not counted")
-    parser.add_argument("--processes", type=int, default=4, help="for each workload (default: 4)")
+    parser.add_argument(
+        "--seconds", type=float, default=120.0, help="of timing for each workload, the race not counted"
+    )
+    parser.add_argument("--processes", type=int, default=3, help="for each workload (default: 3)")
     parser.add_argument("--output", type=Path, default=recording.RESULTS, help="folder of the JSON")
     parser.add_argument("--dry-run", action="store_true", help="tiny models; no number means anything")
     chosen = parser.parse_args()

@@ -24,7 +24,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from lncompile.comparisons.signed_rank import speedup_of
-from lncompile.comparisons.timing import Estimate, Stopwatch
+from lncompile.comparisons.timing import LONG_CALL, Estimate, Stopwatch
 
 #: Rounds after which it is looked who drops out. Each is half as many again as the one before.
 LOOKS = (12, 18, 27, 40, 60, 90, 135, 200, 300, 450)
@@ -36,8 +36,6 @@ ALPHA = 0.05
 AS_GOOD = 0.995
 #: The race is over when all that are left are at least this many times as fast as the fastest.
 PRACTICALLY_EQUAL = 0.99
-#: A call that takes this many seconds is not made twice: what ran before it makes no difference to it.
-LONG_CALL = 0.05
 #: A race for which time is too short for this many calls may take twice as long.
 CALLS = 250
 

@@ -88,6 +88,20 @@ def test_what_ran_before_makes_no_difference() -> None:
     assert set(timings.seconds["a"]) == set(timings.seconds["b"]) == {1.0}
 
 
+@pytest.mark.parametrize(("seconds", "calls"), [(0.049, 2), (0.051, 1)])
+def test_long_calls_are_made_once_a_round(seconds: float, calls: int) -> None:
+    made: list[str] = []
+
+    def stopwatch(call: Callable[[], Any]) -> float:
+        call()
+        return seconds
+
+    candidates = {"a": lambda: made.append("a"), "b": lambda: made.append("b")}
+    timings = measure(candidates, seconds=1e-9, minimum_rounds=7, warmup=1, stopwatch=stopwatch)
+    assert len(timings.seconds["a"]) == len(timings.seconds["b"]) == 7
+    assert made.count("a") == made.count("b") == 1 + calls * 7
+
+
 def test_wall_clock_times_the_call() -> None:
     called: list[int] = []
     assert wall_clock(lambda: called.append(1)) > 0

@@ -190,9 +190,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Whether the race chooses well.")
     parser.add_argument("--suite", nargs="+", choices=sorted(SUITES), default=list(ON_A_CPU))
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="those whose name holds one of these")
-    parser.add_argument(
-        "--seconds", type=float, default=120.0, help="of timing for each workload, races not counted"
-    )
+    parser.add_argument("--seconds", type=float, default=120.0, help="of timing for each workload, races not counted")
     parser.add_argument("--processes", type=int, default=3, help="for each workload (default: 3)")
     parser.add_argument("--output", type=Path, default=recording.RESULTS, help="folder of the JSON")
     parser.add_argument("--dry-run", action="store_true", help="tiny models; no number means anything")

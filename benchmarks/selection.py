@@ -6,8 +6,8 @@ timed interleaved. The choice is one of them, and its time is that way's.
 
     python benchmarks/selection.py [--suite cpu narrow] [--only WORD ...] [--seconds 120] [--processes 3] [--dry-run]
 
-Prints a table and writes ``benchmarks/results/selection.json``. Exit code 1 where a choice is below 0.99 of the best
-way, or below stock beyond noise.
+Prints a table and writes ``benchmarks/results/selection.json`` and, with matplotlib (the extra ``plot``), a PNG beside
+it. Exit code 1 where a choice is below 0.99 of the best way, or below stock beyond noise.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from one_process import SPEEDUPS_ARE, answer_task
 from rich.console import Console
 from rich.table import Table
 from suite.decoding import decode_step
+from suite.presentation import draw_choices
 from suite.suites import ON_A_CPU, SUITES
 from suite.workloads import Workload
 
@@ -214,6 +215,11 @@ def main() -> int:
                 result["workloads"].append(_measured(workload, suite, chosen))
                 recording.write_to(path, result)
     _print(result["workloads"], console)
+    if any(found["raced"] for found in result["workloads"]):
+        try:
+            draw_choices(result, path.with_suffix(".png"))
+        except ImportError as error:
+            console.print(f'no plot, matplotlib is missing (pip install "lncompile[plot]"): {error}', markup=False)
     console.print(f"written to {path}", soft_wrap=True)
     return 0 if chosen.dry_run or all(found.get("passed", True) for found in result["workloads"]) else 1
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,24 @@ _MAIN = (EAGER, BASELINE, CANDIDATE, LIMIT)
 
 #: From this limit on, norms are said to cost something: without any, a model would be so many times as fast as stock.
 NORMS_COST_SOMETHING = 1.05
+
+#: By the name of what is drawn, an estimate for each workload, or None.
+Dots = Mapping[str, Sequence[Mapping[str, float] | None]]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One of the panels of a plot, side by side, with a line for each workload.
+
+    Attributes:
+        label: what its axis shows.
+        dots: what is drawn.
+        lines: where upright lines help the eye.
+    """
+
+    label: str
+    dots: Dots
+    lines: Sequence[float]
 
 
 def summarise_run(workloads: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -163,23 +182,53 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     Raises:
         ImportError: without matplotlib.
     """
-    figure_class: Any = importlib.import_module("matplotlib.figure").Figure
-    workloads = list(reversed(result["workloads"]))  # the first on top
+    workloads = result["workloads"]
     names = list(dict.fromkeys(name for workload in workloads for name in workload["candidates"]))
     shown = [name for name in names if name not in (BASELINE, EAGER)]
+
+    def dots(key: str) -> Dots:
+        return {name: [workload[key].get(name) for workload in workloads] for name in shown}
+
+    panels = (
+        Panel("speed over stock torch.compile", dots("speedup_over_inductor"), (1.0,)),
+        Panel("share of the norms' cost removed", dots("share_of_norm_cost_removed"), (0.0, 1.0)),
+    )
+    _draw_panels(result, [workload["name"] for workload in workloads], panels, path)
+
+
+def draw_choices(result: Mapping[str, Any], path: Path) -> None:
+    """Draw what races chose: over stock torch.compile on the left, next to the best way on the right.
+
+    Args:
+        result: of ``selection.py``, as it is written; workloads that were not raced are left out.
+        path: of the PNG.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    raced = [workload for workload in result["workloads"] if workload["raced"]]
+    over_stock: Dots = {
+        "what a race chose": [workload["over_stock"] for workload in raced],
+        "what the model of costs chose": [workload["speedups"].get("model") for workload in raced],
+    }
+    panels = (
+        Panel("speed over stock torch.compile", over_stock, (1.0,)),
+        Panel("speed over the best way", {"what a race chose": [found["of_the_best"] for found in raced]}, (0.99, 1.0)),
+    )
+    _draw_panels(result, [workload["workload"] for workload in raced], panels, path)
+
+
+def _draw_panels(result: Mapping[str, Any], workloads: Sequence[str], panels: Sequence[Panel], path: Path) -> None:
+    figure_class: Any = importlib.import_module("matplotlib.figure").Figure
     # A figure of its own, not pyplot's: no window, no state shared with anybody.
     figure = figure_class(figsize=(12, 2 + 0.6 * len(workloads)), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
-    panels = (
-        (left, "speedup_over_inductor", "speed over stock torch.compile", (1.0,)),
-        (right, "share_of_norm_cost_removed", "share of the norms' cost removed", (0.0, 1.0)),
-    )
-    for axes, key, label, lines in panels:
-        for line in lines:
+    both = figure.subplots(1, len(panels), sharey=True, width_ratios=(3, 2))
+    for axes, panel in zip(both, panels, strict=True):
+        for line in panel.lines:
             axes.axvline(line, color="0.6", linewidth=1, linestyle="--")
-        for index, name in enumerate(shown):
-            offset = 0.7 * ((index + 0.5) / len(shown) - 0.5)
-            points = [(y - offset, found) for y, w in enumerate(workloads) if (found := w[key].get(name)) is not None]
+        for index, (name, estimates) in enumerate(panel.dots.items()):
+            offset = 0.7 * ((index + 0.5) / len(panel.dots) - 0.5)
+            points = [(y + offset, found) for y, found in enumerate(estimates) if found is not None]
             if points:
                 medians = [found["median"] for _, found in points]
                 errors = [
@@ -188,11 +237,13 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
                 ]
                 color = f"C{index}"
                 axes.errorbar(medians, [y for y, _ in points], xerr=errors, fmt="o", capsize=3, color=color, label=name)
-        axes.set_xlabel(f"{label} (95% interval)")
+        axes.set_xlabel(f"{panel.label} (95% interval)")
         axes.margins(x=0.1)
-    left.set_yticks(range(len(workloads)), [workload["name"] for workload in workloads])
-    left.set_ylim(-0.5, len(workloads) - 0.5)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(shown), frameon=False)
+    first = both[0]
+    first.set_yticks(range(len(workloads)), workloads)
+    first.set_ylim(len(workloads) - 0.5, -0.5)  # the first on top
+    columns = max(1, len(panels[0].dots))
+    figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False)
     dry = "DRY RUN, no number means anything: " if result["dry_run"] else ""
     figure.suptitle(f"{dry}{result['machine']['device']}, torch {result['machine']['torch']}, {result['commit'][:10]}")
     figure.savefig(path, dpi=120)

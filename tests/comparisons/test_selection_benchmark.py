@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import selection as benchmark
+from suite.presentation import draw_choices
 
 
 def process(choice: str, **seconds: float) -> dict[str, Any]:
@@ -54,3 +56,17 @@ def test_chance_does_not_make_the_best_look_better() -> None:
 
 def test_what_was_not_raced_says_why() -> None:
     assert benchmark.judge([{"seconds": {}, "raced": False, "why": "2 graphs"}]) == {"raced": False, "why": "2 graphs"}
+
+
+def test_a_plot_of_choices(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the extra 'plot' is not installed")
+    raced = benchmark.judge([process("model", stock=1.2, model=1.0 + n / 1e3) for n in range(3)])
+    workloads = [{"workload": "a", **raced}, {"workload": "b", "raced": False, "why": "2 graphs"}]
+    result = {
+        "workloads": workloads,
+        "machine": {"device": "a device", "torch": "2"},
+        "commit": "0" * 40,
+        "dry_run": True,
+    }
+    draw_choices(result, tmp_path / "p.png")
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")

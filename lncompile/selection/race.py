@@ -1,8 +1,8 @@
 """A race by successive elimination: the ways are timed in turn, and those that are slower drop out.
 
-In each round every way that is left is called, in a random order, and timed at its second call
-(:mod:`lncompile.comparisons.timing` says why). What is compared are ratios of times of one round, so that drift hits
-all ways alike (:mod:`lncompile.comparisons.signed_rank`).
+In each round every way that is left is called, in a random order, and timed at its second call, or at its only one if
+it is long (:mod:`lncompile.comparisons.timing` says why). What is compared are ratios of times of one round, so that
+drift hits all ways alike (:mod:`lncompile.comparisons.signed_rank`).
 
 Ways drop out for two reasons. At each of a few looks at the times those go that are shown to be slower. And as time
 runs out, those go that are behind, shown or not: after a quarter of it the slower half, after a half of it all but the

@@ -31,6 +31,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from graphs import run_as_it_is  # noqa: E402
 
+from lncompile import backend  # noqa: E402
 from lncompile.lowering import torch_private_inductor  # noqa: E402
 
 # Behind the rest: a benchmark of one name with a helper of tests (numerics) must not stand in its place.
@@ -50,6 +51,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def fresh_dynamo() -> Iterator[None]:
     """Each test starts without compiled code, with the same random numbers, and under no_grad (inference)."""
     torch._dynamo.reset()
+    backend.lnfold.reset()  # torch does that only where the backend compiled something since the last time
     torch.manual_seed(0)
     with torch.no_grad():
         yield

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from suite.decoding import decode_step
 from suite.presentation import draw_choices
-from suite.suites import ON_A_CPU, SUITES
+from suite.suites import ON_A_CPU, RACED, SUITES
 from suite.workloads import Workload
 
 import lncompile
@@ -189,7 +189,7 @@ def _measured(workload: Workload, suite: str, chosen: argparse.Namespace) -> dic
 def main() -> int:
     """Run the benchmark as a command."""
     parser = argparse.ArgumentParser(description="Whether the race chooses well.")
-    parser.add_argument("--suite", nargs="+", choices=sorted(SUITES), default=list(ON_A_CPU))
+    parser.add_argument("--suite", nargs="+", choices=sorted(SUITES), default=list(RACED))
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="those whose name holds one of these")
     parser.add_argument("--seconds", type=float, default=120.0, help="of timing for each workload, races not counted")
     parser.add_argument("--processes", type=int, default=3, help="for each workload (default: 3)")

@@ -46,6 +46,15 @@ PYTHIA = Architecture(
     {"hidden_size": 2048, "num_attention_heads": 16, "intermediate_size": 8192, "vocab_size": 50304},
     {**_TINY, "intermediate_size": 64, "vocab_size": 61, "max_position_embeddings": 64},
 )
+PYTHIA_160M = Architecture(
+    "pythia-160m",
+    "GPTNeoXForCausalLM",
+    "GPTNeoXConfig",
+    12,
+    "num_hidden_layers",
+    {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "vocab_size": 50304},
+    PYTHIA.tiny,
+)
 BLOOM = Architecture(
     "bloom-560m",
     "BloomForCausalLM",
@@ -115,7 +124,10 @@ _GRAPHS = "reduce-overhead"
 _FULL = torch.float32
 
 #: Suites that run on a CPU. The others need an NVIDIA GPU, dry runs excepted.
-ON_A_CPU = ("cpu", "narrow")
+ON_A_CPU = ("cpu", "narrow", "cpu-decoding")
+
+#: Suites in which a race's choice is timed too, by a candidate of its own.
+RACED = ("cpu", "narrow")
 
 #: Every suite's workloads, the most telling first: what the time does not suffice for is left out from the end.
 SUITES: dict[str, tuple[Workload, ...]] = {
@@ -126,6 +138,11 @@ SUITES: dict[str, tuple[Workload, ...]] = {
         Workload(OPT_125M, "prefill", 1, 128, _FULL),
     ),
     "narrow": NARROW,
+    "cpu-decoding": tuple(
+        Workload(model, "decode", 1, length, dtype, layers=6, names_dtype=True)
+        for model, length in ((GPT2, 128), (OPT_125M, 128), (WHISPER_SMALL_DECODER, 224), (PYTHIA_160M, 128))
+        for dtype in (_FULL, torch.bfloat16)
+    ),
     "decoding": (
         # A part of the layers: compiling each of seven candidates takes longer than timing them.
         Workload(GPT2_MEDIUM, "decode", 1, 256, mode=_GRAPHS, layers=12),

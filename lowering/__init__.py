@@ -4,7 +4,13 @@ from lncompile.lowering import torch_private, torch_private_breaks, torch_privat
 from lncompile.lowering.device_words import compare_words, record_words
 from lncompile.lowering.emit import emit
 from lncompile.lowering.host_words import HostWords, Look, can_compare
-from lncompile.lowering.matrix_vector import matrix_vector, normed_matrix_vector, transposed_copy
+from lncompile.lowering.matrix_vector import (
+    blocks_of_weight,
+    is_faster_as_sum,
+    matrix_vector,
+    normed_matrix_vector,
+    transposed_copy,
+)
 from lncompile.lowering.norms import NormCall, lower_to_aten, lower_to_rms_norm
 from lncompile.lowering.persistent import (
     FOLDED_STATISTIC,
@@ -32,11 +38,13 @@ __all__ = [
     "NormCall",
     "Spacing",
     "StoredScale",
+    "blocks_of_weight",
     "can_compare",
     "compare_words",
     "compute_dtype_of",
     "emit",
     "grouped_rms_norm",
+    "is_faster_as_sum",
     "is_folded_statistic",
     "leave_rows_to_inductor",
     "lower_to_aten",

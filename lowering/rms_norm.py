@@ -138,6 +138,16 @@ def slices_of_row(value: Tensor) -> int:
         or not isinstance(width, int)
     ):
         return 1
+    return slices_without_cascades(width)
+
+
+def slices_without_cascades(width: int) -> int:
+    """In how many equal slices of whole vectors a CPU sums so many elements without cascades: 1 to 8.
+
+    Example:
+        >>> slices_without_cascades(768), slices_without_cascades(8192), slices_without_cascades(8193)
+        (1, 2, 1)
+    """
     if width <= _LONGEST_PLAIN_SUM or width % _WIDEST_VECTOR:
         return 1
     vectors = width // _WIDEST_VECTOR

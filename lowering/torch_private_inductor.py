@@ -125,6 +125,14 @@ def freezes_weights(config_patches: Mapping[str, Any]) -> bool:
     return bool(config_patches.get("freezing", config.freezing)) and not torch.is_grad_enabled()
 
 
+def tunes_products(config_patches: Mapping[str, Any]) -> bool:
+    """Whether Inductor times its own kernels of matrix products against a library's."""
+    from torch._inductor import config
+
+    names = ("max_autotune", "max_autotune_gemm")
+    return any(bool(config_patches.get(name, getattr(config, name))) for name in names)
+
+
 def generates_products(config_patches: Mapping[str, Any], device: torch.device) -> bool:
     """Whether Inductor generates the kernels of matrix products itself, each with the pointwise operations behind it.
 
@@ -139,7 +147,7 @@ def generates_products(config_patches: Mapping[str, Any], device: torch.device) 
 
     templates = {"cuda": {"TRITON"}, "cpu": {"CPP"}}.get(device.type)
     chosen = {backend.strip() for backend in setting("max_autotune_gemm_backends").upper().split(",")}
-    tunes = setting("max_autotune") or setting("max_autotune_gemm")
+    tunes = tunes_products(config_patches)
     return bool(tunes and setting("epilogue_fusion") and chosen == templates and torch.__version__ >= "2.13")
 
 

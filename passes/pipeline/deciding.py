@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 
 from torch import fx, nn
 
-from lncompile.lowering import torch_private_inductor
+from lncompile.lowering import is_faster_as_sum, torch_private_inductor
 from lncompile.passes.decisions import Reason, Verdict
 from lncompile.passes.graph.effects import Writes, examples_of, find_writes
 from lncompile.passes.graph.facts import GraphFacts, is_in_evaluation, trained_parameter, turns_gradients_on
@@ -155,7 +155,6 @@ def _no_sums(known: Known) -> OneRow:
 @decides(Known.one_row, instead=_no_sums)
 def one_row(known: Known) -> OneRow:
     """Which products of one row become sums, and which folded norms go into them."""
-    sums = functools.partial(torch_private_inductor.writes_products_as_sums, known.inductor)
     products, inside = plan_matrix_vectors(
         "off" if known.placed is None else known.options.matrix_vector,
         _may_copy(known),
@@ -164,7 +163,7 @@ def one_row(known: Known) -> OneRow:
         _centered_for(known),
         known.facts,
         known.costs,
-        sums,
+        functools.partial(is_faster_as_sum, config_patches=known.inductor),
     )
     return OneRow(products, inside)
 

@@ -24,12 +24,13 @@ it did not. A weight that is kept as ``[in, out]`` is copied the other way round
 
 **Where it adds no kernel.** A product is one launch either way, unless Inductor cuts the sum in two because it has few
 outputs (:data:`OUTPUTS_OF_AN_UNCUT_SUM`): then it is left. A norm goes inside only where products are all that reads
-it.
+it, and not on a CPU: no launch is saved there, and three sums over a weight take longer than one.
 
-**By itself** (``lnfold.matrix_vector="auto"``) only on a GPU where Inductor does the same with products that have no
-bias: where it tunes its kernels by coordinate descent (max-autotune), without which sums do not reach a GPU's
-bandwidth. And only with weights that lie right, or are copied anyway because they are centered. ``"on"`` asks for
-neither, and turns that tuning on. Launches are counted in generated code; time was not measured.
+**By itself** (``lnfold.matrix_vector="auto"``) only with weights that lie right, or are copied anyway because they are
+centered. On a CPU in 32 and 16 bits, where it was measured to be faster (:func:`lncompile.lowering.is_faster_as_sum`);
+on a GPU where Inductor does the same with products that have no bias: where it tunes its kernels by coordinate descent
+(max-autotune), without which sums do not reach a GPU's bandwidth. ``"on"`` asks for neither, and turns that tuning on.
+On a GPU launches are counted in generated code; time was not measured.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ import torch
 from torch import Tensor, fx
 
 from lncompile.lowering import (
+    blocks_of_weight,
     emit,
     matrix_vector,
     normed_matrix_vector,
@@ -122,7 +124,7 @@ def plan_matrix_vectors(
     centered: CenteredFor,
     facts: GraphFacts,
     costs: CostModel,
-    writes_products_as_sums: Callable[[torch.device], bool] = lambda device: False,
+    is_faster_as_sum: Callable[[Tensor], bool] = lambda product: False,
 ) -> tuple[MatrixVectors, dict[fx.Node, str]]:
     """Decide which products become sums, and which folded norms go into them.
 
@@ -134,7 +136,7 @@ def plan_matrix_vectors(
         centered: which parameters are centered for that; by itself no others are copied.
         facts: the facts of the graph.
         costs: in training nothing is done.
-        writes_products_as_sums: whether Inductor does so on a device, with products that have no bias.
+        is_faster_as_sum: whether a product of one row is, by its result.
 
     Returns:
         What is to be done, and for every norm that goes inside, by its node, where, in words.
@@ -145,11 +147,7 @@ def plan_matrix_vectors(
     products: dict[fx.Node, OneRowProduct] = {}
     for node in graph.nodes:
         tensor = tensor_of(node)
-        if (
-            node in autocast
-            or tensor is None
-            or (mode == "auto" and not writes_products_as_sums(target_of(tensor.device)))
-        ):
+        if node in autocast or tensor is None or (mode == "auto" and not is_faster_as_sum(tensor)):
             continue
         copied = facts.parametric if mode == "on" else centered.get(node, ())
         product = _one_row_product(node, copied if may_copy else (), facts)
@@ -158,7 +156,7 @@ def plan_matrix_vectors(
     inside: dict[fx.Node, NormSite] = {}
     words: dict[fx.Node, str] = {}
     for site in folded:
-        readers = _products_that_read(site, products, facts)
+        readers = _products_that_read(site, products, facts) if _saves_a_launch(site) else ()
         if readers:
             inside.update(dict.fromkeys(readers, site))
             places = ", ".join(provenance.describe(reader) for reader in readers)
@@ -226,6 +224,12 @@ def _as_rows(operation: Operation) -> fx.Node | None:
         weight = transposing["input"]
     tensor = tensor_of(weight)
     return weight if tensor is not None and tensor.dim() == 2 and tensor.is_contiguous() else None
+
+
+def _saves_a_launch(site: NormSite) -> bool:
+    """Whether a norm costs a launch where it stands alone: on a CPU a kernel is a loop behind another."""
+    tensor = tensor_of(site.input)
+    return tensor is not None and target_of(tensor.device).type != "cpu"
 
 
 def _products_that_read(site: NormSite, products: Collection[fx.Node], facts: GraphFacts) -> tuple[fx.Node, ...]:
@@ -334,7 +338,10 @@ def write_as_sums(graph: fx.Graph, plan: MatrixVectors) -> None:
         site = plan.inside.get(node)
         with graph.inserting_before(node):
             if site is None:
-                value = emit(graph, node.name, matrix_vector, row, weight, bias, sizes, tensor.dtype)
+                blocks = blocks_of_weight(known) if (known := tensor_of(weight)) is not None else 1
+                value = emit(
+                    graph, node.name, matrix_vector, row, weight, bias, shape(weight), sizes, tensor.dtype, blocks
+                )
             else:
                 norm = site.current()
                 arguments = (norm["input"], weight, bias, norm["weight"], norm["bias"], site.eps, tuple(shape(weight)))

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch_versions import unless_old
 
+from lncompile.lowering.target import compiled_for
+
 pytestmark = unless_old("Dynamo spells some graphs otherwise")
 
 
@@ -193,8 +195,9 @@ def test_defer() -> None:
 
 
 def test_matrix_vector() -> None:
-    """A product of one row is a sum, and its norm is computed inside."""
-    before, after = before_and_after("matrix_vector", ready(Block()), IDS[:1], rows()[:1], matrix_vector="on")
+    """A product of one row is a sum, and on a GPU its norm is computed inside."""
+    with compiled_for(torch.device("cuda")):
+        before, after = before_and_after("matrix_vector", ready(Block()), IDS[:1], rows()[:1], matrix_vector="on")
     assert_expected(
         before,
         """
@@ -218,10 +221,10 @@ def test_matrix_vector() -> None:
             up_bias, down_weight, down_bias, table_weight_centered_to_1_materialized,
             projection_weight_centered_to_1_materialized, projection_bias_centered_to_1_materialized):
             embedding = functional.embedding(ids, table_weight_centered_to_1_materialized, None, None, 2.0, False, False)  # f64[1, 4]
-            linear_to = projection_weight_centered_to_1_materialized.to(float64)  # f64[4, 4]
             linear_reshape = torch.reshape(x, [1, -1])  # f64[1, 4]
-            linear_to_1 = linear_reshape.to(float64)  # f64[1, 4]
-            linear_mul = torch.mul(linear_to, linear_to_1)  # f64[4, 4]
+            linear_to = linear_reshape.to(float64)  # f64[1, 4]
+            linear_to_1 = projection_weight_centered_to_1_materialized.to(float64)  # f64[4, 4]
+            linear_mul = torch.mul(linear_to_1, linear_to)  # f64[4, 4]
             linear_sum = torch.sum(linear_mul, [1])  # f64[4]
             linear_add = torch.add(linear_sum, projection_bias_centered_to_1_materialized)  # f64[4]
             linear_to_2 = linear_add.to(float64)  # f64[4]
@@ -250,10 +253,10 @@ def test_matrix_vector() -> None:
             linear_1_reshape_1_as_strided = torch.as_strided(linear_1_reshape_1, (1, 8), (8, 1), 0)  # f64[1, 8]
             gelu = functional.gelu(linear_1_reshape_1_as_strided)  # f64[1, 8]
             gelu_as_strided = torch.as_strided(gelu, (1, 8), (8, 1), 0)  # f64[1, 8]
-            linear_2_to = down_weight.to(float64)  # f64[5, 8]
             linear_2_reshape = torch.reshape(gelu_as_strided, [1, -1])  # f64[1, 8]
-            linear_2_to_1 = linear_2_reshape.to(float64)  # f64[1, 8]
-            linear_2_mul = torch.mul(linear_2_to, linear_2_to_1)  # f64[5, 8]
+            linear_2_to = linear_2_reshape.to(float64)  # f64[1, 8]
+            linear_2_to_1 = down_weight.to(float64)  # f64[5, 8]
+            linear_2_mul = torch.mul(linear_2_to_1, linear_2_to)  # f64[5, 8]
             linear_2_sum = torch.sum(linear_2_mul, [1])  # f64[5]
             linear_2_add = torch.add(linear_2_sum, down_bias)  # f64[5]
             linear_2_to_2 = linear_2_add.to(float64)  # f64[5]

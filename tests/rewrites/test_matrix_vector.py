@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import lncompile
-from lncompile.lowering import normed_matrix_vector, torch_private_inductor
+from lncompile.lowering import blocks_of_weight, matrix_vector, normed_matrix_vector, torch_private_inductor
+from lncompile.lowering.inspect import torch_private_codegen
 from lncompile.lowering.inspect.triton_interpreter import run_in_interpreter
 from lncompile.lowering.inspect.triton_without_gpu import retargeted_to_gpu, triton_for_sm90
 from lncompile.lowering.target import compiled_for
@@ -28,6 +30,7 @@ from lncompile.verification import relative_error
 D, OUT = 16, 24
 ON = {"lnfold.matrix_vector": "on"}
 ONE = torch.tensor([[3]])
+GPU, CPU = torch.device("cuda"), torch.device("cpu")
 
 
 def written_under_a_name(m: BranchBlock, x: Tensor) -> Tensor:
@@ -81,18 +84,22 @@ def block(branch: Branch) -> BranchBlock:
 @pytest.mark.parametrize("name", SUMS)
 def test_what_becomes_a_sum(name: str, without_inductor: None) -> None:
     body, sums, inside = SUMS[name]
-    model = block(body)
-    plan = capture(model, ONE).analyse(Options(matrix_vector="on")).matrix_vectors
-    assert (len(plan.products), len(plan.inside)) == (sums + 1, inside)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="lnfold", options=ON)
-    assert relative_error(compiled(ONE), model(ONE)) <= 1e-12
-    (report,) = lncompile.reports(compiled)
-    assert [site.lowering for site in report.sites] == ["rms_norm_deferred" if inside else "rms_norm", "rms_norm"]
-    assert ("computed for one row in the kernels of" in report.sites[0].deferral) == bool(inside)
-    for parameter in (model.norm.weight, model.norm.bias, model.weight, model.up.weight, model.down.weight):
-        parameter.mul_(1.5)
-    assert relative_error(compiled(ONE), model(ONE)) <= 1e-12, "weights that change are noticed"
+    for device, expected in ((GPU, inside), (CPU, 0)):
+        torch._dynamo.reset()
+        model = block(body)
+        with compiled_for(device):
+            plan = capture(model, ONE).analyse(Options(matrix_vector="on")).matrix_vectors
+            assert (len(plan.products), len(plan.inside)) == (sums + 1, expected)
+            torch._dynamo.reset()
+            compiled = torch.compile(model, backend="lnfold", options=ON)
+            assert relative_error(compiled(ONE), model(ONE)) <= 1e-12
+            (report,) = lncompile.reports(compiled)
+            lowered = ["rms_norm_deferred" if expected else "rms_norm", "rms_norm"]
+            assert [site.lowering for site in report.sites] == lowered
+            assert ("computed for one row in the kernels of" in report.sites[0].deferral) == bool(expected)
+            for parameter in (model.norm.weight, model.norm.bias, model.weight, model.up.weight, model.down.weight):
+                parameter.mul_(1.5)
+            assert relative_error(compiled(ONE), model(ONE)) <= 1e-12, "weights that change are noticed"
 
 
 def test_a_dropout_that_drops_stays(without_inductor: None) -> None:
@@ -180,17 +187,17 @@ def test_wrong_sums_are_noticed(monkeypatch: pytest.MonkeyPatch, without_inducto
         torch._dynamo.reset()
         with monkeypatch.context() as patched:
             patched.setattr(passes, "normed_matrix_vector", without(name))
-            actual = torch.compile(model, backend="lnfold", options=ON)(ONE)
+            with compiled_for(GPU):
+                actual = torch.compile(model, backend="lnfold", options=ON)(ONE)
         assert relative_error(actual, expected) > 1e-3, name
 
 
 def test_by_itself_where_inductor_does_so_and_nothing_is_copied() -> None:
-    gpu, cpu = torch.device("cuda"), torch.device("cpu")
     tuned = {"coordinate_descent_tuning": True}
-    assert torch_private_inductor.writes_products_as_sums(tuned, gpu)
-    assert torch_private_inductor.writes_products_as_sums(parse_options("max-autotune", None)[1], gpu)
-    assert not torch_private_inductor.writes_products_as_sums({"coordinate_descent_tuning": False}, gpu)
-    assert not torch_private_inductor.writes_products_as_sums(tuned, cpu)
+    assert torch_private_inductor.writes_products_as_sums(tuned, GPU)
+    assert torch_private_inductor.writes_products_as_sums(parse_options("max-autotune", None)[1], GPU)
+    assert not torch_private_inductor.writes_products_as_sums({"coordinate_descent_tuning": False}, GPU)
+    assert not torch_private_inductor.writes_products_as_sums(tuned, CPU)
     # The last product's weight lies right; so does that of "linear and gelu", and nobody else copies m.weight.
     for name, options, expected in (
         ("linear and gelu", Options(), 2),
@@ -200,8 +207,69 @@ def test_by_itself_where_inductor_does_so_and_nothing_is_copied() -> None:
     ):
         captured = capture(block(SUMS[name][0]), ONE)
         assert not captured.analyse(options, tuned).matrix_vectors.products or options.matrix_vector == "on"
-        with compiled_for(gpu):
+        with compiled_for(GPU):
             assert len(captured.analyse(options, tuned).matrix_vectors.products) == expected
+
+
+@pytest.mark.parametrize(
+    ("dtype", "inductors", "expected"),
+    [
+        (torch.float32, {}, 2),
+        (torch.bfloat16, {}, 2),
+        (torch.float16, {}, 2),
+        (torch.float64, {}, 0),  # not measured
+        (torch.float32, {"freezing": True}, 0),
+        (torch.float32, {"max_autotune": True}, 0),
+        (torch.bfloat16, {"max_autotune_gemm": True}, 0),
+        (torch.float32, {"coordinate_descent_tuning": True}, 2),
+    ],
+)
+def test_by_itself_on_a_cpu(dtype: torch.dtype, inductors: dict[str, bool], expected: int) -> None:
+    captured = capture(block(SUMS["linear and gelu"][0]).to(dtype), ONE)
+    assert len(captured.analyse(Options(), inductors).matrix_vectors.products) == expected
+    assert not captured.analyse(Options(matrix_vector="off"), inductors).matrix_vectors.products
+    assert (
+        not capture(block(SUMS["linear and gelu"][0]).to(dtype), torch.tensor([[3, 4]]))
+        .analyse(Options(), inductors)
+        .matrix_vectors.products
+    ), "two rows"
+
+
+# Outputs and features: in one block; in four; with rows left over; in slices, which cascades would take the place of.
+WEIGHTS = {(24, 16): 1, (63, 8192): 1, (64, 4096): 4, (1027, 384): 4, (258, 8192): 4}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", WEIGHTS)
+def test_weights_are_read_in_blocks_on_a_cpu(sizes: tuple[int, int], dtype: torch.dtype) -> None:
+    row, weight, bias = (torch.randn(shape, dtype=dtype) for shape in ((1, 1, sizes[1]), sizes, (sizes[0],)))
+    blocks = blocks_of_weight(weight)
+    assert blocks == WEIGHTS[sizes]
+    with compiled_for(GPU):
+        assert blocks_of_weight(weight) == 1
+    expected = functional.linear(row.double(), weight.double(), bias.double())
+    limit = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 4e-3}[dtype]
+    for given, total in ((bias, expected), (None, expected - bias.double())):
+        answer = matrix_vector(row, weight, given, sizes, (1, 1, sizes[0]), dtype, blocks)
+        assert answer.dtype == dtype
+        assert relative_error(answer, total) <= limit
+
+
+@pytest.mark.parametrize(("sizes", "sums"), [((1027, 384), 4), ((258, 8192), 4), ((24, 16), 1)])
+def test_one_loop_reads_a_row_of_each_block(sizes: tuple[int, int], sums: int) -> None:
+    """In the C++ that Inductor generates: so many sums side by side in a loop over the features, none in cascades."""
+
+    def product(row: Tensor, weight: Tensor) -> Tensor:
+        return matrix_vector(row, weight, None, sizes, (1, 1, sizes[0]), row.dtype, blocks_of_weight(weight))
+
+    row, weight = torch.randn(1, 1, sizes[1]), torch.randn(sizes)
+    with torch_private_codegen.recorded_wrappers() as wrappers:
+        compiled = torch.compile(product, dynamic=False)
+        torch.testing.assert_close(compiled(row, weight), functional.linear(row, weight), rtol=1e-4, atol=1e-4)
+    (code,) = wrappers
+    assert "cascade" not in code.lower()
+    accumulators = [set(re.findall(r"tmp_acc\d+_vec", loop)) for loop in code.split("for(int64_t x0=")]
+    assert max(map(len, accumulators)) == sums
 
 
 def test_a_weight_that_is_copied_anyway_is_copied_the_other_way_round(without_inductor: None) -> None:
@@ -209,7 +277,7 @@ def test_a_weight_that_is_copied_anyway_is_copied_the_other_way_round(without_in
     model, arguments = decoder("gpt2", torch.float64)
     expected = model(**arguments()).logits
     tuned = {"coordinate_descent_tuning": True}
-    with compiled_for(torch.device("cuda")):
+    with compiled_for(GPU):
         compiled = torch.compile(model, backend="lnfold", options=tuned)
         assert relative_error(compiled(**arguments()).logits, expected) <= 1e-12
     (report,) = [report for report in lncompile.reports(compiled) if report.total]
@@ -284,10 +352,13 @@ def decoder(name: str, dtype: torch.dtype, layers: int = 2) -> tuple[nn.Module, 
 def test_a_step_of_decoding(name: str, without_inductor: None) -> None:
     model, arguments = decoder(name, torch.float64)
     expected = model(**arguments()).logits
-    compiled = torch.compile(model, backend="lnfold", options=ON)
-    assert relative_error(compiled(**arguments()).logits, expected) <= 1e-12
-    (report,) = [report for report in lncompile.reports(compiled) if report.total]
-    assert [site.lowering for site in report.sites] == ["rms_norm_deferred"] * 5
+    for device, lowering in ((GPU, "rms_norm_deferred"), (CPU, "rms_norm")):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="lnfold", options=ON)
+        with compiled_for(device):
+            assert relative_error(compiled(**arguments()).logits, expected) <= 1e-12
+        (report,) = [report for report in lncompile.reports(compiled) if report.total]
+        assert [site.lowering for site in report.sites] == [lowering] * 5
 
 
 def launches(name: str, layers: int, **options: Any) -> tuple[int, int]:

@@ -71,6 +71,7 @@ bench: bench-cpu ## everything that is measured on a CPU: bench-cpu, and the oth
 bench-cpu: $(stamp)-test ## latency of models on the CPU: stock, lnfold, lnfold measured, without norms, eager (three to four hours; BENCH="--only gpt2" for a part of the first suite)
 	$(python) benchmarks/latency.py --suite cpu $(BENCH)
 ifeq ($(BENCH),)
+	$(python) benchmarks/latency.py --suite cpu-decoding
 	OMP_NUM_THREADS=1 $(python) benchmarks/latency.py --suite narrow
 	OMP_NUM_THREADS=1 $(python) benchmarks/selection.py
 endif

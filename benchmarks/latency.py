@@ -27,7 +27,7 @@ import recording
 import torch
 from one_process import answer_task
 from rich.console import Console
-from suite.candidates import FOR_ONE_ROW, MEASURED, PEERS, RECIPES, Recipe
+from suite.candidates import FOR_ONE_ROW, FOR_ONE_ROW_ON_A_CPU, MEASURED, PEERS, RECIPES, Recipe
 from suite.measurement import Settings, measure_workload
 from suite.presentation import draw, print_tables, summarise_run
 from suite.repeated import carry_out, measure_in_processes
@@ -136,7 +136,7 @@ def run(
         if suite in RACED:
             recipes += (MEASURED,)
         elif workload.task == "decode" and workload.batch == 1:
-            recipes += FOR_ONE_ROW
+            recipes += FOR_ONE_ROW_ON_A_CPU if suite in ON_A_CPU else FOR_ONE_ROW
         if not budget.fits(workload, len(recipes), settings.seconds):
             result["not_measured"][workload.name] = f"it does not fit into {minutes:g} minutes"
             write(result)

@@ -67,9 +67,9 @@ def matrix_vector(
 def is_faster_as_sum(product: Tensor, config_patches: Mapping[str, Any]) -> bool:
     """Whether a product of one row is known to be faster as a sum.
 
-    On a CPU it was measured (``benchmarks/README.md``), with products that Inductor hands to a library as they are: not
-    with weights that it packs (``freezing``), nor with kernels that it generates and tunes (``max_autotune``). On a GPU
-    it was not: there it is what Inductor holds to be faster.
+    On a CPU it was measured (``benchmarks/README.md``), on x86 processors with AVX-512 and with products that Inductor
+    hands to a library as they are: not with weights that it packs (``freezing``), nor with kernels that it generates
+    and tunes (``max_autotune``). On a GPU it was not: there it is what Inductor holds to be faster.
 
     Args:
         product: the result, or a fake tensor of its kind.
@@ -77,9 +77,10 @@ def is_faster_as_sum(product: Tensor, config_patches: Mapping[str, Any]) -> bool
     """
     device = target_of(product.device)
     if device.type == "cpu":
+        measured = torch.backends.cpu.get_cpu_capability() == "AVX512" and product.dtype in _FASTER_ON_A_CPU
         tuned = torch_private_inductor.tunes_products(config_patches)
         packed = torch_private_inductor.freezes_weights(config_patches)
-        return product.dtype in _FASTER_ON_A_CPU and not tuned and not packed
+        return measured and not tuned and not packed
     return torch_private_inductor.writes_products_as_sums(config_patches, device)
 
 

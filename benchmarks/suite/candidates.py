@@ -69,12 +69,14 @@ def _lnfold_with(name: str, options: Mapping[str, str]) -> Recipe:
     )
 
 
+_FOLD_ALONE = _lnfold_with("fold alone", {"lnfold.defer": "off", "lnfold.matrix_vector": "off"})
+_DEFERRED = _lnfold_with("scales deferred", {"lnfold.defer": "on", "lnfold.matrix_vector": "off"})
+_SUMS = _lnfold_with("products as sums", {"lnfold.matrix_vector": "on"})
+
 #: For steps of decoding on a GPU: each lever by itself, to see whether it should be on without being asked for.
-FOR_ONE_ROW = (
-    _lnfold_with("fold alone", {"lnfold.defer": "off", "lnfold.matrix_vector": "off"}),
-    _lnfold_with("scales deferred", {"lnfold.defer": "on", "lnfold.matrix_vector": "off"}),
-    _lnfold_with("products as sums", {"lnfold.matrix_vector": "on"}),
-)
+FOR_ONE_ROW = (_FOLD_ALONE, _DEFERRED, _SUMS)
+#: The same on a CPU, where products of one row are sums without being asked for, if their weights need no copy for it.
+FOR_ONE_ROW_ON_A_CPU = (_FOLD_ALONE, _SUMS)
 
 #: Peers, where a workload asks for them.
 PEERS = (

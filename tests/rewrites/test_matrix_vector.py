@@ -20,6 +20,7 @@ from torch.nn import functional
 import lncompile
 from lncompile.lowering import blocks_of_weight, matrix_vector, normed_matrix_vector, torch_private_inductor
 from lncompile.lowering.inspect import torch_private_codegen
+from lncompile.lowering.inspect.generated_code import GeneratedCode
 from lncompile.lowering.inspect.triton_interpreter import run_in_interpreter
 from lncompile.lowering.inspect.triton_without_gpu import retargeted_to_gpu, triton_for_sm90
 from lncompile.lowering.target import compiled_for
@@ -359,6 +360,24 @@ def test_a_step_of_decoding(name: str, without_inductor: None) -> None:
             assert relative_error(compiled(**arguments()).logits, expected) <= 1e-12
         (report,) = [report for report in lncompile.reports(compiled) if report.total]
         assert [site.lowering for site in report.sites] == [lowering] * 5
+
+
+def test_a_step_of_decoding_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself, through Inductor: no product is left to a library, and errors are not larger than stock's."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    model, arguments = decoder("opt", torch.bfloat16)
+    wide, wide_arguments = decoder("opt", torch.float64)
+    wide.load_state_dict(model.state_dict())
+    expected = wide(**wide_arguments()).logits
+    found = {}
+    for backend in ("inductor", "lnfold"):
+        torch._dynamo.reset()
+        given = arguments()
+        with torch_private_codegen.recorded_wrappers() as wrappers:
+            answer = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)(**given).logits
+        found[backend] = GeneratedCode.from_wrappers(wrappers).extern_calls, relative_error(answer, expected)
+    assert found["inductor"][0] - found["lnfold"][0] == 13, "six products a layer, and the head"
+    assert found["lnfold"][1] <= 1.25 * found["inductor"][1]
 
 
 def launches(name: str, layers: int, **options: Any) -> tuple[int, int]:

@@ -68,7 +68,7 @@ bench: bench-cpu ## everything that is measured on a CPU: bench-cpu, and the oth
 	$(python) benchmarks/norm_kernels.py
 	OMP_NUM_THREADS=1 $(python) benchmarks/norm_kernels_on_cpu.py
 
-bench-cpu: $(stamp)-test ## latency of models on the CPU: stock, lnfold, lnfold measured, without norms, eager (three to four hours; BENCH="--only gpt2" for a part of the first suite)
+bench-cpu: $(stamp)-test ## latency of models on the CPU: stock, lnfold, lnfold measured, without norms, eager (four hours; BENCH="--only gpt2" for a part of the first suite)
 	$(python) benchmarks/latency.py --suite cpu $(BENCH)
 ifeq ($(BENCH),)
 	$(python) benchmarks/latency.py --suite cpu-decoding

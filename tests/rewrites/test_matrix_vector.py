@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import copy
 import inspect
-import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from architectures import randomise
 from branch_blocks import Branch, BranchBlock, branch_block
+from decoding_steps import CONFIGS, decoder
 from graphs import capture
 from torch import Tensor, nn
 from torch.nn import functional
 
 import lncompile
-from lncompile.lowering import blocks_of_weight, matrix_vector, normed_matrix_vector, torch_private_inductor
-from lncompile.lowering.inspect import torch_private_codegen
-from lncompile.lowering.inspect.generated_code import GeneratedCode
+from lncompile.lowering import normed_matrix_vector, torch_private_inductor
 from lncompile.lowering.inspect.triton_interpreter import run_in_interpreter
 from lncompile.lowering.inspect.triton_without_gpu import retargeted_to_gpu, triton_for_sm90
 from lncompile.lowering.target import compiled_for
@@ -212,67 +209,6 @@ def test_by_itself_where_inductor_does_so_and_nothing_is_copied() -> None:
             assert len(captured.analyse(options, tuned).matrix_vectors.products) == expected
 
 
-@pytest.mark.parametrize(
-    ("dtype", "inductors", "expected"),
-    [
-        (torch.float32, {}, 2),
-        (torch.bfloat16, {}, 2),
-        (torch.float16, {}, 2),
-        (torch.float64, {}, 0),  # not measured
-        (torch.float32, {"freezing": True}, 0),
-        (torch.float32, {"max_autotune": True}, 0),
-        (torch.bfloat16, {"max_autotune_gemm": True}, 0),
-        (torch.float32, {"coordinate_descent_tuning": True}, 2),
-    ],
-)
-def test_by_itself_on_a_cpu(dtype: torch.dtype, inductors: dict[str, bool], expected: int) -> None:
-    captured = capture(block(SUMS["linear and gelu"][0]).to(dtype), ONE)
-    assert len(captured.analyse(Options(), inductors).matrix_vectors.products) == expected
-    assert not captured.analyse(Options(matrix_vector="off"), inductors).matrix_vectors.products
-    assert (
-        not capture(block(SUMS["linear and gelu"][0]).to(dtype), torch.tensor([[3, 4]]))
-        .analyse(Options(), inductors)
-        .matrix_vectors.products
-    ), "two rows"
-
-
-# Outputs and features: in one block; in four; with rows left over; in slices, which cascades would take the place of.
-WEIGHTS = {(24, 16): 1, (63, 8192): 1, (64, 4096): 4, (1027, 384): 4, (258, 8192): 4}
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("sizes", WEIGHTS)
-def test_weights_are_read_in_blocks_on_a_cpu(sizes: tuple[int, int], dtype: torch.dtype) -> None:
-    row, weight, bias = (torch.randn(shape, dtype=dtype) for shape in ((1, 1, sizes[1]), sizes, (sizes[0],)))
-    blocks = blocks_of_weight(weight)
-    assert blocks == WEIGHTS[sizes]
-    with compiled_for(GPU):
-        assert blocks_of_weight(weight) == 1
-    expected = functional.linear(row.double(), weight.double(), bias.double())
-    limit = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 4e-3}[dtype]
-    for given, total in ((bias, expected), (None, expected - bias.double())):
-        answer = matrix_vector(row, weight, given, sizes, (1, 1, sizes[0]), dtype, blocks)
-        assert answer.dtype == dtype
-        assert relative_error(answer, total) <= limit
-
-
-@pytest.mark.parametrize(("sizes", "sums"), [((1027, 384), 4), ((258, 8192), 4), ((24, 16), 1)])
-def test_one_loop_reads_a_row_of_each_block(sizes: tuple[int, int], sums: int) -> None:
-    """In the C++ that Inductor generates: so many sums side by side in a loop over the features, none in cascades."""
-
-    def product(row: Tensor, weight: Tensor) -> Tensor:
-        return matrix_vector(row, weight, None, sizes, (1, 1, sizes[0]), row.dtype, blocks_of_weight(weight))
-
-    row, weight = torch.randn(1, 1, sizes[1]), torch.randn(sizes)
-    with torch_private_codegen.recorded_wrappers() as wrappers:
-        compiled = torch.compile(product, dynamic=False)
-        torch.testing.assert_close(compiled(row, weight), functional.linear(row, weight), rtol=1e-4, atol=1e-4)
-    (code,) = wrappers
-    assert "cascade" not in code.lower()
-    accumulators = [set(re.findall(r"tmp_acc\d+_vec", loop)) for loop in code.split("for(int64_t x0=")]
-    assert max(map(len, accumulators)) == sums
-
-
 def test_a_weight_that_is_copied_anyway_is_copied_the_other_way_round(without_inductor: None) -> None:
     """GPT-2 keeps ``[in, out]``: what writes into its stream is centered, what reads the norms is not."""
     model, arguments = decoder("gpt2", torch.float64)
@@ -316,38 +252,6 @@ def test_errors(dtype: torch.dtype, without_inductor: None) -> None:
 
 # --- decoding ---
 
-CONFIGS: dict[str, Callable[[int], Any]] = {
-    "gpt2": lambda layers: transformers.GPT2Config(n_embd=32, n_head=4, n_layer=layers, vocab_size=61, n_positions=32),
-    "opt": lambda layers: transformers.OPTConfig(
-        hidden_size=32, ffn_dim=64, num_attention_heads=4, num_hidden_layers=layers, vocab_size=61,
-        word_embed_proj_dim=32, max_position_embeddings=32),
-    "gpt_neox": lambda layers: transformers.GPTNeoXConfig(
-        hidden_size=32, intermediate_size=64, num_attention_heads=4, num_hidden_layers=layers, vocab_size=61,
-        max_position_embeddings=32),
-}  # fmt: skip
-
-
-def decoder(name: str, dtype: torch.dtype, layers: int = 2) -> tuple[nn.Module, Callable[[], dict[str, Any]]]:
-    """A model, and what makes the arguments of one step of decoding with a static cache of its own."""
-    model = randomise(transformers.AutoModelForCausalLM.from_config(CONFIGS[name](layers))).to(dtype).eval()
-    keyword = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-
-    def arguments() -> dict[str, Any]:
-        cache = transformers.StaticCache(config=model.config, max_cache_len=16)
-        room, prompt = torch.arange(16), torch.arange(5)[None]
-
-        def of(ids: Tensor, positions: Tensor) -> dict[str, Any]:
-            visible = (room <= positions[:, None])[None, None]
-            return {
-                "input_ids": ids, "position_ids": positions[None], "attention_mask": visible, keyword: cache,
-                "use_cache": True,
-            }  # fmt: skip
-
-        model(**of(prompt, torch.arange(5)))
-        return of(torch.tensor([[7]]), torch.tensor([5]))
-
-    return model, arguments
-
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_step_of_decoding(name: str, without_inductor: None) -> None:
@@ -360,24 +264,6 @@ def test_a_step_of_decoding(name: str, without_inductor: None) -> None:
             assert relative_error(compiled(**arguments()).logits, expected) <= 1e-12
         (report,) = [report for report in lncompile.reports(compiled) if report.total]
         assert [site.lowering for site in report.sites] == [lowering] * 5
-
-
-def test_a_step_of_decoding_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By itself, through Inductor: no product is left to a library, and errors are not larger than stock's."""
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    model, arguments = decoder("opt", torch.bfloat16)
-    wide, wide_arguments = decoder("opt", torch.float64)
-    wide.load_state_dict(model.state_dict())
-    expected = wide(**wide_arguments()).logits
-    found = {}
-    for backend in ("inductor", "lnfold"):
-        torch._dynamo.reset()
-        given = arguments()
-        with torch_private_codegen.recorded_wrappers() as wrappers:
-            answer = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)(**given).logits
-        found[backend] = GeneratedCode.from_wrappers(wrappers).extern_calls, relative_error(answer, expected)
-    assert found["inductor"][0] - found["lnfold"][0] == 13, "six products a layer, and the head"
-    assert found["lnfold"][1] <= 1.25 * found["inductor"][1]
 
 
 def launches(name: str, layers: int, **options: Any) -> tuple[int, int]:

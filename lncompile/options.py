@@ -52,9 +52,10 @@ class Options:
         matrix_vector: whether products of one row (decoding at batch 1) become sums that Inductor generates, with what
             follows them, and on a GPU the norm in front of them, in one kernel
             (:mod:`lncompile.passes.rewrites.matrix_vector`). ``"auto"``: with weights that need no copy for it, on a
-            CPU in 32 and 16 bits, unless Inductor packs weights or tunes products (``freezing``, ``max_autotune``), and
-            on a GPU where its ``coordinate_descent_tuning`` is on (mode ``"max-autotune"``); ``"on"``: wherever it can
-            be done, with that tuning turned on unless the options say something else; ``"off"``: nowhere.
+            CPU with AVX-512 in 32 and 16 bits, unless Inductor packs weights or tunes products (``freezing``,
+            ``max_autotune``), and on a GPU where its ``coordinate_descent_tuning`` is on (mode ``"max-autotune"``);
+            ``"on"``: wherever it can be done, with that tuning turned on unless the options say something else;
+            ``"off"``: nowhere.
         persistent: whether rows of folded norms that Inductor would loop over are held in registers
             (:mod:`lncompile.lowering.persistent`), on a GPU. ``"auto"``: where they fit; ``"off"``: Inductor's choice.
         select: who chooses between the ways to compile a graph that our options leave open. ``"model"``: the model of
